@@ -1,0 +1,78 @@
+"""The patched llama.cpp libraries: where they are, and llama_cpp loaded on them.
+
+`python -m intactkv_export.library` prints their directory, so that any program that uses llama-cpp-python can be
+started on them:
+
+    LLAMA_CPP_LIB_PATH=$(python -m intactkv_export.library) python program.py
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import intactkv_export
+from intactkv_export.errors import IntactKVError
+
+VARIABLE = "LLAMA_CPP_LIB_PATH"
+
+
+def library_path() -> Path:
+    """The directory of the patched libraries (libllama and ggml). Raises IntactKVError if they were not built."""
+    return _installed("lib")
+
+
+def converter_path() -> Path:
+    """Upstream's `convert_hf_to_gguf.py`, beside the packages it imports. Raises IntactKVError if not installed."""
+    return _installed("_converter") / "convert_hf_to_gguf.py"
+
+
+def load() -> Any:
+    """The llama_cpp module on the patched libraries, or on those that LLAMA_CPP_LIB_PATH names.
+
+    Sets LLAMA_CPP_LIB_PATH, so that child processes load the same libraries. Raises IntactKVError if llama_cpp was
+    imported before with other libraries, or if the libraries cannot be loaded.
+    """
+    imported = sys.modules.get("llama_cpp.llama_cpp")
+    if imported is None:
+        path = os.environ.setdefault(VARIABLE, str(library_path()))
+        try:
+            import_module("llama_cpp")
+        except (ImportError, OSError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise IntactKVError(
+                f"cannot load llama_cpp with the libraries in {path} ({reason}): "
+                f"install intactkv-export again, or correct {VARIABLE} if you have set it"
+            ) from error
+    elif not hasattr(imported._lib, "intactkv_version") and VARIABLE not in os.environ:
+        raise IntactKVError(
+            f"llama_cpp was imported before intactkv_export with the libraries in {imported._base_path}, which have "
+            f"no intact cells: import and load intactkv_export first, or set {VARIABLE}={library_path()}"
+        )
+    return sys.modules["llama_cpp"]
+
+
+def is_patched() -> bool:
+    """Whether the libraries that llama_cpp is on have intact cells (the symbol intactkv_version)."""
+    return hasattr(load().llama_cpp._lib, "intactkv_version")
+
+
+def _installed(name: str) -> Path:
+    # An editable install has two directories: the sources, and what the build made.
+    for directory in intactkv_export.__path__:
+        if (path := Path(directory, name)).is_dir():
+            return path
+    raise IntactKVError(
+        f"{name!r}, which the build makes, is not in {list(intactkv_export.__path__)}: "
+        "install the package with `pip install .` or `make build`"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        print(library_path())
+    except IntactKVError as error:
+        sys.exit(f"intactkv-export: {error}")
