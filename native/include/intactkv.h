@@ -1,0 +1,72 @@
+// intactkv: a prefix of F16 cells in front of a quantized KV cache (IntactKV, arXiv 2403.01241).
+//
+// These functions are part of libllama as intactkv-export builds it. A program that never calls them still
+// gets intact cells: upstream's llama_state_seq_load_file() and llama_state_seq_set_data() accept an F16
+// sequence state for a quantized cache, and keep its rows at F16.
+//
+// Words: a *cell* is one token's slot in the KV cache. An *intact* cell is one that attention reads at F16
+// although the cache is quantized; its rows live in the *arena*, one F16 K row and one F16 V row per layer.
+//
+// Errors: functions that can fail say so in their return value; intactkv_error() then gives one sentence.
+// Threads: as with llama.cpp, one context must not be used by two threads at a time.
+
+#ifndef INTACTKV_H
+#define INTACTKV_H
+
+#include "llama.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Version of intactkv-export this library was built from, e.g. "0.1.0".
+LLAMA_API const char * intactkv_version(void);
+
+// The last failure on this thread, one sentence; "" before the first. Valid until the next call that fails.
+LLAMA_API const char * intactkv_error(void);
+
+// What a prefix must match, as JSON: architecture, vocabulary (SHA-256 over the token texts), and per KV cache
+// its layers with n_head_kv, head sizes and RoPE base, then the RoPE settings in force *in this context*.
+// Valid until the next call on this thread. NULL if the model cannot carry a prefix (recurrent, hybrid, MLA,
+// encoder-decoder, M-RoPE): intactkv_error() has the reason.
+LLAMA_API const char * intactkv_describe(const struct llama_context * ctx);
+
+// Loads a prefix file (`.ikv`) held in memory into sequence seq_id, which it replaces. The file's checksum, its
+// identity (model, vocabulary, RoPE, reference weights) and its structure are verified before one byte reaches
+// the cache. In an F16 or F32 cache the cells are ordinary; in any other they are intact.
+// Returns the number of prefix tokens, or -1.
+LLAMA_API int32_t intactkv_load(
+        struct llama_context * ctx,
+                  const void * data,
+                      size_t   size,
+                llama_seq_id   seq_id);
+
+// The same from a file: an `.ikv`, or a GGUF that carries one under the key intactkv.state.
+LLAMA_API int32_t intactkv_load_file(
+        struct llama_context * ctx,
+                  const char * path,
+                llama_seq_id   seq_id);
+
+// All of intactkv_load()'s checks and nothing else. ctx may be NULL: then checksum and structure only.
+// Returns the number of prefix tokens, or -1.
+LLAMA_API int32_t intactkv_verify(
+  const struct llama_context * ctx,
+                  const void * data,
+                      size_t   size);
+
+// Number of intact cells of sequence seq_id (-1: of all sequences).
+LLAMA_API int32_t intactkv_n_cells(const struct llama_context * ctx, llama_seq_id seq_id);
+
+// Bytes allocated for the arenas of all layers.
+LLAMA_API size_t intactkv_arena_bytes(const struct llama_context * ctx);
+
+// Which attention the next batch will use: "stock" (upstream's op), "portable" (standard ggml ops on any
+// backend), or "fused" (our CPU kernel). INTACTKV_ATTN=portable|stock overrides the choice; stock refuses to load a prefix into
+// a quantized cache.
+LLAMA_API const char * intactkv_attention(const struct llama_context * ctx);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif // INTACTKV_H

@@ -1,0 +1,522 @@
+#include "cells.h"
+
+#include "llama-impl.h"
+#include "llama-io.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <map>
+#include <stdexcept>
+#include <string>
+
+namespace intactkv {
+
+// F16 and F32 cells hold an F16 prefix exactly; every other type needs the arena
+static bool is_exact(ggml_type type) {
+    return type == GGML_TYPE_F16 || type == GGML_TYPE_F32;
+}
+
+static attention_kind attention_from_env() {
+    const char * env = getenv("INTACTKV_ATTN");
+    if (env == nullptr || *env == 0 || strcmp(env, "portable") == 0) {
+        return attention_kind::portable;
+    }
+    if (strcmp(env, "stock") == 0) {
+        return attention_kind::stock;
+    }
+    throw std::runtime_error(format("INTACTKV_ATTN is '%s': use portable or stock, or unset it", env));
+}
+
+// in-place product with the orthonormal Walsh-Hadamard matrix, for each block of n (a power of 2) of x
+static void hadamard(float * x, int64_t size, int64_t n) {
+    const float scale = 1.0f/sqrtf((float) n);
+    for (float * b = x; b < x + size; b += n) {
+        for (int64_t h = 1; h < n; h *= 2) {
+            for (int64_t i = 0; i < n; i += 2*h) {
+                for (int64_t j = i; j < i + h; ++j) {
+                    const float u = b[j];
+                    const float w = b[j + h];
+                    b[j]     = u + w;
+                    b[j + h] = u - w;
+                }
+            }
+        }
+        for (int64_t i = 0; i < n; ++i) {
+            b[i] *= scale;
+        }
+    }
+}
+
+//
+// arena
+//
+
+void arena::attach(llama_kv_cache & kv) {
+    if (kv.other == nullptr) {
+        kv.intact = std::make_shared<arena>(kv);
+    }
+}
+
+arena::arena(llama_kv_cache & kv) : kv(kv), kind(attention_from_env()), layers(kv.layers.size()) {
+}
+
+const arena_layer & arena::layer(int32_t il) const {
+    return layers[kv.map_layer_ids.at(il)];
+}
+
+uint32_t arena::n_cells(int32_t seq_id) const {
+    uint32_t res = 0;
+    for (const auto & cells : kv.v_cells) {
+        for (uint32_t i = 0; n_rows > 0 && i < cells.used_max_p1(); ++i) {
+            res += !cells.is_empty(i) && cells.ext_get(i).intact >= 0 && (seq_id < 0 || cells.seq_has(i, seq_id));
+        }
+    }
+    return res;
+}
+
+size_t arena::n_bytes() const {
+    size_t res = 0;
+    for (const auto & cb : ctxs_bufs) {
+        res += ggml_backend_buffer_get_size(cb.second.get());
+    }
+    return res;
+}
+
+void arena::add_memory(std::map<ggml_backend_buffer_type_t, size_t> & breakdown) const {
+    for (const auto & cb : ctxs_bufs) {
+        breakdown[ggml_backend_buffer_get_type(cb.second.get())] += ggml_backend_buffer_get_size(cb.second.get());
+    }
+}
+
+uint32_t arena::map_cells(uint32_t s0, uint32_t s1, uint32_t n_kv, int32_t * rows) const {
+    if (rows) {
+        std::fill(rows, rows + (size_t) n_kv*(s1 - s0 + 1), -1);
+    }
+    uint32_t res = 0;
+    for (uint32_t s = s0; n_rows > 0 && s <= s1; ++s) {
+        const auto & cells = kv.v_cells[s];
+        const uint32_t n = std::min(n_kv, cells.used_max_p1());
+        for (uint32_t i = 0; i < n; ++i) {
+            if (cells.is_empty(i) || cells.ext_get(i).intact < 0) {
+                continue;
+            }
+            if (rows) {
+                rows[(size_t) n_kv*(s - s0) + i] = cells.ext_get(i).intact;
+            }
+            res++;
+        }
+    }
+    return res;
+}
+
+void arena::mark(uint32_t strm, uint32_t cell, int32_t row) {
+    auto & cells = kv.v_cells[strm];
+    llama_kv_cell_ext ext = cells.ext_get(cell);
+    ext.intact = row;
+    cells.ext_set(cell, ext);
+}
+
+std::vector<uint32_t> arena::take_rows(uint32_t n) {
+    std::vector<bool> used(n_rows, false);
+    uint32_t n_used = 0;
+    for (const auto & cells : kv.v_cells) {
+        for (uint32_t i = 0; i < cells.used_max_p1(); ++i) {
+            const int32_t row = cells.is_empty(i) ? -1 : cells.ext_get(i).intact;
+            if (row >= 0 && !used[row]) {
+                used[row] = true;
+                n_used++;
+            }
+        }
+    }
+
+    if (n_used + n > n_rows) {
+        grow(n_used + n);
+        used.resize(n_rows, false);
+    }
+
+    std::vector<uint32_t> res;
+    for (uint32_t row = 0; res.size() < n; ++row) {
+        if (!used[row]) {
+            res.push_back(row);
+        }
+    }
+    return res;
+}
+
+void arena::grow(uint32_t n_rows_new) {
+    std::vector<arena_layer> layers_new(layers.size());
+    std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctxs;
+
+    auto new_rows = [&](const ggml_tensor * t, const char * name, uint32_t il) -> ggml_tensor * {
+        if (t == nullptr || is_exact(t->type)) {
+            return nullptr;
+        }
+        auto & ctx = ctxs[ggml_backend_buffer_get_type(t->buffer)];
+        if (!ctx) {
+            ctx.reset(ggml_init({ 2*layers.size()*ggml_tensor_overhead(), nullptr, true }));
+        }
+        ggml_tensor * rows = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, t->ne[0], n_rows_new);
+        ggml_format_name(rows, "intact_%s_l%u", name, il);
+        return rows;
+    };
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        layers_new[i].k = new_rows(kv.layers[i].k, "k", kv.layers[i].il);
+        layers_new[i].v = new_rows(kv.layers[i].v, "v", kv.layers[i].il);
+    }
+
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs_new;
+    for (auto & [buft, ctx] : ctxs) {
+        ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft) };
+        if (!buf) {
+            throw std::runtime_error(format("failed to allocate the F16 rows of %u intact cells on %s", n_rows_new, ggml_backend_buft_name(buft)));
+        }
+        ggml_backend_buffer_clear(buf.get(), 0);
+        ctxs_bufs_new.emplace_back(std::move(ctx), std::move(buf));
+    }
+
+    std::vector<uint8_t> rows;
+    auto copy = [&](ggml_tensor * src, ggml_tensor * dst) {
+        if (src && dst) {
+            rows.resize(ggml_nbytes(src));
+            ggml_backend_tensor_get(src, rows.data(), 0, rows.size());
+            ggml_backend_tensor_set(dst, rows.data(), 0, rows.size());
+        }
+    };
+    for (size_t i = 0; i < layers.size(); ++i) {
+        copy(layers[i].k, layers_new[i].k);
+        copy(layers[i].v, layers_new[i].v);
+    }
+
+    layers    = std::move(layers_new);
+    ctxs_bufs = std::move(ctxs_bufs_new);
+    n_rows    = n_rows_new;
+    gen++;
+}
+
+//
+// saving
+//
+
+// positions, within the state's list of cells, of the intact ones
+std::vector<uint32_t> arena::intact_in(uint32_t strm, const ranges_t & ranges) const {
+    const auto & cells = kv.v_cells[strm];
+    std::vector<uint32_t> res;
+    uint32_t n = 0;
+    for (const auto & range : ranges) {
+        for (uint32_t i = range.first; i < range.second; ++i, ++n) {
+            if (cells.ext_get(i).intact >= 0) {
+                res.push_back(n);
+            }
+        }
+    }
+    return res;
+}
+
+bool arena::has_intact(uint32_t strm, const ranges_t & ranges) const {
+    return n_rows > 0 && !intact_in(strm, ranges).empty();
+}
+
+// u32 n, u32 position[n] (in the state's list of cells), then per layer K and V: u64 row size, n rows
+// (row size 0: that side of the cache is exact)
+void arena::write_state(llama_io_write_i & io, uint32_t strm, const ranges_t & ranges) const {
+    const std::vector<uint32_t> which = intact_in(strm, ranges);
+
+    std::vector<int32_t> rows;
+    const auto & cells = kv.v_cells[strm];
+    for (const auto & range : ranges) {
+        for (uint32_t i = range.first; i < range.second; ++i) {
+            if (cells.ext_get(i).intact >= 0) {
+                rows.push_back(cells.ext_get(i).intact);
+            }
+        }
+    }
+
+    const uint32_t n = which.size();
+    io.write(&n, sizeof(n));
+    io.write(which.data(), n*sizeof(uint32_t));
+
+    std::vector<uint8_t> buf;
+    for (const auto & layer : layers) {
+        for (const ggml_tensor * t : { layer.k, layer.v }) {
+            const uint64_t row_size = t ? t->nb[1] : 0;
+            io.write(&row_size, sizeof(row_size));
+            buf.resize(row_size);
+            for (const int32_t row : rows) {
+                if (t) {
+                    ggml_backend_tensor_get(t, buf.data(), row*row_size, row_size);
+                    io.write(buf.data(), row_size);
+                }
+            }
+        }
+    }
+}
+
+//
+// position shift
+//
+
+void arena::before_shift() {
+    if (n_rows == 0) {
+        return;
+    }
+
+    std::map<int32_t, std::map<llama_pos, std::vector<std::pair<uint32_t, uint32_t>>>> by_row; // row -> shift -> cells
+    for (uint32_t s = 0; s < kv.v_cells.size(); ++s) {
+        const auto & cells = kv.v_cells[s];
+        for (uint32_t i = 0; i < cells.used_max_p1(); ++i) {
+            if (!cells.is_empty(i) && cells.ext_get(i).intact >= 0) {
+                by_row[cells.ext_get(i).intact][cells.get_shift(i)].emplace_back(s, i);
+            }
+        }
+    }
+
+    std::vector<uint8_t> buf;
+    for (const auto & [row, by_shift] : by_row) {
+        // the first group keeps the row
+        for (auto it = std::next(by_shift.begin()); it != by_shift.end(); ++it) {
+            const uint32_t copy = take_rows(1)[0];
+            for (const auto & layer : layers) {
+                for (ggml_tensor * t : { layer.k, layer.v }) {
+                    if (t) {
+                        buf.resize(t->nb[1]);
+                        ggml_backend_tensor_get(t, buf.data(), row *t->nb[1], t->nb[1]);
+                        ggml_backend_tensor_set(t, buf.data(), copy*t->nb[1], t->nb[1]);
+                    }
+                }
+            }
+            for (const auto & [s, i] : it->second) {
+                mark(s, i, copy);
+            }
+        }
+    }
+}
+
+ggml_tensor * arena::build_input_shift(ggml_context * ctx) const {
+    if (n_cells(-1) == 0) {
+        return nullptr;
+    }
+    ggml_tensor * shift = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_rows);
+    ggml_set_input(shift);
+    ggml_set_name(shift, "intact_shift");
+    return shift;
+}
+
+void arena::set_input_shift(ggml_tensor * shift) const {
+    GGML_ASSERT(ggml_backend_buffer_is_host(shift->buffer));
+    int32_t * data = (int32_t *) shift->data;
+    std::fill(data, data + n_rows, 0);
+    for (const auto & cells : kv.v_cells) {
+        for (uint32_t i = 0; i < cells.used_max_p1(); ++i) {
+            if (!cells.is_empty(i) && cells.ext_get(i).intact >= 0) {
+                data[cells.ext_get(i).intact] = cells.get_shift(i);
+            }
+        }
+    }
+}
+
+void arena::build_shift(ggml_cgraph * gf, ggml_context * ctx, int32_t il, ggml_tensor * rot, const rope_fn & rope) const {
+    ggml_tensor * k = layer(il).k;
+    if (k == nullptr) {
+        return;
+    }
+    ggml_tensor * cur = ggml_cast(ctx, k, GGML_TYPE_F32);
+    cur = ggml_reshape_3d(ctx, cur, kv.hparams.n_embd_head_k(il), kv.hparams.n_head_kv(il), n_rows);
+    cur = rot ? llama_mul_mat_hadamard(ctx, cur, rot) : cur;
+    cur = rope(cur);
+    cur = rot ? llama_mul_mat_hadamard(ctx, cur, rot) : cur;
+    ggml_build_forward_expand(gf, ggml_cpy(ctx, ggml_reshape_2d(ctx, cur, k->ne[0], n_rows), k));
+}
+
+//
+// state_reader
+//
+
+state_reader::state_reader(arena * a, uint32_t strm, const std::vector<uint32_t> & cells, uint32_t & n_layer) :
+    a(a), strm(strm), cells(cells), mixed(a && (n_layer & arena::STATE_FLAG)) {
+    if (mixed) {
+        n_layer &= ~arena::STATE_FLAG;
+    }
+}
+
+bool state_reader::takes(int32_t type, const ggml_tensor * t) const {
+    return a && !a->kv.v_trans && type == GGML_TYPE_F16 && t->type != GGML_TYPE_F16;
+}
+
+void state_reader::read_rows(llama_io_read_i & io, int32_t il, bool is_v) {
+    const size_t    ikv = a->kv.map_layer_ids.at(il);
+    ggml_tensor *   dst = is_v ? a->kv.layers[ikv].v_stream[strm] : a->kv.layers[ikv].k_stream[strm];
+    const int64_t   ne0 = dst->ne[0];
+
+    uint64_t row_size;
+    io.read(&row_size, sizeof(row_size));
+    if (row_size != ne0*sizeof(ggml_fp16_t)) {
+        throw std::runtime_error(format("F16 %s rows of layer %d have %zu bytes, this cache needs %zu", is_v ? "V" : "K", il,
+                (size_t) row_size, (size_t) ne0*sizeof(ggml_fp16_t)));
+    }
+
+    if (!is_exact(dst->type)) {
+        if (a->kind == attention_kind::stock) {
+            throw std::runtime_error(format("INTACTKV_ATTN=stock cannot read F16 cells in a %s cache: unset it, or use an F16 cache",
+                    ggml_type_name(dst->type)));
+        }
+        if (rows.empty()) {
+            rows = a->take_rows(cells.size());
+        }
+    }
+
+    // the basis of the cache: the same rotations as llama_kv_cache::build_input_{k,v}_rot
+    int64_t n_rot = 0;
+    if (is_v ? a->kv.attn_rot_v : a->kv.attn_rot_k) {
+        n_rot = 64;
+        while (!is_v && a->kv.n_embd_head_k_all % (2*n_rot) == 0) {
+            n_rot *= 2;
+        }
+    }
+
+    ggml_tensor * arena_rows = is_v ? a->layers[ikv].v : a->layers[ikv].k;
+
+    std::vector<ggml_fp16_t> f16(ne0);
+    std::vector<float>       f32(ne0);
+    std::vector<uint8_t>     out(ggml_row_size(dst->type, ne0));
+
+    for (size_t i = 0; i < cells.size(); ++i) {
+        io.read(f16.data(), row_size);
+        ggml_fp16_to_fp32_row(f16.data(), f32.data(), ne0);
+        if (n_rot) {
+            hadamard(f32.data(), ne0, n_rot);
+        }
+        if (arena_rows) {
+            ggml_fp32_to_fp16_row(f32.data(), f16.data(), ne0);
+            // a rotated pivot could leave the range of F16 (65504), an infinity would poison every later token
+            for (int64_t j = 0; j < ne0; ++j) {
+                if (!std::isfinite(ggml_fp16_to_fp32(f16[j]))) {
+                    throw std::runtime_error(format("%s row %zu of layer %d is not finite in the basis of this cache: use an F16 cache", is_v ? "V" : "K", i, il));
+                }
+            }
+            ggml_backend_tensor_set(arena_rows, f16.data(), rows[i]*row_size, row_size);
+        }
+        // a copy in the cache's own type, for whatever reads the tensors directly
+        ggml_quantize_chunk(dst->type, f32.data(), out.data(), 0, 1, ne0, nullptr);
+        ggml_backend_tensor_set(dst, out.data(), cells[i]*out.size(), out.size());
+    }
+}
+
+void state_reader::finish(llama_io_read_i & io) {
+    if (!mixed) {
+        for (size_t i = 0; i < rows.size(); ++i) {
+            a->mark(strm, cells[i], rows[i]);
+        }
+        return;
+    }
+
+    uint32_t n;
+    io.read(&n, sizeof(n));
+    if (n == 0 || n > cells.size()) {
+        throw std::runtime_error(format("the state has %u intact cells of %zu", n, cells.size()));
+    }
+    std::vector<uint32_t> which(n);
+    io.read(which.data(), n*sizeof(uint32_t));
+    for (uint32_t i = 0; i < n; ++i) {
+        if (which[i] >= cells.size() || (i > 0 && which[i] <= which[i - 1])) {
+            throw std::runtime_error(format("intact cell %u of the state is number %u of %zu", i, which[i], cells.size()));
+        }
+    }
+    if (a->kind == attention_kind::stock) {
+        throw std::runtime_error("INTACTKV_ATTN=stock cannot read a state with intact cells: unset it");
+    }
+
+    rows = a->take_rows(n);
+
+    std::vector<uint8_t> buf;
+    for (const auto & layer : a->layers) {
+        for (ggml_tensor * t : { layer.k, layer.v }) {
+            uint64_t row_size;
+            io.read(&row_size, sizeof(row_size));
+            if (row_size != (t ? t->nb[1] : 0)) {
+                throw std::runtime_error(format("intact rows of the state have %zu bytes, this cache needs %zu", (size_t) row_size, t ? t->nb[1] : 0));
+            }
+            buf.resize(row_size);
+            for (uint32_t i = 0; t && i < n; ++i) {
+                io.read(buf.data(), row_size);
+                ggml_backend_tensor_set(t, buf.data(), rows[i]*row_size, row_size);
+            }
+        }
+    }
+
+    for (uint32_t i = 0; i < n; ++i) {
+        a->mark(strm, cells[which[i]], rows[i]);
+    }
+}
+
+//
+// graph_cells
+//
+
+void graph_cells::build(ggml_context * ctx, const cells_view & view) {
+    a = view.a;
+    if (a == nullptr) {
+        return;
+    }
+    gen      = a->generation();
+    n_intact = a->map_cells(view.s0, view.s1, view.n_kv, nullptr);
+    if (n_intact == 0) {
+        return;
+    }
+    kind  = a->attention();
+    rows  = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_intact);
+    cells = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_intact);
+    ggml_set_input(rows);
+    ggml_set_input(cells);
+    ggml_set_name(rows,  "intact_rows");
+    ggml_set_name(cells, "intact_cells");
+}
+
+void graph_cells::set_input(const cells_view & view) const {
+    // unallocated when no layer of this cache is in the graph
+    if (rows == nullptr || rows->buffer == nullptr) {
+        return;
+    }
+    GGML_ASSERT(ggml_backend_buffer_is_host(rows->buffer) && ggml_backend_buffer_is_host(cells->buffer));
+
+    std::vector<int32_t> map((size_t) view.n_kv*(view.s1 - view.s0 + 1));
+    view.a->map_cells(view.s0, view.s1, view.n_kv, map.data());
+
+    size_t n = 0;
+    for (size_t i = 0; i < map.size(); ++i) {
+        if (map[i] >= 0) {
+            ((int32_t *) rows ->data)[n] = map[i];
+            ((int64_t *) cells->data)[n] = i;
+            n++;
+        }
+    }
+    GGML_ASSERT(n == n_intact);
+}
+
+bool graph_cells::can_reuse(const cells_view & view) const {
+    return a == view.a && (a == nullptr ||
+        (gen == a->generation() && n_intact == a->map_cells(view.s0, view.s1, view.n_kv, nullptr)));
+}
+
+static ggml_tensor * write_over(ggml_context * ctx, ggml_tensor * t, ggml_tensor * arena_rows, ggml_tensor * rows, ggml_tensor * cells) {
+    if (arena_rows == nullptr) {
+        return t;
+    }
+    // get_rows widens the F16 rows to F32 and build_attn_mha rounds back to F16: exact both ways
+    ggml_tensor * res = ggml_cast(ctx, t, GGML_TYPE_F32);
+    res = ggml_reshape_2d(ctx, res, t->ne[0]*t->ne[1], t->ne[2]*t->ne[3]);
+    res = ggml_set_rows(ctx, res, ggml_get_rows(ctx, arena_rows, rows), cells);
+    return ggml_reshape_4d(ctx, res, t->ne[0], t->ne[1], t->ne[2], t->ne[3]);
+}
+
+void graph_cells::expand(ggml_context * ctx, int32_t il, ggml_tensor *& k, ggml_tensor *& v) const {
+    if (n_intact > 0) {
+        k = write_over(ctx, k, a->layer(il).k, rows, cells);
+        v = write_over(ctx, v, a->layer(il).v, rows, cells);
+    }
+}
+
+} // namespace intactkv

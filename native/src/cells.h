@@ -1,0 +1,163 @@
+// Intact cells: which cells of a KV cache attention reads at F16, and where their rows are.
+//
+// A cell's mark is `llama_kv_cell_ext::intact`, the index of its arena row (-1: ordinary). Upstream resets that
+// struct wherever a cell is freed or given to another token and copies it wherever a cell is copied, so the mark
+// needs no bookkeeping of its own: a row is free when no cell of any stream names it.
+//
+// The arena holds one F16 row per intact cell and layer, in the basis of the cache: where upstream rotates K or V
+// by a Hadamard matrix before quantizing (attn_rot_k, attn_rot_v), the rows are rotated the same way.
+
+#pragma once
+
+#include "ggml-cpp.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <utility>
+#include <vector>
+
+class llama_kv_cache;
+class llama_io_read_i;
+class llama_io_write_i;
+
+namespace intactkv {
+
+enum class attention_kind { stock, portable, fused };
+
+// The layers' F16 rows, [n_embd_gqa, n_rows] each. nullptr: that side of the cache is F16 or F32 itself, its
+// cells hold the exact values.
+struct arena_layer {
+    ggml_tensor * k = nullptr;
+    ggml_tensor * v = nullptr;
+};
+
+class arena {
+public:
+    // gives a cache its arena; the cache owns it. A cache that borrows another's cells (drafting) gets none
+    static void attach(llama_kv_cache & kv);
+
+    explicit arena(llama_kv_cache & kv);
+
+    // number of intact cells of a sequence (-1: of all)
+    uint32_t n_cells(int32_t seq_id) const;
+    size_t   n_bytes() const;
+    void     add_memory(std::map<ggml_backend_buffer_type_t, size_t> & breakdown) const;
+
+    // changes whenever the rows move in memory: a graph built before must not be reused
+    uint64_t generation() const { return gen; }
+
+    attention_kind attention() const { return kind; }
+
+    const arena_layer & layer(int32_t il) const;
+
+    // arena row of every cell in [0, n_kv) of streams s0..s1, stream after stream, -1: ordinary
+    // rows: [n_kv*(s1 - s0 + 1)] or nullptr to only count; returns the number of intact cells
+    uint32_t map_cells(uint32_t s0, uint32_t s1, uint32_t n_kv, int32_t * rows) const;
+
+    //
+    // saving: a sequence with intact cells is written as upstream writes it, its n_layer marked by
+    // STATE_FLAG (so that stock llama.cpp refuses it), followed by the intact rows
+    //
+
+    static constexpr uint32_t STATE_FLAG = 0x80000000u;
+
+    using ranges_t = std::vector<std::pair<uint32_t, uint32_t>>; // cells, from inclusive, to exclusive
+
+    bool has_intact(uint32_t strm, const ranges_t & ranges) const;
+    void write_state(llama_io_write_i & io, uint32_t strm, const ranges_t & ranges) const;
+
+    //
+    // position shift (seq_add, seq_div): the rotation that upstream applies to the cells, on the rows
+    //
+
+    // cells that share a row but are shifted differently get rows of their own
+    void before_shift();
+
+    ggml_tensor * build_input_shift(ggml_context * ctx) const;      // I32 [n_rows], nullptr without intact cells
+    void            set_input_shift(ggml_tensor * shift) const;
+
+    using rope_fn = std::function<ggml_tensor * (ggml_tensor * k)>; // k: F32 [head_dim, n_head_kv, n_rows]
+
+    // shifts layer il's K rows in place; rot: the cache's Hadamard matrix or nullptr
+    void build_shift(ggml_cgraph * gf, ggml_context * ctx, int32_t il, ggml_tensor * rot, const rope_fn & rope) const;
+
+private:
+    friend class state_reader;
+
+    llama_kv_cache & kv;
+
+    const attention_kind kind;
+
+    std::vector<arena_layer> layers; // by index of the layer in the cache
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
+
+    uint32_t n_rows = 0;
+    uint64_t gen    = 0;
+
+    std::vector<uint32_t> take_rows(uint32_t n);
+    void grow(uint32_t n_rows_new);
+    void mark(uint32_t strm, uint32_t cell, int32_t row);
+
+    std::vector<uint32_t> intact_in(uint32_t strm, const ranges_t & ranges) const;
+};
+
+// Reads a KV state into one stream: F16 rows into a quantized cache, and the section write_state() appended.
+// All failures throw std::runtime_error; nothing is marked before finish().
+class state_reader {
+public:
+    // a: nullptr for a cache that has no intact cells; cells: where the i-th cell of the state goes
+    // n_layer: as read from the state; the flag is taken off
+    state_reader(arena * a, uint32_t strm, const std::vector<uint32_t> & cells, uint32_t & n_layer);
+
+    // true if rows of this type, for this tensor of the cache, are read by read_rows() instead of by upstream
+    bool takes(int32_t type, const ggml_tensor * t) const;
+
+    // one layer's K (or V) rows; io stands before the row size
+    void read_rows(llama_io_read_i & io, int32_t il, bool is_v);
+
+    void finish(llama_io_read_i & io);
+
+private:
+    arena * a;
+    const uint32_t strm;
+    const std::vector<uint32_t> & cells;
+    const bool mixed; // written by write_state()
+
+    std::vector<uint32_t> rows; // [cells.size()], taken by the first read_rows() that needs them
+};
+
+// What a graph sees of one cache's intact cells: the streams and cells in view.
+struct cells_view {
+    const arena * a = nullptr;
+    uint32_t s0   = 0;
+    uint32_t s1   = 0;
+    uint32_t n_kv = 0;
+};
+
+// Graph input: where the intact cells are. Part of the attention inputs of a graph; does nothing, and adds
+// nothing to the graph, when no cell in view is intact.
+class graph_cells {
+public:
+    void build    (ggml_context * ctx, const cells_view & view);
+    void set_input(const cells_view & view) const;
+    bool can_reuse(const cells_view & view) const;
+
+    // portable attention: layer il's K and V as F32 with the intact rows written over their cells
+    // k, v: [head_dim, n_head_kv, n_kv, n_stream], replaced where the cache is quantized
+    void expand(ggml_context * ctx, int32_t il, ggml_tensor *& k, ggml_tensor *& v) const;
+
+private:
+    const arena * a = nullptr;
+
+    attention_kind kind = attention_kind::stock;
+    uint64_t       gen  = 0;
+
+    uint32_t n_intact = 0;
+
+    ggml_tensor * rows  = nullptr; // I32 [n_intact] arena rows
+    ggml_tensor * cells = nullptr; // I64 [n_intact] the cells they belong to, n_kv*(stream - s0) + cell
+};
+
+} // namespace intactkv
