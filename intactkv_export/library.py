@@ -38,7 +38,8 @@ def load() -> Any:
     """
     imported = sys.modules.get("llama_cpp.llama_cpp")
     if imported is None:
-        path = os.environ.setdefault(VARIABLE, str(library_path()))
+        path = os.environ.get(VARIABLE) or str(library_path())
+        os.environ[VARIABLE] = path
         try:
             import_module("llama_cpp")
         except (ImportError, OSError, RuntimeError) as error:
