@@ -1,0 +1,112 @@
+"""The C API of native/include/intactkv.h in Python: one function each, failures raised as IntactKVError.
+
+`ctx` is a `llama_context *` as llama_cpp's functions take it (`Llama.ctx`). Every function needs the patched
+libraries, and says so if the loaded ones are stock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from intactkv_export import library
+from intactkv_export.errors import IntactKVError
+
+Context = Any  # a llama_context *, as llama_cpp gives it: an int, or a ctypes pointer
+
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "intactkv_version": (ctypes.c_char_p, []),
+    "intactkv_error": (ctypes.c_char_p, []),
+    "intactkv_describe": (ctypes.c_char_p, [ctypes.c_void_p]),
+    "intactkv_load": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int32]),
+    "intactkv_load_file": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32]),
+    "intactkv_verify": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]),
+    "intactkv_n_cells": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int32]),
+    "intactkv_arena_bytes": (ctypes.c_size_t, [ctypes.c_void_p]),
+    "intactkv_attention": (ctypes.c_char_p, [ctypes.c_void_p]),
+}
+
+
+def version() -> str:
+    """Version of intactkv-export that the library was built from."""
+    return _call("intactkv_version").decode()
+
+
+def describe(ctx: Context) -> dict[str, Any]:
+    """What a prefix must match to be loaded into this context: the "model" object of a manifest.
+
+    Raises IntactKVError if the model cannot carry a prefix (recurrent, hybrid, MLA, encoder-decoder, M-RoPE).
+    """
+    text = _call("intactkv_describe", ctx)
+    if text is None:
+        raise IntactKVError(_last_error())
+    return json.loads(text)
+
+
+def load(ctx: Context, data: bytes, seq_id: int = 0) -> int:
+    """Load the bytes of a prefix file into sequence `seq_id`, replacing it; returns the number of tokens.
+
+    Everything is verified before one byte reaches the cache. Raises IntactKVError.
+    """
+    data = bytes(data)
+    return _count(_call("intactkv_load", ctx, data, len(data), seq_id))
+
+
+def load_file(ctx: Context, path: str | os.PathLike[str], seq_id: int = 0) -> int:
+    """As load(), from a prefix file or from a GGUF with an embedded prefix. Raises IntactKVError."""
+    return _count(_call("intactkv_load_file", ctx, os.fsencode(path), seq_id))
+
+
+def verify(data: bytes, ctx: Context = None) -> int:
+    """All checks of load() and nothing else; returns the number of tokens.
+
+    Without a context: checksum and structure only. Raises IntactKVError.
+    """
+    data = bytes(data)
+    return _count(_call("intactkv_verify", ctx, data, len(data)))
+
+
+def n_cells(ctx: Context, seq_id: int = -1) -> int:
+    """Number of intact cells of sequence `seq_id`, -1: of all."""
+    return _call("intactkv_n_cells", ctx, seq_id)
+
+
+def arena_bytes(ctx: Context) -> int:
+    """Bytes allocated for the F16 rows of intact cells, all layers together."""
+    return _call("intactkv_arena_bytes", ctx)
+
+
+def attention(ctx: Context) -> str:
+    """Which attention the next batch will use: "stock", "portable" or "fused"."""
+    return _call("intactkv_attention", ctx).decode()
+
+
+def _call(name: str, *args: Any) -> Any:
+    return _function(name)(*args)
+
+
+def _count(result: int) -> int:
+    if result < 0:
+        raise IntactKVError(_last_error())
+    return result
+
+
+def _last_error() -> str:
+    return _call("intactkv_error").decode("utf-8", "replace")
+
+
+@cache
+def _function(name: str) -> Callable[..., Any]:
+    native = library.load().llama_cpp
+    if not hasattr(native._lib, "intactkv_version"):
+        raise IntactKVError(
+            f"the llama.cpp libraries in {native._base_path} are stock, they have no intact cells: "
+            f"unset {library.VARIABLE}, or set it to the output of `python -m intactkv_export.library`"
+        )
+    function = native._lib[name]  # item access: a function object of our own, nobody else's argtypes
+    function.restype, function.argtypes = _SIGNATURES[name]
+    return function
