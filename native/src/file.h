@@ -1,0 +1,53 @@
+// Prefix files (`.ikv`): everything between bytes that nobody has checked and a KV state that may be loaded.
+//
+// The file is a llama.cpp sequence state with F16 rows, then a manifest, then a trailer (little endian):
+//   u32 magic 'ggsq', u32 version 3, u32 n_tokens, i32 tokens[n_tokens]
+//   per KV cache:  u32 n_stream = 1, u32 n_cells, per cell { i32 pos, u32 n_seq_id = 1, i32 seq_id = 0 },
+//                  u32 v_trans = 0, u32 n_layer,
+//                  per layer { i32 type = F16, u64 row_bytes, n_cells rows of K }, the same for V
+//   manifest: UTF-8 JSON
+//   u64 manifest length, SHA-256 of all bytes before that length, 8 bytes "INTACTKV"
+//
+// No function here throws, aborts, or prints. An error is one sentence: what is wrong, where, both values, and
+// what to do. Needs nothing of llama.cpp but its SHA-256 and JSON libraries.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace intactkv {
+
+// Where things are in the bytes given to parse(), which must outlive it.
+struct prefix_view {
+    uint32_t        n_tokens   = 0;
+    const uint8_t * tokens     = nullptr; // n_tokens times i32, maybe unaligned
+    const uint8_t * state      = nullptr; // the KV state: the bytes right after the tokens
+    size_t          state_size = 0;       // up to the manifest, which is not part of it
+};
+
+// Checks everything that the bytes alone can tell: trailer, checksum, the manifest's shape, and that tokens and
+// KV state are byte for byte what the manifest says, with finite values. false: error is set, out is unspecified.
+bool parse(const void * data, size_t size, prefix_view & out, std::string & manifest_json, std::string & error);
+
+// Compares manifest.model with intactkv_describe() of a context, then the reference model's identity with that in
+// the GGUF (key intactkv.reference.sha256; "" if it has none: then not compared). The first difference is the error.
+bool compatible(
+        const std::string & manifest_json,
+        const std::string & describe_json,
+        const std::string & gguf_reference_sha256,
+              std::string & error);
+
+// Reads an `.ikv` file, or the array intactkv.state of a GGUF. The bytes are as unchecked as the file.
+bool read_bytes(const char * path, std::vector<uint8_t> & out, std::string & error);
+
+// Whether path is a file that ends in the trailer's magic.
+bool has_trailer(const char * path);
+
+// The trailer's last bytes.
+constexpr char   TRAILER_MAGIC[]    = "INTACTKV";
+constexpr size_t TRAILER_MAGIC_SIZE = sizeof(TRAILER_MAGIC) - 1;
+
+} // namespace intactkv

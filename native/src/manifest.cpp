@@ -1,0 +1,376 @@
+#include "manifest.h"
+
+#include "file.h"
+#include "refuse.h"
+
+#include "nlohmann/json.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <set>
+#include <string>
+
+namespace intactkv {
+
+using json = nlohmann::json;
+
+static constexpr size_t   MAX_MANIFEST = 16 << 20; // bytes: a million tokens with their text
+static constexpr size_t   MAX_NESTING  = 32;
+static constexpr size_t   MAX_CACHES   = 2;        // base, and sliding window
+static constexpr size_t   MAX_LAYERS   = 4096;
+static constexpr uint64_t MAX_HEADS    = 1 << 16;
+static constexpr uint64_t MAX_HEAD_DIM = 1 << 16;
+
+static constexpr const char * REMAKE = "make the prefix again with this version of intactkv-export";
+
+// A value for an error message: ASCII, one line, short, whatever the file says.
+static std::string shown(const json & value) {
+    std::string res;
+    if (value.is_object()) {
+        res = "an object";
+    } else if (value.is_array()) {
+        res = "an array of " + std::to_string(value.size());
+    } else {
+        res = value.dump(-1, ' ', true, json::error_handler_t::replace);
+    }
+    if (res.size() > 100) {
+        res = res.substr(0, 97) + "...";
+    }
+    return res;
+}
+
+// A place in the manifest with its name, so that every check can say where it failed.
+struct field {
+    const json & value;
+    std::string  name; // e.g. model.caches[0].layers[3].n_head_kv
+
+    [[noreturn]] void expected(const std::string & what) const {
+        refuse("the manifest's field %s is %s, not %s: %s", name.c_str(), shown(value).c_str(), what.c_str(), REMAKE);
+    }
+
+    field operator[](const char * key) const {
+        const auto it = value.find(key);
+        const std::string inner = name.empty() ? key : name + "." + key;
+        if (it == value.end()) {
+            refuse("the manifest has no field %s: %s", inner.c_str(), REMAKE);
+        }
+        return { *it, inner };
+    }
+
+    field operator[](size_t i) const { return { value[i], name + "[" + std::to_string(i) + "]" }; }
+
+    const field & object() const {
+        if (!value.is_object()) {
+            expected("an object");
+        }
+        return *this;
+    }
+
+    size_t array(size_t min, size_t max) const {
+        if (!value.is_array() || value.size() < min || value.size() > max) {
+            expected("an array of " + std::to_string(min) + " to " + std::to_string(max));
+        }
+        return value.size();
+    }
+
+    uint64_t integer(uint64_t min, uint64_t max) const {
+        if (!value.is_number_unsigned() || value.get<uint64_t>() < min || value.get<uint64_t>() > max) {
+            expected("an integer from " + std::to_string(min) + " to " + std::to_string(max));
+        }
+        return value.get<uint64_t>();
+    }
+
+    void number() const {
+        if (!value.is_number() || !std::isfinite(value.get<double>())) {
+            expected("a finite number");
+        }
+    }
+
+    void string() const {
+        if (!value.is_string()) {
+            expected("a string");
+        }
+    }
+
+    void boolean() const {
+        if (!value.is_boolean()) {
+            expected("true or false");
+        }
+    }
+
+    void sha256() const {
+        const auto hex = [](char c) { return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f'); };
+        const auto * text = value.get_ptr<const json::string_t *>();
+        if (!text || text->size() != 64 || !std::all_of(text->begin(), text->end(), hex)) {
+            expected("a SHA-256 of 64 hexadecimal digits");
+        }
+    }
+};
+
+// The parser itself does not recurse, but a bound keeps everything that later walks the value from doing so.
+static void check_nesting(const char * text, size_t size) {
+    size_t depth  = 0;
+    bool   inside = false; // a string
+    for (size_t i = 0; i < size; ++i) {
+        const char c = text[i];
+        if (inside) {
+            i += c == '\\';
+            inside = c != '"';
+        } else if (c == '"') {
+            inside = true;
+        } else if (c == '{' || c == '[') {
+            if (++depth > MAX_NESTING) {
+                refuse("the manifest is nested deeper than %zu at its byte %zu: %s", MAX_NESTING, i, REMAKE);
+            }
+        } else if (c == '}' || c == ']') {
+            depth -= depth > 0;
+        }
+    }
+}
+
+static json parse_json(const char * text, size_t size) {
+    if (size > MAX_MANIFEST) {
+        refuse("the manifest has %zu bytes and at most %zu are allowed: %s", size, MAX_MANIFEST, REMAKE);
+    }
+    check_nesting(text, size);
+    try {
+        return json::parse(text, text + size);
+    } catch (const json::parse_error & err) {
+        refuse("the manifest is not JSON from its byte %zu on: %s", err.byte, REMAKE);
+    } catch (const json::exception &) {
+        refuse("the manifest has a number that no double can hold: %s", REMAKE);
+    }
+}
+
+static layer_shape read_layer(const field & layer) {
+    layer.object()["rope_base"].number();
+    const uint64_t heads = layer["n_head_kv"].integer(0, MAX_HEADS); // 0: a layer without attention
+    return {
+        (uint32_t) layer["il"].integer(0, MAX_LAYERS - 1),
+        2*heads*layer["head_dim_k"].integer(1, MAX_HEAD_DIM),
+        2*heads*layer["head_dim_v"].integer(1, MAX_HEAD_DIM),
+    };
+}
+
+static cache_shape read_cache(const field & cache) {
+    cache_shape res;
+    res.swa_type = cache.object()["swa_type"].integer(0, 3);
+    res.n_swa    = cache["n_swa"].integer(res.swa_type == 0 ? 0 : 1, INT32_MAX);
+    const field layers = cache["layers"];
+    const size_t n = layers.array(0, MAX_LAYERS);
+    for (size_t i = 0; i < n; ++i) {
+        res.layers.push_back(read_layer(layers[i]));
+        if (i > 0 && res.layers[i].il <= res.layers[i - 1].il) {
+            layers[i]["il"].expected("above that of the layer before it, " + std::to_string(res.layers[i - 1].il));
+        }
+    }
+    return res;
+}
+
+static std::vector<cache_shape> read_caches(const field & caches) {
+    std::vector<cache_shape> res;
+    const size_t n = caches.array(1, MAX_CACHES);
+    size_t n_layer = 0;
+    for (size_t i = 0; i < n; ++i) {
+        res.push_back(read_cache(caches[i]));
+        n_layer += res.back().layers.size();
+    }
+    if (n_layer == 0) {
+        refuse("the manifest's field %s has no layers in any cache: %s", caches.name.c_str(), REMAKE);
+    }
+    return res;
+}
+
+static void check_rope(const field & rope) {
+    for (const char * key : { "type", "scaling", "factors" }) {
+        rope.object()[key].string();
+    }
+    rope["n_rot"].integer(0, MAX_HEAD_DIM);
+    rope["n_ctx_orig"].integer(0, UINT32_MAX);
+    for (const char * key : { "scale", "ext_factor", "attn_factor", "beta_fast", "beta_slow" }) {
+        rope[key].number();
+    }
+    for (const auto & item : rope.value.items()) {
+        if (item.value().is_structured()) { // what later versions add must be as easy to compare
+            rope[item.key().c_str()].expected("a number or a string");
+        }
+    }
+}
+
+static void check_messages(const field & messages) {
+    if (messages.value.is_null()) {
+        return;
+    }
+    const size_t n = messages.array(0, 1 << 16);
+    for (size_t i = 0; i < n; ++i) {
+        messages[i].object()["role"].string();
+        messages[i]["content"].string();
+    }
+}
+
+// who made it, from what: nothing here decides whether it loads, except reference.sha256
+static void check_origin(const field & root) {
+    root["text"].string();
+    check_messages(root["messages"]);
+    root["bos_only"].boolean();
+    if (!root["chat_template_sha256"].value.is_null()) {
+        root["chat_template_sha256"].sha256();
+    }
+
+    const field reference = root["reference"].object();
+    reference["sha256"].sha256();
+    reference["dtype"].string();
+    reference["name"].string();
+    reference["quantized"].boolean();
+
+    const field engine = root["engine"].object();
+    engine["name"].string();
+    engine["dtype"].string();
+    const field versions = engine["versions"].object();
+    for (const auto & item : versions.value.items()) {
+        if (!item.value().is_string()) {
+            versions.expected("an object whose values are strings");
+        }
+    }
+
+    if (!root["calibrated"].value.is_null()) {
+        root["calibrated"].object();
+    }
+    root["created_by"].string();
+}
+
+manifest read_manifest(const char * text, size_t size) {
+    const json  parsed = parse_json(text, size);
+    const field root { parsed, "" };
+    if (!parsed.is_object()) {
+        refuse("the manifest is %s, not an object: %s", shown(parsed).c_str(), REMAKE);
+    }
+    if (root["format"].value != 1) {
+        refuse("the manifest's field format is %s and this version reads format 1: use the version of "
+               "intactkv-export that made the prefix, or make it again", shown(root["format"].value).c_str());
+    }
+
+    manifest res;
+    const field model = root["model"].object();
+    model["arch"].string();
+    model["n_ctx_train"].integer(0, UINT32_MAX);
+    model["vocab_sha256"].sha256();
+    res.n_vocab = model["n_vocab"].integer(1, INT32_MAX);
+    res.caches  = read_caches(model["caches"]);
+    check_rope(model["rope"]);
+
+    const field tokens = root["tokens"];
+    const size_t n_tokens = tokens.array(1, INT32_MAX);
+    res.tokens.reserve(n_tokens);
+    for (size_t i = 0; i < n_tokens; ++i) {
+        res.tokens.push_back(tokens[i].integer(0, res.n_vocab - 1));
+    }
+    check_origin(root);
+    return res;
+}
+
+// One value of the prefix's model against that of the context. Integers and doubles compare by value, exactly.
+static void check_same(const std::string & what, const json * prefix, const json * model, const char * remedy) {
+    if (prefix && model && *prefix == *model) {
+        return;
+    }
+    refuse("the prefix belongs to another model: %s is %s in the prefix and %s in the model: %s", what.c_str(),
+        prefix ? shown(*prefix).c_str() : "not given", model ? shown(*model).c_str() : "not given", remedy);
+}
+
+// Two objects: the keys in the order given, then all others that either of them has.
+static void check_same(
+        const std::string & what, const json & prefix, const json & model,
+        const std::vector<const char *> & keys, const char * remedy) {
+    const auto get = [](const json & object, const std::string & key) {
+        const auto it = object.find(key);
+        return it == object.end() ? nullptr : &*it;
+    };
+    std::set<std::string> seen;
+    for (const char * key : keys) {
+        check_same(what + key, get(prefix, key), get(model, key), remedy);
+        seen.insert(key);
+    }
+    for (const json * object : { &model, &prefix }) {
+        for (const auto & item : object->items()) {
+            if (!item.value().is_structured() && seen.insert(item.key()).second) {
+                check_same(what + item.key(), get(prefix, item.key()), get(model, item.key()), remedy);
+            }
+        }
+    }
+}
+
+static constexpr const char * OTHER_MODEL =
+    "use the prefix that was made for this model, or make one with intactkv-export prefix";
+static constexpr const char * OTHER_ROPE =
+    "open the model with the RoPE settings the prefix was made with, or make a prefix for these";
+
+static size_t n_layers(const json & caches) {
+    size_t res = 0;
+    for (const json & cache : caches) {
+        res += cache.at("layers").size();
+    }
+    return res;
+}
+
+// Sizes of all layers first, RoPE of all layers later: a model with other sizes is another model.
+static void check_layers(const json & prefix, const json & model, bool sizes) {
+    for (size_t c = 0; c < model.size(); ++c) {
+        const json & a = prefix[c].at("layers");
+        const json & b = model [c].at("layers");
+        for (size_t i = 0; i < b.size(); ++i) {
+            const std::string what = "layer " + shown(b[i].at("il")) + " ";
+            if (!sizes) {
+                check_same(what, a[i], b[i], { "rope_base" }, OTHER_ROPE);
+                continue;
+            }
+            for (const char * key : { "il", "n_head_kv", "head_dim_k", "head_dim_v" }) {
+                check_same(what + key, &a[i].at(key), &b[i].at(key), OTHER_MODEL);
+            }
+        }
+    }
+}
+
+static void check_caches(const json & prefix, const json & model) {
+    const json layers[]   = { n_layers(prefix), n_layers(model) };
+    const json n_caches[] = { prefix.size(), model.size() };
+    check_same("the number of layers",    &layers[0],   &layers[1],   OTHER_MODEL);
+    check_same("the number of KV caches", &n_caches[0], &n_caches[1], OTHER_MODEL);
+    for (size_t c = 0; c < model.size(); ++c) {
+        const std::string what = "KV cache " + std::to_string(c) + " ";
+        const json counts[] = { prefix[c].at("layers").size(), model[c].at("layers").size() };
+        check_same(what + "n_layer", &counts[0], &counts[1], OTHER_MODEL);
+        check_same(what, prefix[c], model[c], { "n_swa", "swa_type" }, OTHER_MODEL);
+    }
+}
+
+bool compatible(
+        const std::string & manifest_json, const std::string & describe_json,
+        const std::string & gguf_reference_sha256, std::string & error) {
+    try {
+        const json root  = parse_json(manifest_json.data(), manifest_json.size());
+        const json model = json::parse(describe_json);
+        const json & prefix = root.at("model");
+
+        for (const char * key : { "arch", "n_vocab", "vocab_sha256" }) {
+            check_same(key, &prefix.at(key), &model.at(key), OTHER_MODEL);
+        }
+        check_caches(prefix.at("caches"), model.at("caches"));
+        check_layers(prefix.at("caches"), model.at("caches"), true);
+        check_layers(prefix.at("caches"), model.at("caches"), false);
+        check_same("rope ", prefix.at("rope"), model.at("rope"), { "type", "n_rot", "scaling", "scale" }, OTHER_ROPE);
+
+        if (!gguf_reference_sha256.empty()) {
+            const json reference = gguf_reference_sha256;
+            check_same("the reference model's SHA-256", &root.at("reference").at("sha256"), &reference, OTHER_MODEL);
+        }
+        return true;
+    } catch (const refused & err) {
+        error = err.what();
+    } catch (const std::exception & err) { // a manifest that parse() has not seen, or no memory
+        error = std::string("the prefix cannot be compared with the model: ") + err.what();
+    }
+    return false;
+}
+
+} // namespace intactkv

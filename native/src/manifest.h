@@ -1,0 +1,33 @@
+// The manifest of a prefix file: its JSON, checked for shape, and what it says about the bytes before it.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace intactkv {
+
+struct layer_shape {
+    uint32_t il;          // index of the layer in the model
+    uint64_t k_row_bytes; // 2 * n_head_kv * head_dim_k
+    uint64_t v_row_bytes; // 2 * n_head_kv * head_dim_v
+};
+
+struct cache_shape {
+    uint32_t n_swa;       // window; 0: full attention
+    uint32_t swa_type;    // enum llama_swa_type
+    std::vector<layer_shape> layers;
+};
+
+struct manifest {
+    uint32_t                 n_vocab;
+    std::vector<int32_t>     tokens;
+    std::vector<cache_shape> caches; // in the order of the state
+};
+
+// Throws refused, naming the field, unless every field is there with its type and range.
+// text: UTF-8 that need not end in 0. Size and nesting are bounded before anything is built from it.
+manifest read_manifest(const char * text, size_t size);
+
+} // namespace intactkv
