@@ -1,0 +1,80 @@
+// One attention call as plain numbers: what the graph node hands to the kernel of an instruction set.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "ggml.h"
+
+struct ggml_tensor;
+
+namespace intactkv {
+
+constexpr int FUSED_HEAD_MAX  = 512;   // largest head size
+constexpr int FUSED_ROWS_MAX  = 96;    // query rows of a block
+constexpr int FUSED_FLOATS    = 12288; // query rows x head size of a block
+constexpr int FUSED_TILE      = 64;    // cells of a tile
+constexpr int FUSED_PARTIAL   = 2;     // floats before the values of a partial result: maximum, sum
+
+// K or V of a cache: row of cell c, KV head h, stream s at data + c*nb_cell + h*nb_head + s*nb_stream.
+struct fused_side {
+    const uint8_t  * data;
+    size_t           nb_cell;
+    size_t           nb_head;
+    size_t           nb_stream;
+    const uint16_t * arena;     // F16 rows of intact cells, or nullptr: intact cells are read from data
+    size_t           arena_row; // F16 values per arena row
+    ggml_type        type;
+    int              dim;       // head size
+};
+
+// How the work is cut: blocks of query rows x groups of KV heads x chunks of cells.
+struct fused_plan {
+    int heads;       // query heads of a block that share one KV head
+    int tokens;      // tokens of a block; a block has heads*tokens query rows per KV head
+    int kv_heads;    // KV heads of an item
+    int chunk_cells; // cells of a chunk
+    int n_head_block;
+    int n_token_block;
+    int n_head_group;
+    int n_chunk;     // more than 1: items write partial results, which a second node merges
+    int n_item;
+};
+
+struct fused_call {
+    const char     * q;
+    size_t           q_nb_token, q_nb_head, q_nb_stream;
+    fused_side       k, v;
+    const char     * mask; // or nullptr
+    size_t           mask_nb_token, mask_nb_head, mask_nb_stream;
+    int              mask_heads, mask_streams;
+    const float    * sinks; // or nullptr
+    const int32_t  * row_of_cell; // or nullptr
+    int              n_head, n_head_kv, n_tokens, n_stream, n_kv;
+    float            scale, max_bias, softcap;
+    fused_plan       plan;
+    float          * out; // result, or partial results [n_stream][n_chunk][n_tokens][n_head][FUSED_PARTIAL + head_dim_v]
+};
+
+fused_plan fused_make_plan(int dim_k, int dim_v, int n_kv, int n_tokens, int n_head, int n_head_kv, int n_stream);
+
+// ALiBi slope of a query head (arXiv 2108.12409, as in ggml_flash_attn_ext); 1 without a bias.
+float fused_slope(float max_bias, int n_head, int head);
+
+// Computes items ith, ith + nth, ... One function per instruction set, all from the same source, fused_kernel.h.
+typedef void (*fused_kernel_t)(const fused_call & call, int ith, int nth);
+
+struct fused_kernel {
+    const char   * isa;
+    bool        (* available)();
+    fused_kernel_t run;
+};
+
+// The best this machine has, or the one that INTACTKV_ISA names.
+const fused_kernel & fused_chosen();
+
+// Another choice for later calls, by name; nullptr: the best. false: this machine has not got it. For tests.
+bool fused_choose(const char * isa);
+
+} // namespace intactkv

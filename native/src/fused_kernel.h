@@ -1,0 +1,706 @@
+// Attention of one item: a block of query rows, a few KV heads, a range of cells. The same source for every
+// instruction set.
+//
+// Rows of an item are ordered by query head, then token: row = head*tokens + token. Two layouts:
+//   narrow (few rows: decode)     scores [row][cell], cells in lanes; V is expanded in registers
+//   wide   (many rows: prefill)   scores [cell][row], rows in lanes; K and V are expanded once per tile
+// Cells that no query of the item sees are left out of the tiles, so a masked tile, a sliding window or the cells of
+// other sequences cost only the look at the mask.
+
+constexpr int      TILE_FLOATS  = 8192;                    // cells x head size of a tile
+constexpr uint16_t F16_NEG_INF  = 0xfc00;
+constexpr int      NARROW_MAX   = W >= 8 ? 12 : 4;         // rows; measured
+constexpr int      VALUE_ROWS   = INTACTKV_X86 >= 3 ? 4 : 2; // rows that share an expansion of V in registers
+
+// Cells that are processed together: all intact or all ordinary.
+struct tile {
+    int     n = 0;
+    bool    intact;
+    bool    masked = false; // some mask value may not be 0
+    int32_t cell[FUSED_TILE];
+    int32_t row[FUSED_TILE]; // of the arena
+};
+
+struct item {
+    int  stream, head, heads, token, tokens, kv_head, kv_heads, cell, cells;
+    int  rows;     // per KV head
+    int  rows_pad; // wide: rows, rounded up to W
+    bool wide;
+};
+
+struct alignas(64) scratch {
+    float    acc[FUSED_FLOATS];             // [KV head][row][dim_v]
+    float    q[FUSED_FLOATS];               // narrow: [KV head][row][dim_k]; wide: [dim_k][row]
+    uint8_t  q8[FUSED_FLOATS];              // narrow: [KV head][row][dim_k]; wide: [dim_k/4][row][4]
+    float    q_scale[FUSED_FLOATS / QK];    // narrow: [KV head][row][block]; wide: [block][row]
+    float    q_sum[FUSED_FLOATS / QK];      // scale times sum of q8 over a block, as q_scale
+    int32_t  q_start[FUSED_FLOATS / QK];    // -K_BIAS times sum of q8 over a block, as q_scale
+    float    k[TILE_FLOATS];                // wide: [cell][dim_k]
+    uint8_t  k8[TILE_FLOATS];               // narrow: [dim_k/4][cell][4]; wide: [cell][dim_k]
+    float    k_scale[TILE_FLOATS / QK];     // narrow: [block][cell]; wide: [cell][block]
+    float    k_low[TILE_FLOATS / QK];       // as k_scale
+    float    v[TILE_FLOATS];                // wide: [cell][dim_v]
+    float    s[FUSED_ROWS_MAX * FUSED_TILE + W]; // W more: see add_mask()
+    float    mask[(FUSED_ROWS_MAX + W) * FUSED_TILE]; // narrow: [token][cell]; wide: [cell][token, rounded up to W]
+    float    max[FUSED_ROWS_MAX];
+    float    sum[FUSED_ROWS_MAX];
+    float    beta[FUSED_ROWS_MAX];
+    const uint8_t * row[FUSED_TILE];        // of K or V, one per cell of the tile
+    tile     ordinary, intact;
+};
+
+inline int round_up(int a, int b) {
+    return (a + b - 1) / b * b;
+}
+
+struct worker {
+    const fused_call & call;
+    const item       & it;
+    scratch          & x;
+
+    const int dim_k  = call.k.dim;
+    const int dim_v  = call.v.dim;
+    const int cells_max = TILE_FLOATS / (dim_k > dim_v ? dim_k : dim_v) >= FUSED_TILE ? FUSED_TILE
+                        : TILE_FLOATS / (dim_k > dim_v ? dim_k : dim_v) / 16 * 16;
+
+    // --- queries ---
+
+    const float * query(int kv_head, int row) const {
+        const int head  = kv_head * (call.n_head / call.n_head_kv) + it.head + row / it.tokens;
+        const int token = it.token + row % it.tokens;
+        return (const float *) (call.q + head * call.q_nb_head + token * call.q_nb_token + it.stream * call.q_nb_stream);
+    }
+
+    // Scaled, and for a quantized K rounded to 8 bits per block of 32 once.
+    void load_queries() const {
+        const float scale   = call.softcap != 0.0f ? call.scale / call.softcap : call.scale;
+        const int   n_block = dim_k / QK;
+        const bool  floats  = call.k.type == GGML_TYPE_F16 || call.k.type == GGML_TYPE_BF16 || (call.row_of_cell && call.k.arena);
+        const bool  bytes   = call.k.type != GGML_TYPE_F16 && call.k.type != GGML_TYPE_BF16;
+        if (it.wide && it.rows_pad > it.rows) {
+            memset(x.q, 0, sizeof(float) * dim_k * it.rows_pad);
+            memset(x.q8, 0, dim_k * it.rows_pad);
+            memset(x.q_scale, 0, sizeof(float) * n_block * it.rows_pad);
+            memset(x.q_sum, 0, sizeof(float) * n_block * it.rows_pad);
+            memset(x.q_start, 0, sizeof(int32_t) * n_block * it.rows_pad);
+        }
+        for (int h = 0; h < it.kv_heads; h++) {
+            for (int r = 0; r < it.rows; r++) {
+                const int     row = h * it.rows + r;
+                const float * q   = query(it.kv_head + h, r);
+                if (floats) {
+                    for (int d = 0; d < dim_k; d++) {
+                        x.q[it.wide ? d * it.rows_pad + row : row * dim_k + d] = q[d] * scale;
+                    }
+                }
+                for (int b = 0; bytes && b < n_block; b++) {
+                    load_query_block(q + b * QK, scale, row, b, n_block);
+                }
+            }
+        }
+    }
+
+    void load_query_block(const float * q, float scale, int row, int b, int n_block) const {
+        float amax = 0.0f;
+        for (int i = 0; i < QK; i++) {
+            const float a = __builtin_fabsf(q[i]);
+            amax = a > amax ? a : amax;
+        }
+        const float inv = amax > 0.0f ? 127.0f / amax : 0.0f;
+        int32_t total = 0;
+        int8_t  n[QK];
+        for (int i = 0; i < QK; i++) {
+            // rounds to nearest, as in exp_neg()
+            const float t = q[i] * inv + 12582912.0f;
+            int32_t bits;
+            memcpy(&bits, &t, sizeof(bits));
+            n[i] = (int8_t) (bits - 0x4b400000);
+            total += n[i];
+        }
+        if (it.wide) {
+            for (int j = 0; j < QK / 4; j++) {
+                memcpy(x.q8 + ((b * (QK / 4) + j) * it.rows_pad + row) * 4, n + j * 4, 4);
+            }
+        } else {
+            memcpy(x.q8 + row * dim_k + b * QK, n, QK);
+        }
+        const int at = it.wide ? b * it.rows_pad + row : row * n_block + b;
+        x.q_scale[at] = amax / 127.0f * scale;
+        x.q_sum[at]   = x.q_scale[at] * total;
+        x.q_start[at] = -K_BIAS * total;
+    }
+
+    // --- scores ---
+
+    // Points x.row at the K or V rows of the tile's cells; true: they are F16 rows of the arena.
+    bool find_rows(const fused_side & side, const tile & t, int kv_head) const {
+        if (t.intact && side.arena) {
+            const uint16_t * base = side.arena + (size_t) kv_head * side.dim;
+            for (int c = 0; c < t.n; c++) {
+                x.row[c] = (const uint8_t *) (base + t.row[c] * side.arena_row);
+            }
+            return true;
+        }
+        const uint8_t * base = side.data + kv_head * side.nb_head + it.stream * side.nb_stream;
+        for (int c = 0; c < t.n; c++) {
+            x.row[c] = base + t.cell[c] * side.nb_cell;
+        }
+        return false;
+    }
+
+    // 8 x W dwords: block of 32 bytes of W cells -> [8][W]
+    static void transpose(const uint8_t (*in)[QK], uint8_t * out, size_t ld) {
+#if INTACTKV_X86 >= 3
+        __m512i z[8], u[8], w[8];
+        for (int i = 0; i < 8; i++) {
+            const int c = i < 4 ? i : i + 4; // cells c and c+4 in the halves
+            z[i] = _mm512_inserti64x4(_mm512_castsi256_si512(load_as<__m256i>(in[c])), load_as<__m256i>(in[c + 4]), 1);
+        }
+        for (int i = 0; i < 8; i += 2) {
+            u[i]     = _mm512_unpacklo_epi32(z[i], z[i + 1]);
+            u[i + 1] = _mm512_unpackhi_epi32(z[i], z[i + 1]);
+        }
+        for (int i = 0; i < 8; i += 4) {
+            w[i]     = _mm512_unpacklo_epi64(u[i], u[i + 2]);
+            w[i + 1] = _mm512_unpackhi_epi64(u[i], u[i + 2]);
+            w[i + 2] = _mm512_unpacklo_epi64(u[i + 1], u[i + 3]);
+            w[i + 3] = _mm512_unpackhi_epi64(u[i + 1], u[i + 3]);
+        }
+        for (int j = 0; j < 4; j++) {
+            store(out + j * ld * 4,       (vi) _mm512_shuffle_i32x4(w[j], w[j + 4], 0x88));
+            store(out + (j + 4) * ld * 4, (vi) _mm512_shuffle_i32x4(w[j], w[j + 4], 0xdd));
+        }
+#elif INTACTKV_X86 == 2
+        __m256i z[8], u[8], w[8];
+        for (int i = 0; i < 8; i++) {
+            z[i] = load_as<__m256i>(in[i]);
+        }
+        for (int i = 0; i < 8; i += 2) {
+            u[i]     = _mm256_unpacklo_epi32(z[i], z[i + 1]);
+            u[i + 1] = _mm256_unpackhi_epi32(z[i], z[i + 1]);
+        }
+        for (int i = 0; i < 8; i += 4) {
+            w[i]     = _mm256_unpacklo_epi64(u[i], u[i + 2]);
+            w[i + 1] = _mm256_unpackhi_epi64(u[i], u[i + 2]);
+            w[i + 2] = _mm256_unpacklo_epi64(u[i + 1], u[i + 3]);
+            w[i + 3] = _mm256_unpackhi_epi64(u[i + 1], u[i + 3]);
+        }
+        for (int j = 0; j < 4; j++) {
+            store(out + j * ld * 4,       (vi) _mm256_permute2x128_si256(w[j], w[j + 4], 0x20));
+            store(out + (j + 4) * ld * 4, (vi) _mm256_permute2x128_si256(w[j], w[j + 4], 0x31));
+        }
+#else
+        for (int j = 0; j < QK / 4; j++) {
+            for (int c = 0; c < W; c++) {
+                memcpy(out + (j * ld + c) * 4, in[c] + j * 4, 4);
+            }
+        }
+#endif
+    }
+
+    template <ggml_type T> void pack_k(int n) const {
+        const int n_block = dim_k / QK;
+        alignas(64) uint8_t bytes[W][QK];
+        for (int c0 = 0; c0 < n; c0 += W) {
+            for (int b = 0; b < n_block; b++) {
+                for (int c = 0; c < W; c++) {
+                    // lanes behind the last cell repeat it; their scores are thrown away
+                    const uint8_t * p = x.row[c0 + c < n ? c0 + c : n - 1] + b * block<T>::bytes;
+                    unpack_k<T>(p, bytes[c]);
+                    x.k_scale[b * FUSED_TILE + c0 + c] = f16(p);
+                    if constexpr (block<T>::min) {
+                        x.k_low[b * FUSED_TILE + c0 + c] = f16(p + 2);
+                    }
+                }
+                transpose(bytes, x.k8 + (b * (QK / 4) * FUSED_TILE + c0) * 4, FUSED_TILE);
+            }
+        }
+    }
+
+    template <ggml_type T> void narrow_scores_quant(int n, int row0) const {
+        pack_k<T>(n);
+        const int n_block = dim_k / QK;
+        const idot_args g = {
+            x.q8 + row0 * dim_k, (size_t) dim_k, x.k8, FUSED_TILE,
+            x.q_scale + row0 * n_block, x.k_scale,
+            block<T>::min ? x.q_sum + row0 * n_block : nullptr, x.k_low,
+            x.q_start + row0 * n_block, x.s, FUSED_TILE, n_block,
+        };
+        idot<false>(g, it.rows, round_up(n, W));
+    }
+
+    template <ggml_type T, int R> void narrow_scores_float_rows(int n, int row0, int r0) const {
+        for (int c = 0; c < n; c++) {
+            vf acc[R] = {};
+            for (int d = 0; d < dim_k; d += W) {
+                const vf k = values<T>(x.row[c] + d * 2, 0);
+                for (int r = 0; r < R; r++) {
+                    acc[r] = fma(k, load(x.q + (row0 + r0 + r) * dim_k + d), acc[r]);
+                }
+            }
+            for (int r = 0; r < R; r++) {
+                x.s[(r0 + r) * FUSED_TILE + c] = sum(acc[r]);
+            }
+        }
+    }
+
+    template <ggml_type T> void narrow_scores_float(int n, int row0) const {
+        int r = 0;
+        for (; r + 4 <= it.rows; r += 4) {
+            narrow_scores_float_rows<T, 4>(n, row0, r);
+        }
+        switch (it.rows - r) {
+            case 3: narrow_scores_float_rows<T, 3>(n, row0, r); break;
+            case 2: narrow_scores_float_rows<T, 2>(n, row0, r); break;
+            case 1: narrow_scores_float_rows<T, 1>(n, row0, r); break;
+        }
+    }
+
+    template <ggml_type T> void wide_scores_quant(int n) const {
+        const int n_block = dim_k / QK;
+        for (int c = 0; c < n; c++) {
+            for (int b = 0; b < n_block; b++) {
+                const uint8_t * p = x.row[c] + b * block<T>::bytes;
+                unpack_k<T>(p, x.k8 + c * dim_k + b * QK);
+                x.k_scale[c * n_block + b] = f16(p);
+                if constexpr (block<T>::min) {
+                    x.k_low[c * n_block + b] = f16(p + 2);
+                }
+            }
+        }
+        const idot_args g = {
+            x.k8, (size_t) dim_k, x.q8, (size_t) it.rows_pad,
+            x.k_scale, x.q_scale, block<T>::min ? x.k_low : nullptr, x.q_sum,
+            x.q_start, x.s, (size_t) it.rows_pad, n_block,
+        };
+        idot<true>(g, n, it.rows_pad);
+    }
+
+    template <ggml_type T> void wide_scores_float(int n) const {
+        for (int c = 0; c < n; c++) {
+            for (int d = 0; d < dim_k; d += W) {
+                store(x.k + c * dim_k + d, values<T>(x.row[c] + d * 2, 0));
+            }
+        }
+        const gemm_args g = { x.k, (size_t) dim_k, 1, x.q, (size_t) it.rows_pad, x.s, (size_t) it.rows_pad, nullptr, dim_k };
+        gemm(g, n, it.rows_pad);
+    }
+
+    template <ggml_type T> void scores_of(int n, int row0) const {
+        if constexpr (block<T>::quant) {
+            it.wide ? wide_scores_quant<T>(n) : narrow_scores_quant<T>(n, row0);
+        } else {
+            it.wide ? wide_scores_float<T>(n) : narrow_scores_float<T>(n, row0);
+        }
+    }
+
+    void scores(const tile & t, int kv_head, int row0) const {
+        const bool arena = find_rows(call.k, t, kv_head);
+        switch (arena ? GGML_TYPE_F16 : call.k.type) {
+            case GGML_TYPE_F16:    scores_of<GGML_TYPE_F16>   (t.n, row0); break;
+            case GGML_TYPE_BF16:   scores_of<GGML_TYPE_BF16>  (t.n, row0); break;
+            case GGML_TYPE_Q8_0:   scores_of<GGML_TYPE_Q8_0>  (t.n, row0); break;
+            case GGML_TYPE_Q5_1:   scores_of<GGML_TYPE_Q5_1>  (t.n, row0); break;
+            case GGML_TYPE_Q5_0:   scores_of<GGML_TYPE_Q5_0>  (t.n, row0); break;
+            case GGML_TYPE_Q4_1:   scores_of<GGML_TYPE_Q4_1>  (t.n, row0); break;
+            case GGML_TYPE_Q4_0:   scores_of<GGML_TYPE_Q4_0>  (t.n, row0); break;
+            case GGML_TYPE_IQ4_NL: scores_of<GGML_TYPE_IQ4_NL>(t.n, row0); break;
+            default: break; // fused_supported() lets no other type through
+        }
+        if (call.softcap != 0.0f) {
+            const int n_row = it.wide ? t.n : it.rows;
+            const int n_col = it.wide ? it.rows_pad : round_up(t.n, W);
+            const int ld    = it.wide ? it.rows_pad : FUSED_TILE;
+            for (int i = 0; i < n_row; i++) {
+                for (int j = 0; j < n_col; j += W) {
+                    store(x.s + i * ld + j, tanh(load(x.s + i * ld + j)) * call.softcap);
+                }
+            }
+        }
+    }
+
+    // --- mask ---
+
+    const uint16_t * mask_row(int head, int token) const {
+        return (const uint16_t *) (call.mask + (it.token + token) * call.mask_nb_token +
+                head % call.mask_heads * call.mask_nb_head + it.stream % call.mask_streams * call.mask_nb_stream);
+    }
+
+    int mask_ld() const {
+        return it.wide ? round_up(it.tokens, W) : FUSED_TILE;
+    }
+
+    // The tile's mask values of one query head as floats, 0 in the padding.
+    void load_mask(const tile & t, int head) const {
+        const int ld = mask_ld();
+        memset(x.mask, 0, sizeof(float) * ld * (it.wide ? t.n : it.tokens));
+        for (int i = 0; i < it.tokens; i++) {
+            const uint16_t * m = mask_row(head, i);
+            for (int c = 0; c < t.n; c++) {
+                x.mask[it.wide ? c * ld + i : i * ld + c] = f16(m + t.cell[c]);
+            }
+        }
+    }
+
+    void add_mask(const tile & t, int kv_head) const {
+        const int n_group = call.n_head / call.n_head_kv;
+        const int ld      = mask_ld();
+        for (int g = 0; g < it.heads; g++) {
+            const int head = kv_head * n_group + it.head + g;
+            if (call.mask_heads > 1) {
+                load_mask(t, head);
+            }
+            const vf slope = set1(fused_slope(call.max_bias, call.n_head, head));
+            if (it.wide) {
+                // the padding behind the last token adds 0 to rows of the next head
+                for (int c = 0; c < t.n; c++) {
+                    for (int i = 0; i < ld; i += W) {
+                        float * s = x.s + c * it.rows_pad + g * it.tokens + i;
+                        store(s, fma(slope, load(x.mask + c * ld + i), load(s)));
+                    }
+                }
+            } else {
+                for (int i = 0; i < it.tokens; i++) {
+                    for (int c = 0; c < t.n; c += W) {
+                        float * s = x.s + (g * it.tokens + i) * FUSED_TILE + c;
+                        store(s, fma(slope, load(x.mask + i * ld + c), load(s)));
+                    }
+                }
+            }
+        }
+    }
+
+    // --- softmax: scores become weights, x.beta what earlier results are scaled by ---
+
+    // Of a row: e^(old - new), and the sum brought along. A row that has seen no cell keeps maximum -inf.
+    static float lowest(float m) {
+        return m > -3.0e38f ? m : -3.0e38f; // so that -inf - lowest(-inf) is not NaN
+    }
+
+    void narrow_softmax(int n, int row0) const {
+        const int n_pad = round_up(n, W);
+        for (int r = 0; r < it.rows; r++) {
+            float * s = x.s + r * FUSED_TILE;
+            for (int c = n; c < n_pad; c++) {
+                s[c] = -__builtin_inff();
+            }
+            vf m = set1(x.max[row0 + r]);
+            for (int c = 0; c < n_pad; c += W) {
+                m = max(m, load(s + c));
+            }
+            const float now = max_of(m);
+            const float ref = lowest(now);
+            const float beta = exp_neg(set1(lowest(x.max[row0 + r]) - ref))[0];
+            vf total = {};
+            for (int c = 0; c < n_pad; c += W) {
+                const vf p = exp_neg(load(s + c) - ref);
+                total += p;
+                store(s + c, p);
+            }
+            x.beta[r]       = beta;
+            x.max[row0 + r] = now;
+            x.sum[row0 + r] = x.sum[row0 + r] * beta + sum(total);
+        }
+    }
+
+    void wide_softmax(int n) const {
+        for (int r = 0; r < it.rows_pad; r += W) {
+            float * s = x.s + r;
+            const vf old = load(x.max + r);
+            vf m = old;
+            for (int c = 0; c < n; c++) {
+                m = max(m, load(s + c * it.rows_pad));
+            }
+            const vf ref  = max(set1(-3.0e38f), m);
+            const vf beta = exp_neg(max(set1(-3.0e38f), old) - ref);
+            vf total = {};
+            for (int c = 0; c < n; c++) {
+                const vf p = exp_neg(load(s + c * it.rows_pad) - ref);
+                total += p;
+                store(s + c * it.rows_pad, p);
+            }
+            store(x.beta + r, beta);
+            store(x.max + r, m);
+            store(x.sum + r, fma(load(x.sum + r), beta, total));
+        }
+    }
+
+    // --- values ---
+
+    // acc[r][d0..d0+32) of R rows; the blocks' scales go into the weights, their lows into one number per row.
+    template <ggml_type T, int R, int N> void narrow_values_block(int n, int r0, int row0, int d0) const {
+        constexpr int NV = N / W;
+        const size_t offset = (size_t) (block<T>::quant ? d0 / QK * block<T>::bytes : d0 * 2);
+        constexpr bool low = block<T>::min || block<T>::offset != 0;
+        alignas(64) float w[R][FUSED_TILE];
+        vf acc[R][NV];
+        if constexpr (block<T>::quant) {
+            alignas(64) float scale[FUSED_TILE], lows[FUSED_TILE];
+            const int n_pad = round_up(n, W);
+            for (int c = 0; c < n_pad; c++) {
+                const uint8_t * p = x.row[c < n ? c : n - 1] + offset;
+                scale[c] = block_scale<T>(p);
+                if constexpr (low) {
+                    lows[c] = block_low<T>(p);
+                }
+            }
+            for (int r = 0; r < R; r++) {
+                vf total = {};
+                for (int c = 0; c < n_pad; c += W) {
+                    const vf p = load(x.s + (r0 + r) * FUSED_TILE + c);
+                    store(w[r] + c, p * load(scale + c));
+                    if constexpr (low) {
+                        total = fma(p, load(lows + c), total);
+                    }
+                }
+                const float start = low ? sum(total) : 0.0f;
+                for (int v = 0; v < NV; v++) {
+                    acc[r][v] = fma(load(x.acc + (row0 + r0 + r) * dim_v + d0 + v * W), set1(x.beta[r0 + r]), set1(start));
+                }
+            }
+        } else {
+            for (int r = 0; r < R; r++) {
+                memcpy(w[r], x.s + (r0 + r) * FUSED_TILE, sizeof(float) * n);
+                for (int v = 0; v < NV; v++) {
+                    acc[r][v] = load(x.acc + (row0 + r0 + r) * dim_v + d0 + v * W) * x.beta[r0 + r];
+                }
+            }
+        }
+        for (int c = 0; c < n; c++) {
+            const uint8_t * p = x.row[c] + offset;
+            for (int v = 0; v < NV; v++) {
+                const vf value = values<T>(p, v);
+                for (int r = 0; r < R; r++) {
+                    acc[r][v] = fma(value, set1(w[r][c]), acc[r][v]);
+                }
+            }
+        }
+        for (int r = 0; r < R; r++) {
+            for (int v = 0; v < NV; v++) {
+                store(x.acc + (row0 + r0 + r) * dim_v + d0 + v * W, acc[r][v]);
+            }
+        }
+    }
+
+    template <ggml_type T, int R> void narrow_values_rows(int n, int r0, int row0) const {
+        int d = 0;
+        for (; d + QK <= dim_v; d += QK) {
+            narrow_values_block<T, R, QK>(n, r0, row0, d);
+        }
+        if constexpr (!block<T>::quant) {
+            if (d < dim_v) {
+                narrow_values_block<T, R, 16>(n, r0, row0, d);
+            }
+        }
+    }
+
+    template <ggml_type T> void narrow_values(int n, int row0) const {
+        int r = 0;
+        for (; r + VALUE_ROWS <= it.rows; r += VALUE_ROWS) {
+            narrow_values_rows<T, VALUE_ROWS>(n, r, row0);
+        }
+        if constexpr (VALUE_ROWS > 2) {
+            switch (it.rows - r) {
+                case 3: narrow_values_rows<T, 3>(n, r, row0); break;
+                case 2: narrow_values_rows<T, 2>(n, r, row0); break;
+            }
+        }
+        if (it.rows - r == 1) {
+            narrow_values_rows<T, 1>(n, r, row0);
+        }
+    }
+
+    template <ggml_type T> void wide_values(int n) const {
+        for (int c = 0; c < n; c++) {
+            if constexpr (block<T>::quant) {
+                for (int d = 0; d < dim_v; d += QK) {
+                    const uint8_t * p = x.row[c] + d / QK * block<T>::bytes;
+                    const vf scale = set1(block_scale<T>(p));
+                    const vf low   = set1(block_low<T>(p));
+                    for (int v = 0; v < QK / W; v++) {
+                        store(x.v + c * dim_v + d + v * W, fma(values<T>(p, v), scale, low));
+                    }
+                }
+            } else {
+                for (int d = 0; d < dim_v; d += W) {
+                    store(x.v + c * dim_v + d, values<T>(x.row[c] + d * 2, 0));
+                }
+            }
+        }
+        const gemm_args g = { x.s, 1, (size_t) it.rows_pad, x.v, (size_t) dim_v, x.acc, (size_t) dim_v, x.beta, n };
+        gemm(g, it.rows, dim_v);
+    }
+
+    template <ggml_type T> void values_of(int n, int row0) const {
+        it.wide ? wide_values<T>(n) : narrow_values<T>(n, row0);
+    }
+
+    void accumulate(const tile & t, int kv_head, int row0) const {
+        const bool arena = find_rows(call.v, t, kv_head);
+        switch (arena ? GGML_TYPE_F16 : call.v.type) {
+            case GGML_TYPE_F16:    values_of<GGML_TYPE_F16>   (t.n, row0); break;
+            case GGML_TYPE_BF16:   values_of<GGML_TYPE_BF16>  (t.n, row0); break;
+            case GGML_TYPE_Q8_0:   values_of<GGML_TYPE_Q8_0>  (t.n, row0); break;
+            case GGML_TYPE_Q5_1:   values_of<GGML_TYPE_Q5_1>  (t.n, row0); break;
+            case GGML_TYPE_Q5_0:   values_of<GGML_TYPE_Q5_0>  (t.n, row0); break;
+            case GGML_TYPE_Q4_1:   values_of<GGML_TYPE_Q4_1>  (t.n, row0); break;
+            case GGML_TYPE_Q4_0:   values_of<GGML_TYPE_Q4_0>  (t.n, row0); break;
+            case GGML_TYPE_IQ4_NL: values_of<GGML_TYPE_IQ4_NL>(t.n, row0); break;
+            default: break;
+        }
+    }
+
+    // --- tiles ---
+
+    void process(tile & t) const {
+        if (t.n == 0) {
+            return;
+        }
+        if (t.masked && call.mask_heads == 1) {
+            load_mask(t, 0);
+        }
+        for (int h = 0; h < it.kv_heads; h++) {
+            const int row0 = h * it.rows;
+            scores(t, it.kv_head + h, row0);
+            if (t.masked) {
+                add_mask(t, it.kv_head + h);
+            }
+            it.wide ? wide_softmax(t.n) : narrow_softmax(t.n, row0);
+            accumulate(t, it.kv_head + h, row0);
+        }
+        t.n = 0;
+        t.masked = false;
+    }
+
+    // Which of n cells from c on does any query of the item see? true: some mask value is not 0.
+    bool look(int c, int n, uint16_t * live) const {
+        for (int i = 0; i < FUSED_TILE; i++) {
+            live[i] = call.mask == nullptr;
+        }
+        if (!call.mask) {
+            return false;
+        }
+        const int n_group = call.n_head / call.n_head_kv;
+        const int first   = call.mask_heads > 1 ? it.kv_head * n_group : 0;
+        const int last    = call.mask_heads > 1 ? (it.kv_head + it.kv_heads) * n_group : 1;
+        uint16_t any = 0;
+        for (int head = first; head < last; head++) {
+            for (int i = 0; i < it.tokens; i++) {
+                const uint16_t * m = mask_row(head, i) + c;
+                for (int j = 0; j < n; j++) {
+                    live[j] |= m[j] != F16_NEG_INF;
+                    any |= m[j];
+                }
+            }
+        }
+        return any != 0;
+    }
+
+    void add(tile & t, int cell, int row, bool masked) const {
+        t.cell[t.n] = cell;
+        t.row[t.n]  = row;
+        t.n++;
+        t.masked |= masked;
+        if (t.n == cells_max) {
+            process(t);
+        }
+    }
+
+    void run() const {
+        load_queries();
+        memset(x.acc, 0, sizeof(float) * it.kv_heads * it.rows * dim_v);
+        for (int r = 0; r < FUSED_ROWS_MAX; r++) {
+            x.max[r] = -__builtin_inff();
+            x.sum[r] = 0.0f;
+        }
+        x.ordinary.n = x.intact.n = 0;
+        x.ordinary.masked = x.intact.masked = false;
+        x.ordinary.intact = false;
+        x.intact.intact   = true;
+
+        const int32_t * rows = call.row_of_cell ? call.row_of_cell + (size_t) it.stream * call.n_kv : nullptr;
+        for (int c = it.cell; c < it.cell + it.cells; c += FUSED_TILE) {
+            const int n = it.cell + it.cells - c < FUSED_TILE ? it.cell + it.cells - c : FUSED_TILE;
+            uint16_t live[FUSED_TILE];
+            const bool masked = look(c, n, live);
+            for (int i = 0; i < n; i++) {
+                if (live[i]) {
+                    const bool intact = rows && rows[c + i] >= 0;
+                    add(intact ? x.intact : x.ordinary, c + i, intact ? rows[c + i] : -1, masked);
+                }
+            }
+        }
+        process(x.intact);
+        process(x.ordinary);
+        write();
+    }
+
+    // --- results ---
+
+    void write() const {
+        const int  n_group = call.n_head / call.n_head_kv;
+        const bool partial = call.plan.n_chunk > 1;
+        const size_t size  = dim_v + (partial ? FUSED_PARTIAL : 0);
+        for (int h = 0; h < it.kv_heads; h++) {
+            for (int r = 0; r < it.rows; r++) {
+                const int row   = h * it.rows + r;
+                const int head  = (it.kv_head + h) * n_group + it.head + r / it.tokens;
+                const int token = it.token + r % it.tokens;
+                const float * acc = x.acc + row * dim_v;
+                size_t at = (size_t) it.stream * call.plan.n_chunk + it.cell / call.plan.chunk_cells;
+                at = (at * call.n_tokens + token) * call.n_head + head;
+                float * out = call.out + at * size;
+                float scale = 1.0f;
+                if (partial) {
+                    out[0] = x.max[row];
+                    out[1] = x.sum[row];
+                    out += FUSED_PARTIAL;
+                } else {
+                    // a sink is one more score, of a cell without a value
+                    float total = x.sum[row];
+                    if (call.sinks) {
+                        const float sink = call.sinks[head];
+                        const float ref  = lowest(sink > x.max[row] ? sink : x.max[row]);
+                        scale = exp_neg(set1(lowest(x.max[row]) - ref))[0];
+                        total = total * scale + exp_neg(set1(lowest(sink) - ref))[0];
+                    }
+                    scale = total == 0.0f ? 0.0f : scale / total;
+                }
+                for (int d = 0; d < dim_v; d += W) {
+                    store(out + d, load(acc + d) * scale);
+                }
+            }
+        }
+    }
+};
+
+// Item i of the plan, chunks varying fastest.
+inline item make_item(const fused_call & call, int i) {
+    const fused_plan & p = call.plan;
+    const int n_group = call.n_head / call.n_head_kv;
+    item it;
+    it.cell     = i % p.n_chunk * p.chunk_cells;
+    i /= p.n_chunk;
+    it.kv_head  = i % p.n_head_group * p.kv_heads;
+    i /= p.n_head_group;
+    it.head     = i % p.n_head_block * p.heads;
+    i /= p.n_head_block;
+    it.token    = i % p.n_token_block * p.tokens;
+    it.stream   = i / p.n_token_block;
+    it.cells    = call.n_kv - it.cell      < p.chunk_cells ? call.n_kv - it.cell      : p.chunk_cells;
+    it.kv_heads = call.n_head_kv - it.kv_head < p.kv_heads ? call.n_head_kv - it.kv_head : p.kv_heads;
+    it.heads    = n_group - it.head        < p.heads       ? n_group - it.head        : p.heads;
+    it.tokens   = call.n_tokens - it.token < p.tokens      ? call.n_tokens - it.token : p.tokens;
+    it.rows     = it.heads * it.tokens;
+    it.wide     = it.rows > NARROW_MAX && it.kv_heads == 1;
+    it.rows_pad = round_up(it.rows, W);
+    return it;
+}
+
+void run(const fused_call & call, int ith, int nth) {
+    scratch x;
+    for (int i = ith; i < call.plan.n_item; i += nth) {
+        const item it = make_item(call, i);
+        worker{ call, it, x }.run();
+    }
+}

@@ -1,0 +1,40 @@
+// The kernel for NEON with dot products (Armv8.2).
+
+#if defined(__aarch64__)
+
+#include "fused_call.h"
+
+#include <cmath>
+#include <cstring>
+#include <arm_neon.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("+dotprod"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("+dotprod")
+#endif
+#define INTACTKV_X86 0
+#define INTACTKV_ARM 2
+
+namespace intactkv {
+namespace {
+#include "fused_simd.h"
+#include "fused_blocks.h"
+#include "fused_gemm.h"
+#include "fused_kernel.h"
+} // namespace
+
+void fused_run_neon_dotprod(const fused_call & call, int ith, int nth) {
+    run(call, ith, nth);
+}
+
+} // namespace intactkv
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif

@@ -1,0 +1,56 @@
+// How one call is cut into items that threads take in turn.
+
+#include "fused_call.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace intactkv {
+
+constexpr int CHUNK_MIN  = 128; // cells: below, starting and merging a chunk costs more than it spreads
+constexpr int ITEMS_WANT = 64;  // enough for every thread of a large machine, and to even out uneven chunks
+constexpr int ITEMS_MIN  = 16;  // an item takes several KV heads (whole cache lines) if so many remain
+
+static int div_up(int a, int b) {
+    return (a + b - 1) / b;
+}
+
+fused_plan fused_make_plan(int dim_k, int dim_v, int n_kv, int n_tokens, int n_head, int n_head_kv, int n_stream) {
+    const int n_group  = n_head / n_head_kv;
+    const int rows_max = std::min(FUSED_ROWS_MAX, FUSED_FLOATS / std::max(dim_k, dim_v) / 16 * 16);
+
+    fused_plan p;
+    p.heads         = std::min(n_group, rows_max);
+    p.n_head_block  = div_up(n_group, p.heads);
+    p.tokens        = std::min(n_tokens, rows_max / p.heads);
+    p.n_token_block = div_up(n_tokens, p.tokens);
+
+    const int n_base      = n_stream * p.n_head_block * p.n_token_block;
+    const int n_chunk_max = n_kv < 2 * CHUNK_MIN + 1 ? 1 : div_up(n_kv, CHUNK_MIN);
+
+    const int rows = p.heads * p.tokens;
+    p.kv_heads = std::min(n_head_kv, rows_max / (rows <= 4 ? rows : div_up(rows, 16) * 16));
+    while (p.kv_heads > 1 && n_base * div_up(n_head_kv, p.kv_heads) * n_chunk_max < ITEMS_MIN) {
+        p.kv_heads--;
+    }
+    p.n_head_group = div_up(n_head_kv, p.kv_heads);
+    p.kv_heads     = div_up(n_head_kv, p.n_head_group);
+
+    const int n_chunk = std::clamp(ITEMS_WANT / (n_base * p.n_head_group), 1, n_chunk_max);
+    p.chunk_cells = div_up(div_up(n_kv, n_chunk), FUSED_TILE) * FUSED_TILE;
+    p.n_chunk     = div_up(n_kv, p.chunk_cells);
+    p.n_item      = n_base * p.n_head_group * p.n_chunk;
+    return p;
+}
+
+float fused_slope(float max_bias, int n_head, int head) {
+    if (max_bias <= 0.0f) {
+        return 1.0f;
+    }
+    const int   log2 = 1 << (int) std::floor(std::log2((float) n_head));
+    const float m0   = std::pow(2.0f, -max_bias / log2);
+    const float m1   = std::pow(2.0f, -max_bias / 2.0f / log2);
+    return head < log2 ? std::pow(m0, (float) (head + 1)) : std::pow(m1, (float) (2 * (head - log2) + 1));
+}
+
+} // namespace intactkv

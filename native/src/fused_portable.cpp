@@ -1,0 +1,23 @@
+// The kernel in portable C++: the compiler's own vectors, no intrinsics.
+
+#include "fused_call.h"
+
+#include <cmath>
+#include <cstring>
+
+#define INTACTKV_X86 0
+#define INTACTKV_ARM 0
+
+namespace intactkv {
+namespace {
+#include "fused_simd.h"
+#include "fused_blocks.h"
+#include "fused_gemm.h"
+#include "fused_kernel.h"
+} // namespace
+
+void fused_run_portable(const fused_call & call, int ith, int nth) {
+    run(call, ith, nth);
+}
+
+} // namespace intactkv

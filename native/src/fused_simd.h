@@ -1,0 +1,176 @@
+// Vectors of W floats and the few operations on them that the compiler needs help with.
+//
+// The vector types are the compiler's own (GCC, Clang), so + - * & | << work on them. Included once per instruction
+// set, inside its anonymous namespace, after INTACTKV_X86 (2: AVX2+FMA+F16C, 3: AVX-512 F/BW/DQ/VL, 4: the same
+// with VNNI) or INTACTKV_ARM (1: NEON, 2: with dot products) said which; neither: portable.
+
+#if INTACTKV_X86 >= 3
+constexpr int W = 16;
+#elif INTACTKV_X86 == 2
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float    vf  __attribute__((vector_size(4 * W)));
+typedef int32_t  vi  __attribute__((vector_size(4 * W)));
+typedef uint16_t vh  __attribute__((vector_size(2 * W)));
+typedef uint8_t  vub __attribute__((vector_size(W)));
+typedef int8_t   vsb __attribute__((vector_size(W)));
+
+// K bytes are kept with this added, because x86's dot products want one side unsigned.
+constexpr int K_BIAS = INTACTKV_X86 >= 4 ? 128 : 0;
+
+template <typename T> inline T load_as(const void * p) {
+    T r;
+    memcpy(&r, p, sizeof(r));
+    return r;
+}
+
+inline vf   load(const float * p)      { return load_as<vf>(p); }
+inline void store(float * p, vf a)     { memcpy(p, &a, sizeof(a)); }
+inline void store(void * p, vi a)      { memcpy(p, &a, sizeof(a)); }
+inline vf   set1(float a)              { return vf{} + a; }
+inline vi   set1(int32_t a)            { return vi{} + a; }
+inline vf   to_float(vi a)             { return __builtin_convertvector(a, vf); }
+inline vf   as_float(vi a)             { return (vf) a; }
+inline vi   as_int(vf a)               { return (vi) a; }
+inline vi   load_u8(const uint8_t * p) { return __builtin_convertvector(load_as<vub>(p), vi); }
+inline vf   load_s8(const uint8_t * p) { return to_float(__builtin_convertvector(load_as<vsb>(p), vi)); }
+inline vf   load_bf16(const uint16_t * p) {
+    return as_float(__builtin_convertvector(load_as<vh>(p), vi) << 16);
+}
+
+// a*b + c
+inline vf fma(vf a, vf b, vf c) {
+#if INTACTKV_X86 >= 3
+    return _mm512_fmadd_ps(a, b, c);
+#elif INTACTKV_X86 == 2
+    return _mm256_fmadd_ps(a, b, c);
+#elif INTACTKV_ARM
+    return vfmaq_f32(c, a, b);
+#else
+    return a * b + c;
+#endif
+}
+
+// The larger; b where one is not a number.
+inline vf max(vf a, vf b) {
+#if INTACTKV_X86 >= 3
+    return _mm512_max_ps(a, b);
+#elif INTACTKV_X86 == 2
+    return _mm256_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+inline vf load_f16(const uint16_t * p) {
+#if INTACTKV_X86 >= 3
+    return _mm512_cvtph_ps(load_as<__m256i>(p));
+#elif INTACTKV_X86 == 2
+    return _mm256_cvtph_ps(load_as<__m128i>(p));
+#elif INTACTKV_ARM
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+#else
+    // exponent and mantissa moved into place, then the exponent's bias corrected by a product; inf and NaN by hand
+    const vi h    = __builtin_convertvector(load_as<vh>(p), vi);
+    const vi sign = (h & 0x8000) << 16;
+    const vi em   = h & 0x7fff;
+    const vf x    = as_float(em << 13) * set1(0x1p112f);
+    const vi big  = (em << 13) | 0x7f800000;
+    return as_float((em > 0x7bff ? big : as_int(x)) | sign);
+#endif
+}
+
+inline float f16(const void * p) {
+    uint16_t h;
+    memcpy(&h, p, sizeof(h));
+#if INTACTKV_X86 >= 2
+    return _cvtsh_ss(h);
+#else
+    uint16_t lanes[W] = { h };
+    return load_f16(lanes)[0];
+#endif
+}
+
+inline float sum(vf a) {
+#if INTACTKV_X86 >= 3
+    return _mm512_reduce_add_ps(a);
+#elif INTACTKV_ARM
+    return vaddvq_f32(a);
+#else
+    float r = 0.0f;
+    for (int i = 0; i < W; i++) {
+        r += a[i];
+    }
+    return r;
+#endif
+}
+
+inline float max_of(vf a) {
+#if INTACTKV_X86 >= 3
+    return _mm512_reduce_max_ps(a);
+#elif INTACTKV_ARM
+    return vmaxvq_f32(a);
+#else
+    float r = a[0];
+    for (int i = 1; i < W; i++) {
+        r = a[i] > r ? a[i] : r;
+    }
+    return r;
+#endif
+}
+
+// acc + the dot products of 4 signed bytes of q and 4 bytes of k (with K_BIAS), in each of W lanes.
+inline vi dot4(vi acc, vi k, vi q) {
+#if INTACTKV_X86 >= 4
+    return (vi) _mm512_dpbusd_epi32((__m512i) acc, (__m512i) k, (__m512i) q);
+#elif INTACTKV_X86 == 3
+    const __m512i s = _mm512_mask_sub_epi8((__m512i) q, _mm512_movepi8_mask((__m512i) k), _mm512_setzero_si512(), (__m512i) q);
+    const __m512i p = _mm512_maddubs_epi16(_mm512_abs_epi8((__m512i) k), s);
+    return acc + (vi) _mm512_madd_epi16(p, _mm512_set1_epi16(1));
+#elif INTACTKV_X86 == 2
+    const __m256i p = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i) k), _mm256_sign_epi8((__m256i) q, (__m256i) k));
+    return acc + (vi) _mm256_madd_epi16(p, _mm256_set1_epi16(1));
+#elif INTACTKV_ARM >= 2
+    return (vi) vdotq_s32((int32x4_t) acc, (int8x16_t) k, (int8x16_t) q);
+#elif INTACTKV_ARM
+    const int16x8_t lo = vmull_s8(vget_low_s8((int8x16_t) k), vget_low_s8((int8x16_t) q));
+    const int16x8_t hi = vmull_s8(vget_high_s8((int8x16_t) k), vget_high_s8((int8x16_t) q));
+    return acc + (vi) vpaddq_s32(vpaddlq_s16(lo), vpaddlq_s16(hi));
+#else
+    // bytes of each lane by shifts; each product fits 16 bits
+    const vi k0 = (k << 24) >> 24, k1 = (k << 16) >> 24, k2 = (k << 8) >> 24, k3 = k >> 24;
+    const vi q0 = (q << 24) >> 24, q1 = (q << 16) >> 24, q2 = (q << 8) >> 24, q3 = q >> 24;
+    return acc + k0 * q0 + k1 * q1 + k2 * q2 + k3 * q3;
+#endif
+}
+
+// e^x for x <= 0: 2^n * e^r with |r| <= ln(2)/2, polynomial of degree 6 (error below 2e-7 of the result);
+// exactly 0 below -88, NaN for NaN. Cephes' constants.
+inline vf exp_neg(vf x) {
+    x = max(set1(-88.02f), x);
+    const vf magic = set1(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer
+    const vf t = fma(x, set1(1.44269504f), magic);
+    const vf n = t - magic;
+    vf r = fma(n, set1(-0.693359375f), x);
+    r = fma(n, set1(2.12194440e-4f), r);
+    vf p = set1(1.9875691500e-4f);
+    p = fma(p, r, set1(1.3981999507e-3f));
+    p = fma(p, r, set1(8.3334519073e-3f));
+    p = fma(p, r, set1(4.1665795894e-2f));
+    p = fma(p, r, set1(1.6666665459e-1f));
+    p = fma(p, r, set1(5.0000001201e-1f));
+    p = fma(p, r * r, r + 1.0f);
+    // n = -127 gives the bits of 0
+    return p * as_float((as_int(t) - (0x4b400000 - 127)) << 23);
+}
+
+// tanh by e^(-2|x|); absolute error below 2e-7
+inline vf tanh(vf x) {
+    const vi sign = as_int(x) & (int32_t) 0x80000000;
+    const vf a = as_float(as_int(x) & 0x7fffffff);
+    const vf e = exp_neg(a * -2.0f);
+    return as_float(as_int((1.0f - e) / (1.0f + e)) | sign);
+}

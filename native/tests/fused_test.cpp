@@ -1,0 +1,173 @@
+// C entry points around fused attention and upstream's op, for tests/test_fused.py and benchmarks/attention.py:
+// both run as nodes of a ggml graph on the same tensors, laid out as in llama.cpp's cache.
+
+#include "fused.h"
+#include "fused_call.h"
+
+#include "ggml-cpu.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+namespace {
+
+ggml_tensor * cache_tensor(ggml_context * ctx, ggml_type type, const float * values, int64_t dim, int64_t n_head_kv, int64_t n_kv, int64_t n_stream) {
+    ggml_tensor * t = ggml_new_tensor_3d(ctx, type, dim * n_head_kv, n_kv, n_stream);
+    const int64_t n = ggml_nelements(t);
+    if (type == GGML_TYPE_F32) {
+        memcpy(t->data, values, ggml_nbytes(t));
+    } else {
+        // row by row: rows are whole blocks
+        ggml_quantize_chunk(type, values, t->data, 0, n / t->ne[0], t->ne[0], nullptr);
+    }
+    return t;
+}
+
+ggml_tensor * head_view(ggml_context * ctx, ggml_tensor * t, int64_t dim, int64_t n_head_kv) {
+    const size_t row = ggml_row_size(t->type, dim);
+    ggml_tensor * v = ggml_view_4d(ctx, t, dim, n_head_kv, t->ne[1], t->ne[2], row, t->nb[1], t->nb[2], 0);
+    return ggml_permute(ctx, v, 0, 2, 1, 3);
+}
+
+} // namespace
+
+extern "C" {
+
+struct fused_case {
+    int32_t dim_k, dim_v, n_head, n_head_kv, n_tokens, n_kv, n_stream;
+    int32_t type_k, type_v;
+    int32_t mask_heads;   // 0: no mask
+    int32_t mask_streams;
+    int32_t mask_tokens;  // >= n_tokens
+    int32_t n_rows;       // of the arena; 0: no intact cells
+    float   scale, max_bias, softcap;
+    const float    * q;     // [n_stream][n_tokens][n_head][dim_k]
+    const float    * k;     // [n_stream][n_kv][n_head_kv][dim_k]
+    const float    * v;
+    const uint16_t * mask;  // F16 [mask_streams][mask_heads][mask_tokens][n_kv]
+    const float    * sinks; // [n_head] or NULL
+    const float    * arena_k; // [n_rows][n_head_kv][dim_k] or NULL
+    const float    * arena_v;
+    const int32_t  * row_of_cell; // [n_stream][n_kv]
+};
+
+bool fused_test_isa(const char * name) {
+    return intactkv::fused_choose(name);
+}
+
+const char * fused_test_chosen(void) {
+    return intactkv::fused_isa();
+}
+
+// What a row of this type holds after quantizing: n values, rows of dim values.
+void fused_test_round(int32_t type, const float * in, float * out, int64_t n, int64_t dim) {
+    if (type == GGML_TYPE_F32) {
+        memcpy(out, in, n * sizeof(float));
+        return;
+    }
+    std::vector<uint8_t> bytes(ggml_row_size((ggml_type) type, n));
+    ggml_quantize_chunk((ggml_type) type, in, bytes.data(), 0, n / dim, dim, nullptr);
+    ggml_get_type_traits((ggml_type) type)->to_float(bytes.data(), out, n);
+}
+
+// Runs the case once on n_threads, then, if seconds is not NULL, n_rep times more with one time each.
+// n_layer copies of K and V are used in turn, so that timings read memory as a model with n_layer layers does.
+// fused: 1 our nodes, 0 ggml_flash_attn_ext. out F32 [n_stream][n_tokens][n_head][dim_v]. false: not supported.
+bool fused_test_run(const fused_case * c, int32_t fused, int32_t n_threads, float * out, int32_t n_rep, int32_t n_layer, double * seconds) {
+    const size_t kv_bytes = ggml_row_size((ggml_type) c->type_k, (size_t) c->dim_k * c->n_head_kv * c->n_kv * c->n_stream)
+                          + ggml_row_size((ggml_type) c->type_v, (size_t) c->dim_v * c->n_head_kv * c->n_kv * c->n_stream);
+    const size_t rest = sizeof(float) * ((size_t) c->n_stream * c->n_tokens * c->n_head * (c->dim_k + 2 * c->dim_v * (size_t) n_layer)
+                      + (size_t) c->mask_heads * c->mask_streams * c->mask_tokens * c->n_kv
+                      + (size_t) c->n_rows * c->n_head_kv * (c->dim_k + c->dim_v) + (size_t) c->n_stream * c->n_kv);
+    ggml_init_params init = { kv_bytes * n_layer + rest + ((size_t) 64 << 20) + ((size_t) n_layer << 23), nullptr, false };
+    const std::unique_ptr<ggml_context, decltype(&ggml_free)> owner(ggml_init(init), ggml_free);
+    ggml_context * ctx = owner.get();
+
+    ggml_tensor * q = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, c->dim_k, c->n_head, c->n_tokens, c->n_stream);
+    memcpy(q->data, c->q, ggml_nbytes(q));
+    q = ggml_permute(ctx, q, 0, 2, 1, 3);
+
+    ggml_tensor * mask = nullptr;
+    if (c->mask_heads > 0) {
+        mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, c->n_kv, c->mask_tokens, c->mask_heads, c->mask_streams);
+        memcpy(mask->data, c->mask, ggml_nbytes(mask));
+    }
+    ggml_tensor * sinks = nullptr;
+    if (c->sinks) {
+        sinks = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c->n_head);
+        memcpy(sinks->data, c->sinks, ggml_nbytes(sinks));
+    }
+    intactkv::intact_rows intact = {};
+    if (c->n_rows > 0) {
+        if (c->arena_k) {
+            intact.k = cache_tensor(ctx, GGML_TYPE_F16, c->arena_k, c->dim_k, c->n_head_kv, c->n_rows, 1);
+        }
+        if (c->arena_v) {
+            intact.v = cache_tensor(ctx, GGML_TYPE_F16, c->arena_v, c->dim_v, c->n_head_kv, c->n_rows, 1);
+        }
+        intact.row_of_cell = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, c->n_kv, c->n_stream);
+        memcpy(intact.row_of_cell->data, c->row_of_cell, ggml_nbytes(intact.row_of_cell));
+    }
+
+    std::vector<ggml_cgraph *> graphs;
+    ggml_tensor * result = nullptr;
+    ggml_tensor * k0 = nullptr;
+    ggml_tensor * v0 = nullptr;
+    for (int i = 0; i < n_layer; i++) {
+        ggml_tensor * k;
+        ggml_tensor * v;
+        if (i == 0) {
+            k = k0 = cache_tensor(ctx, (ggml_type) c->type_k, c->k, c->dim_k, c->n_head_kv, c->n_kv, c->n_stream);
+            v = v0 = cache_tensor(ctx, (ggml_type) c->type_v, c->v, c->dim_v, c->n_head_kv, c->n_kv, c->n_stream);
+        } else {
+            k = ggml_dup_tensor(ctx, k0);
+            v = ggml_dup_tensor(ctx, v0);
+            memcpy(k->data, k0->data, ggml_nbytes(k0));
+            memcpy(v->data, v0->data, ggml_nbytes(v0));
+        }
+        k = head_view(ctx, k, c->dim_k, c->n_head_kv);
+        v = head_view(ctx, v, c->dim_v, c->n_head_kv);
+        ggml_tensor * r;
+        if (fused) {
+            if (!intactkv::fused_supported(q, k, v, mask, sinks)) {
+                return false;
+            }
+            r = intactkv::fused_attention(ctx, q, k, v, mask, sinks, c->n_rows > 0 ? &intact : nullptr, c->scale, c->max_bias, c->softcap);
+        } else {
+            r = ggml_flash_attn_ext(ctx, q, k, v, mask, c->scale, c->max_bias, c->softcap);
+            ggml_flash_attn_ext_add_sinks(r, sinks);
+        }
+        if (i == 0) {
+            result = r;
+        }
+        ggml_cgraph * graph = ggml_new_graph_custom(ctx, 64, false);
+        ggml_build_forward_expand(graph, r);
+        graphs.push_back(graph);
+    }
+
+    ggml_threadpool_params pool_params = ggml_threadpool_params_default(n_threads);
+    ggml_threadpool * pool = ggml_threadpool_new(&pool_params);
+    std::vector<uint8_t> work;
+    const auto compute = [&](ggml_cgraph * graph) {
+        ggml_cplan plan = ggml_graph_plan(graph, n_threads, pool);
+        work.resize(std::max(work.size(), plan.work_size));
+        plan.work_data = work.data();
+        ggml_graph_compute(graph, &plan);
+    };
+    compute(graphs[0]);
+    if (out) {
+        memcpy(out, result->data, ggml_nbytes(result));
+    }
+    for (int i = 0; seconds && i < n_rep; i++) {
+        const auto start = std::chrono::steady_clock::now();
+        compute(graphs[(i + 1) % n_layer]);
+        seconds[i] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    }
+    ggml_threadpool_free(pool);
+    return true;
+}
+
+} // extern "C"
