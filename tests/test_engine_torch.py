@@ -310,7 +310,9 @@ def smollm2(tmp_path_factory):
         del net.config.quantization_config
     net.save_pretrained(root / "hf")
     AutoTokenizer.from_pretrained(root, gguf_file="F16.gguf").save_pretrained(root / "hf")
-    return root
+    del net
+    yield root
+    shutil.rmtree(root)  # 1.3 GB, which pytest would keep
 
 
 def test_smollm2_agrees_with_llama_cpp_in_float32(smollm2):
@@ -380,6 +382,7 @@ def test_refuses_what_is_no_model(models, changed, tmp_path):
     assert "at least one token" in refusal(models["llama-gqa"], [])
     assert "token 512" in refusal(models["llama-gqa"], [1, 512])
     assert "no-such-device" in refusal(models["llama-gqa"], [1], device="no-such-device")
+    assert "'float8'" in refusal(models["llama-gqa"], [1], dtype="float8")
 
 
 def test_refuses_an_incomplete_checkpoint(changed):
@@ -438,6 +441,11 @@ def test_a_window_that_the_gguf_ignores(models, changed):
     got, _ = engine.compute_float32(windowed, random_tokens(16), about)
     assert max(errors(got, K).values()) < TOLERANCE
     assert "sliding window of 16" in refusal(windowed, random_tokens(17), about)
+
+
+def test_says_nothing(models, capfd):
+    engine.compute(models["phi3-longrope"], [1], None)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_importing_the_engine_does_not_import_torch():

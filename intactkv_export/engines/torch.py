@@ -19,13 +19,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from intactkv_export.errors import IntactKVError
+from intactkv_export.errors import IntactKVError, UsageError
 
 # Hugging Face text model_type -> RoPE layout of the GGUF. tests/test_engine_torch.py proves each entry
 # against llama.cpp; an architecture that is not proven there has no place here.
@@ -59,6 +60,7 @@ _ROPE_UNPROVEN = (
     "extrapolation_factor",
     "truncate",
 )
+DTYPES = ("float32", "float16", "bfloat16", "auto")
 _CHUNK = 512  # tokens a forward pass: bounds the attention matrix, [heads, _CHUNK, n_tokens]
 
 KV = dict[int, np.ndarray]
@@ -118,7 +120,7 @@ def compute(
     what is free). progress(done, total) counts tokens.
 
     Raises IntactKVError: checkpoint not proven, incomplete, unreadable or different from `model`; token out
-    of the vocabulary; K or V beyond float16.
+    of the vocabulary; K or V beyond float16. UsageError: an unknown dtype.
     """
     K, V = compute_float32(
         hf_dir,
@@ -155,7 +157,10 @@ def compute_float32(
         raise IntactKVError(
             f"no tokens to compute a prefix of with {hf_dir}; give a prefix of at least one token"
         )
-    config = _config(hf_dir)
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    with _quiet():
+        config = _config(hf_dir)
     text = config.get_text_config(decoder=True)
     bad = next((t for t in tokens if not 0 <= t < text.vocab_size), None)
     if bad is not None:
@@ -167,7 +172,8 @@ def compute_float32(
         _check(text, model, len(tokens), str(hf_dir))
     _fix_longrope(text, model, len(tokens), str(hf_dir))
 
-    net = _load(hf_dir, config, device, dtype, offload_dir, max_memory)
+    with _quiet():
+        net = _load(hf_dir, config, device, dtype, offload_dir, max_memory)
     # Without a config this cache keeps every position of every layer; with one, sliding layers would crop
     # theirs.
     cache = DynamicCache()
@@ -200,6 +206,22 @@ def interleave(k: np.ndarray) -> np.ndarray:
     """
     halves = k.reshape(*k.shape[:-1], 2, k.shape[-1] // 2)
     return np.ascontiguousarray(halves.swapaxes(-1, -2)).reshape(k.shape)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its progress bars and notes: what matters to a user is raised as an error."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _config(hf_dir: str | Path) -> Any:
