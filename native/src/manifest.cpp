@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <set>
 #include <string>
 
@@ -131,6 +132,9 @@ static void check_nesting(const char * text, size_t size) {
 static json parse_json(const char * text, size_t size) {
     if (size > MAX_MANIFEST) {
         refuse("the manifest has %zu bytes and at most %zu are allowed: %s", size, MAX_MANIFEST, REMAKE);
+    }
+    if (const void * zero = memchr(text, 0, size)) { // where the parser would take the rest for absent
+        refuse("the manifest is not JSON from its byte %zu on: %s", (size_t) ((const char *) zero - text) + 1, REMAKE);
     }
     check_nesting(text, size);
     try {

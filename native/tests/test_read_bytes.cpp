@@ -1,0 +1,132 @@
+// read_bytes() and has_trailer(): files that are not there, not files, cut off, or lie about their sizes.
+
+#include "check.h"
+#include "file.h"
+#include "gguf_sample.h"
+#include "sample.h"
+
+#include <filesystem>
+#include <fstream>
+
+using namespace intactkv;
+namespace fs = std::filesystem;
+
+static std::string write(const fs::path & path, const bytes & content) {
+    fs::remove(path); // a new file: to cut an old one off makes some file systems wait for the disk
+    std::ofstream(path, std::ios::binary).write((const char *) content.data(), content.size());
+    return path.string();
+}
+
+static std::string error_of(const std::string & path, bytes * content = nullptr) {
+    bytes ignored;
+    std::string error;
+    const bool ok = read_bytes(path.c_str(), content ? *content : ignored, error);
+    CHECK(ok == error.empty());
+    if (!ok) {
+        CHECK(is_sentence(error));
+        CHECK(contains(error, path));
+    }
+    return error;
+}
+
+static void not_files(const fs::path & dir) {
+    check_case = "not a file";
+    CHECK(contains(error_of((dir / "none.ikv").string()), "No such file or directory"));
+    CHECK(contains(error_of(""), "No such file or directory"));
+    CHECK(contains(error_of(dir.string()), "it is a directory"));
+    CHECK(contains(error_of("/dev/zero"), "it is a device"));
+    CHECK(contains(error_of(write(dir / "empty.ikv", {})), "is empty"));
+    CHECK(contains(error_of((dir / std::string(300, 'x')).string()), "File name too long"));
+    bytes content;
+    std::string error;
+    CHECK(!read_bytes(nullptr, content, error));
+    for (const auto & path : { dir / "none.ikv", dir, dir / "empty.ikv", fs::path("/dev/zero"), fs::path() }) {
+        CHECK(!has_trailer(path.string().c_str()));
+    }
+    CHECK(!has_trailer(nullptr));
+
+    check_case = "no permission";
+    const std::string locked = write(dir / "locked.ikv", sample().file());
+    fs::permissions(locked, fs::perms::none);
+    if (!std::ifstream(locked)) { // root reads it anyway
+        CHECK(contains(error_of(locked), "Permission denied"));
+    }
+}
+
+static void prefix_files(const fs::path & dir) {
+    check_case = "an .ikv";
+    const bytes file = sample().file();
+    const std::string path = write(dir / "good.ikv", file);
+    bytes content;
+    CHECK(error_of(path, &content) == "");
+    CHECK(content == file);
+    CHECK(has_trailer(path.c_str()));
+    for (size_t n = 0; n < file.size(); n += n < 16 ? 1 : 97) {
+        check_case = "cut at byte " + std::to_string(n);
+        const bytes cut(file.begin(), file.begin() + n);
+        const std::string cut_path = write(dir / "cut.ikv", cut);
+        CHECK(!has_trailer(cut_path.c_str()));
+        if (n < 4) {
+            CHECK(error_of(cut_path) != "");
+        } else { // which parse() then refuses
+            CHECK(error_of(cut_path, &content) == "" && content == cut);
+        }
+    }
+    check_case = "another file";
+    CHECK(contains(error_of(write(dir / "text", bytes(100, 'x'))), "begins with the bytes 78787878"));
+    check_case = "only a trailer";
+    bytes trailer;
+    put(trailer, std::string("INTACTKV"));
+    CHECK(has_trailer(write(dir / "trailer", trailer).c_str()));
+}
+
+static void ggufs(const fs::path & dir) {
+    const bytes file = sample().file();
+    const fs::path path = dir / "model.gguf";
+    for (const bool last : { false, true }) {
+        check_case = last ? "state is the last key" : "state is the first key";
+        bytes content;
+        const bytes gguf = gguf_sample(file, last);
+        CHECK(error_of(write(path, gguf), &content) == "");
+        CHECK(content == file);
+        CHECK(has_trailer(path.string().c_str()) == last); // which ends the file only because there are no tensors
+        const size_t end = gguf_state_end(gguf, file);
+        for (size_t n = 4; n < end; ++n) {
+            check_case = "GGUF cut at byte " + std::to_string(n);
+            CHECK(contains(error_of(write(path, bytes(gguf.begin(), gguf.begin() + n))), "cut off or damaged"));
+        }
+        CHECK(error_of(write(path, bytes(gguf.begin(), gguf.begin() + end))) == "");
+    }
+    check_case = "GGUF without state";
+    CHECK(contains(error_of(write(path, gguf_sample({}, true, "intactkv.other"))), "has no prefix embedded"));
+    check_case = "state of another type";
+    bytes other = gguf_sample(file, false);
+    other[24 + 8 + 14 + 4] = GGUF_INT8;
+    CHECK(contains(error_of(write(path, other)), "is of GGUF type 1"));
+    for (const uint32_t version : { 0u, 1u, 4u, 0x03000000u, 0xffffffffu }) {
+        check_case = "GGUF version " + std::to_string(version);
+        other = gguf_sample(file, false);
+        memcpy(&other[4], &version, 4);
+        CHECK(contains(error_of(write(path, other)), "GGUF version " + std::to_string(version)));
+    }
+
+    // every word before the state, one at a time: whatever happens, no more than the file is read or allocated
+    const bytes good = gguf_sample(file, true);
+    const size_t begin = gguf_state_end(good, file) - file.size();
+    for (size_t i = 4; i + 8 <= begin; ++i) {
+        for (const uint64_t word : { uint64_t(0), UINT64_MAX, uint64_t(1) << 63, uint64_t(1) << 61, uint64_t(1) << 40, uint64_t(8) << 32 }) {
+            check_case = "word " + std::to_string(word) + " at byte " + std::to_string(i);
+            bytes bad = good;
+            memcpy(&bad[i], &word, 8);
+            bytes content;
+            error_of(write(path, bad), &content);
+            CHECK(content.size() <= bad.size());
+        }
+    }
+}
+
+void test_read_bytes(const char * dir) {
+    not_files(dir);
+    prefix_files(dir);
+    ggufs(dir);
+}
