@@ -1,7 +1,8 @@
 """Get the pinned llama.cpp source and apply our patch to it.
 
-    python native/get_source.py DEST        write the patched source to the directory DEST
-    python native/get_source.py --archive   print the path of the checked source archive
+    python native/get_source.py DEST                write the patched source to the directory DEST
+    python native/get_source.py DEST --unpatched    the same without the patch
+    python native/get_source.py --archive           print the path of the checked source archive
 
 The source is the llama.cpp that the source distribution of llama-cpp-python carries. pip fetches it by name and
 version, with whatever index the user's pip is set up for; its SHA-256 must be the one below. It is kept in the
@@ -151,7 +152,8 @@ def read(path: Path) -> dict[str, bytes]:
     with tarfile.open(path, "r:gz") as tar:
         for member in tar:
             for inside, place in KEEP:
-                if member.isfile() and (member.name == inside or (inside.endswith("/") and member.name.startswith(inside))):
+                found = member.name.startswith(inside) if inside.endswith("/") else member.name == inside
+                if found and member.isfile():
                     content = tar.extractfile(member)
                     assert content is not None  # a regular file always has content
                     files[place + member.name[len(inside) :]] = content.read()
@@ -182,8 +184,8 @@ def apply_patch(files: dict[str, bytes], patch: bytes) -> None:
             name = line[4:].split(b"\t")[0].strip().decode().partition("/")[2]
             if name not in files:
                 raise SourceError(
-                    f"the patch does not apply: it changes {name or line.strip().decode()!r}, which {PACKAGE} {VERSION} "
-                    "does not have: make the patch again from that version's source"
+                    f"the patch does not apply: it changes {name or line.strip().decode()!r}, which "
+                    f"{PACKAGE} {VERSION} does not have: make the patch again from that version's source"
                 )
             old, new, taken = files[name].splitlines(keepends=True), [], 0
         elif line.startswith(b"@@ "):
@@ -206,8 +208,8 @@ def apply_patch(files: dict[str, bytes], patch: bytes) -> None:
                     found = old[taken] if taken < len(old) else b"the end of the file"
                     if found != content:
                         raise SourceError(
-                            f"the patch does not apply: line {taken + 1} of {name} is {text(found)}, the patch expects "
-                            f"{text(content)}: make the patch again from the source of {PACKAGE} {VERSION}"
+                            f"the patch does not apply: line {taken + 1} of {name} is {text(found)}, the patch "
+                            f"expects {text(content)}: make the patch again from the source of {PACKAGE} {VERSION}"
                         )
                     taken += 1
                     old_left -= 1
@@ -236,12 +238,14 @@ def write(files: dict[str, bytes], dest: Path) -> None:
             path.unlink()
 
 
-def get_source(dest: Path) -> None:
-    """Make dest hold the patched source; cheap when it does already."""
+def get_source(dest: Path, patched: bool = True) -> None:
+    """Make dest hold the source, patched or not; cheap when it does already."""
     try:
-        patch = PATCH.read_bytes()
+        patch = PATCH.read_bytes() if patched else b""
     except OSError as error:
-        raise SourceError(f"cannot read the patch {PATCH} ({error.strerror}): restore it from the repository") from error
+        raise SourceError(
+            f"cannot read the patch {PATCH} ({error.strerror}): restore it from the repository"
+        ) from error
     # What dest was made from. It is removed first and written last: an interrupted run is done again.
     stamp = dest.with_name(dest.name + ".stamp")
     made_from = hashlib.sha256(SHA256.encode() + repr(KEEP).encode() + patch).hexdigest()
@@ -255,18 +259,23 @@ def get_source(dest: Path) -> None:
         write(files, dest)
         stamp.write_text(made_from)
     except OSError as error:
-        raise SourceError(f"cannot write the source to {dest} ({error.strerror}): make room or build elsewhere") from error
+        raise SourceError(
+            f"cannot write the source to {dest} ({error.strerror}): make room, or build in another directory"
+        ) from error
 
 
 def main() -> int:
-    if len(sys.argv) != 2:
-        print(__doc__, file=sys.stderr)
-        return 2
     try:
-        if sys.argv[1] == "--archive":
-            print(archive())
-        else:
-            get_source(Path(sys.argv[1]))
+        match sys.argv[1:]:
+            case ["--archive"]:
+                print(archive())
+            case [dest]:
+                get_source(Path(dest))
+            case [dest, "--unpatched"]:
+                get_source(Path(dest), patched=False)
+            case _:
+                print(__doc__, file=sys.stderr)
+                return 2
     except SourceError as error:
         print(f"intactkv-export: {error}", file=sys.stderr)
         return 1

