@@ -1,0 +1,207 @@
+"""GGUF files as far as they are needed here: metadata, the list of tensors, and copies with other metadata.
+
+A copy keeps every other byte: metadata, tensor list and tensor data are not interpreted, so tensor types that are
+newer than this code pass through. Format: ggml/include/gguf.h of llama.cpp, versions 2 and 3, little endian.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from intactkv_export.errors import IntactKVError
+
+MAGIC = b"GGUF"
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_UINT8, _UINT32, _STRING, _ARRAY = 0, 4, 8, 9
+_COPY_BLOCK = 1 << 22  # bytes read and written at a time
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An entry of the tensor list. shape: as in the file, fastest dimension first; offset: in bytes, in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """The header of a GGUF file. `values` decodes scalars, strings and byte arrays; other arrays are None."""
+
+    path: Path
+    version: int
+    alignment: int
+    values: Mapping[str, Any]
+    tensors: tuple[Tensor, ...]
+    _entries: Mapping[str, tuple[int, int]] = field(repr=False)  # key -> its bytes in the file, [start, end)
+    _tensor_list: tuple[int, int] = field(repr=False)
+    _data: int = field(repr=False)
+
+
+def is_gguf(path: str | os.PathLike[str]) -> bool:
+    """Whether the file begins with GGUF's magic. False if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == MAGIC
+    except OSError:
+        return False
+
+
+def read(path: str | os.PathLike[str], arrays: bool = False) -> Gguf:
+    """Read the header of a GGUF file; with `arrays`, all arrays are decoded too (token lists take a while).
+
+    Raises IntactKVError if the file cannot be read, is no GGUF, or is damaged.
+    """
+    path = Path(path)
+    with _mapped(path) as data:
+        return _Parser(path, data, arrays).gguf()
+
+
+def shards(path: str | os.PathLike[str]) -> list[Path]:
+    """All files of a model: [path], or every NAME-00001-of-0000N.gguf where `path` is the first of them.
+
+    Raises IntactKVError if one is missing.
+    """
+    path = Path(path)
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if not match or int(match[2]) != 1:
+        return [path]
+    files = [path.with_name(f"{match[1]}-{i:05d}-of-{match[3]}.gguf") for i in range(1, int(match[3]) + 1)]
+    missing = [f.name for f in files if not f.is_file()]
+    if missing:
+        raise IntactKVError(f"{path} is one of {len(files)} parts and {missing[0]} is not beside it: get all parts")
+    return files
+
+
+def copy(source: str | os.PathLike[str], out: IO[bytes], changes: Mapping[str, int | str | bytes | None]) -> None:
+    """Write `source` to `out` with some keys set (int: uint32, str, bytes: uint8 array) or removed (None).
+
+    Everything else stays byte for byte. Raises IntactKVError if the source is damaged, OSError if writing fails.
+    """
+    gguf = read(source)
+    with _mapped(gguf.path) as data:
+        kept = [span for key, span in gguf._entries.items() if key not in changes]
+        new = [_entry(key, value) for key, value in changes.items() if value is not None]
+        out.write(struct.pack("<4sIqq", MAGIC, gguf.version, len(gguf.tensors), len(kept) + len(new)))
+        for start, end in kept:
+            out.write(data[start:end])
+        for entry in new:
+            out.write(entry)
+        out.write(data[slice(*gguf._tensor_list)])
+        out.write(b"\0" * (-out.tell() % gguf.alignment))
+    with open(gguf.path, "rb") as file:
+        file.seek(gguf._data)
+        shutil.copyfileobj(file, out, _COPY_BLOCK)
+
+
+def _entry(key: str, value: int | str | bytes) -> bytes:
+    head = struct.pack("<Q", len(key.encode())) + key.encode()
+    if isinstance(value, int):
+        return head + struct.pack("<iI", _UINT32, value)
+    if isinstance(value, str):
+        text = value.encode()
+        return head + struct.pack("<iQ", _STRING, len(text)) + text
+    return head + struct.pack("<iiQ", _ARRAY, _UINT8, len(value)) + value
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield data
+    except ValueError as error:  # mmap of an empty file
+        if path.stat().st_size:
+            raise
+        raise IntactKVError(f"{path} is empty: get the GGUF file again") from error
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise IntactKVError(f"cannot read {path}: {reason}: check the path") from error
+
+
+class _Parser:
+    def __init__(self, path: Path, data: mmap.mmap, arrays: bool) -> None:
+        self.path, self.data, self.arrays, self.at, self.size = path, data, arrays, 0, len(data)
+
+    def gguf(self) -> Gguf:
+        if self.take(4) != MAGIC:
+            self.refuse(f"it begins with {self.data[:4]!r}, not {MAGIC!r}: give a GGUF file")
+        version = self.number("I")
+        if version not in (2, 3):
+            self.refuse(f"its GGUF version is {version}, 2 and 3 can be read: convert the model again")
+        n_tensors, n_kv = self.number("q"), self.number("q")
+        values: dict[str, Any] = {}
+        entries: dict[str, tuple[int, int]] = {}
+        for _ in range(n_kv):
+            start = self.at
+            key = self.string()
+            if key in entries:
+                self.refuse(f"it has the key {key} twice: get the file again")
+            values[key] = self.value(self.number("i"))
+            entries[key] = start, self.at
+        start = self.at
+        infos = []
+        for _ in range(n_tensors):
+            name = self.string()
+            shape = tuple(self.number("q") for _ in range(self.number("I")))
+            infos.append((name, shape, self.number("i"), self.number("Q")))
+        end = self.at
+        alignment = values.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
+            self.refuse(f"its alignment is {alignment!r}, not a power of two: get the file again")
+        data = end + -end % alignment
+        if infos and data + max(info[3] for info in infos) > self.size:
+            self.refuse(f"its tensors end behind its {self.size} bytes: get the whole file")
+        tensors = tuple(Tensor(name, shape, kind, data + offset) for name, shape, kind, offset in infos)
+        return Gguf(self.path, version, alignment, values, tensors, entries, (start, end), data)
+
+    def value(self, kind: int) -> Any:
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            self.refuse(f"a value before byte {self.at} has type {kind}, which GGUF does not have: get the file again")
+        kind, n = self.number("i"), self.number("Q")
+        if kind == _UINT8:
+            return self.take(n)
+        if kind in _SCALARS:
+            layout = f"<{n}{_SCALARS[kind]}" if n <= self.size else ""
+            raw = self.take(n * struct.calcsize("<" + _SCALARS[kind]))
+            return list(struct.unpack(layout, raw)) if self.arrays else None
+        if kind != _STRING:
+            self.refuse(f"an array before byte {self.at} has elements of type {kind}: get the file again")
+        if self.arrays:
+            return [self.string() for _ in range(n)]
+        for _ in range(n):
+            self.skip(self.number("Q"))
+        return None
+
+    def string(self) -> str:
+        return self.take(self.number("Q")).decode("utf-8", "replace")
+
+    def number(self, layout: str) -> Any:
+        return struct.unpack("<" + layout, self.take(struct.calcsize("<" + layout)))[0]
+
+    def take(self, n: int) -> bytes:
+        start = self.at
+        self.skip(n)
+        return self.data[start : self.at]
+
+    def skip(self, n: int) -> None:
+        if n > self.size - self.at:
+            self.refuse(f"{n} bytes are needed at byte {self.at} and {self.size - self.at} are left: get the whole file")
+        self.at += n
+
+    def refuse(self, why: str) -> NoReturn:
+        raise IntactKVError(f"{self.path} is not a whole GGUF file: {why}")
