@@ -327,8 +327,8 @@ size_t intactkv_arena_bytes(const llama_context * ctx) {
 
 const char * intactkv_attention(const llama_context * ctx) {
     for (const llama_kv_cache * kv : caches_of(ctx)) {
-        if (kv->intact && kv->intact->n_cells(-1) > 0) {
-            return kv->intact->attention() == attention_kind::fused ? "fused" : "portable";
+        if (kv->intact) {
+            return kv->intact->attention_now();
         }
     }
     return "stock";

@@ -1,4 +1,5 @@
 #include "cells.h"
+#include "fused.h"
 
 #include "llama-impl.h"
 #include "llama-io.h"
@@ -19,15 +20,25 @@ static bool is_exact(ggml_type type) {
     return type == GGML_TYPE_F16 || type == GGML_TYPE_F32;
 }
 
-static attention_kind attention_from_env() {
+// INTACTKV_ATTN, else the fastest that can read this cache: the fused kernel works on memory of the CPU only
+static attention_kind choose_attention(bool on_cpu) {
     const char * env = getenv("INTACTKV_ATTN");
-    if (env == nullptr || *env == 0 || strcmp(env, "portable") == 0) {
+    if (env == nullptr || *env == 0) {
+        return on_cpu ? attention_kind::fused : attention_kind::portable;
+    }
+    if (strcmp(env, "portable") == 0) {
         return attention_kind::portable;
     }
     if (strcmp(env, "stock") == 0) {
         return attention_kind::stock;
     }
-    throw std::runtime_error(format("INTACTKV_ATTN is '%s': use portable or stock, or unset it", env));
+    if (strcmp(env, "fused") != 0) {
+        throw std::runtime_error(format("INTACTKV_ATTN is '%s': use fused, portable or stock, or unset it", env));
+    }
+    if (!on_cpu) {
+        throw std::runtime_error("INTACTKV_ATTN is fused, but the KV cache is not in CPU memory: unset it, or keep the cache there (offload_kqv = false)");
+    }
+    return attention_kind::fused;
 }
 
 // in-place product with the orthonormal Walsh-Hadamard matrix, for each block of n (a power of 2) of x
@@ -60,7 +71,22 @@ void arena::attach(llama_kv_cache & kv) {
     }
 }
 
-arena::arena(llama_kv_cache & kv) : kv(kv), kind(attention_from_env()), layers(kv.layers.size()) {
+arena::arena(llama_kv_cache & kv) :
+    kv(kv),
+    kind(choose_attention(std::all_of(kv.layers.begin(), kv.layers.end(), [](const auto & layer) {
+        return ggml_backend_buffer_get_type(layer.k->buffer) == ggml_backend_cpu_buffer_type();
+    }))),
+    layers(kv.layers.size()) {
+}
+
+const char * arena::attention_now() const {
+    const bool quantized = std::any_of(kv.layers.begin(), kv.layers.end(), [](const auto & layer) {
+        return !is_exact(layer.k->type) || !is_exact(layer.v->type);
+    });
+    if (kind == attention_kind::fused && quantized) {
+        return "fused";
+    }
+    return n_cells(-1) > 0 ? "portable" : "stock";
 }
 
 const arena_layer & arena::layer(int32_t il) const {
@@ -461,39 +487,51 @@ void graph_cells::build(ggml_context * ctx, const cells_view & view) {
     if (a == nullptr) {
         return;
     }
+    kind     = a->attention();
     gen      = a->generation();
     n_intact = a->map_cells(view.s0, view.s1, view.n_kv, nullptr);
     if (n_intact == 0) {
         return;
     }
-    kind  = a->attention();
-    rows  = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_intact);
-    cells = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_intact);
+    rows        = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_intact);
+    cells       = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_intact);
+    row_of_cell = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, view.n_kv, view.s1 - view.s0 + 1);
     ggml_set_input(rows);
     ggml_set_input(cells);
-    ggml_set_name(rows,  "intact_rows");
-    ggml_set_name(cells, "intact_cells");
+    ggml_set_input(row_of_cell);
+    ggml_set_name(rows,        "intact_rows");
+    ggml_set_name(cells,       "intact_cells");
+    ggml_set_name(row_of_cell, "intact_row_of_cell");
 }
 
 void graph_cells::set_input(const cells_view & view) const {
-    // unallocated when no layer of this cache is in the graph
-    if (rows == nullptr || rows->buffer == nullptr) {
+    if (n_intact == 0) {
         return;
     }
-    GGML_ASSERT(ggml_backend_buffer_is_host(rows->buffer) && ggml_backend_buffer_is_host(cells->buffer));
+    // a tensor that no layer of the graph uses is not allocated
+    const auto data = [](ggml_tensor * t) -> void * {
+        GGML_ASSERT(t->buffer == nullptr || ggml_backend_buffer_is_host(t->buffer));
+        return t->buffer ? t->data : nullptr;
+    };
 
-    std::vector<int32_t> map((size_t) view.n_kv*(view.s1 - view.s0 + 1));
-    view.a->map_cells(view.s0, view.s1, view.n_kv, map.data());
-
-    size_t n = 0;
-    for (size_t i = 0; i < map.size(); ++i) {
-        if (map[i] >= 0) {
-            ((int32_t *) rows ->data)[n] = map[i];
-            ((int64_t *) cells->data)[n] = i;
-            n++;
-        }
+    if (int32_t * map = (int32_t *) data(row_of_cell)) {
+        view.a->map_cells(view.s0, view.s1, view.n_kv, map);
     }
-    GGML_ASSERT(n == n_intact);
+
+    if (int32_t * row = (int32_t *) data(rows)) {
+        int64_t * cell = (int64_t *) data(cells);
+
+        std::vector<int32_t> map(ggml_nelements(row_of_cell));
+        view.a->map_cells(view.s0, view.s1, view.n_kv, map.data());
+
+        for (size_t i = 0; i < map.size(); ++i) {
+            if (map[i] >= 0) {
+                *row ++ = map[i];
+                *cell++ = i;
+            }
+        }
+        GGML_ASSERT(row == (int32_t *) rows->data + n_intact);
+    }
 }
 
 bool graph_cells::can_reuse(const cells_view & view) const {
@@ -501,22 +539,42 @@ bool graph_cells::can_reuse(const cells_view & view) const {
         (gen == a->generation() && n_intact == a->map_cells(view.s0, view.s1, view.n_kv, nullptr)));
 }
 
+// t: [head_dim, n_kv, n_head_kv, n_stream], permuted from how the cache stores it
 static ggml_tensor * write_over(ggml_context * ctx, ggml_tensor * t, ggml_tensor * arena_rows, ggml_tensor * rows, ggml_tensor * cells) {
     if (arena_rows == nullptr) {
         return t;
     }
+    t = ggml_permute(ctx, t, 0, 2, 1, 3);
     // get_rows widens the F16 rows to F32 and build_attn_mha rounds back to F16: exact both ways
     ggml_tensor * res = ggml_cast(ctx, t, GGML_TYPE_F32);
     res = ggml_reshape_2d(ctx, res, t->ne[0]*t->ne[1], t->ne[2]*t->ne[3]);
     res = ggml_set_rows(ctx, res, ggml_get_rows(ctx, arena_rows, rows), cells);
-    return ggml_reshape_4d(ctx, res, t->ne[0], t->ne[1], t->ne[2], t->ne[3]);
+    res = ggml_reshape_4d(ctx, res, t->ne[0], t->ne[1], t->ne[2], t->ne[3]);
+    return ggml_permute(ctx, res, 0, 2, 1, 3);
 }
 
-void graph_cells::expand(ggml_context * ctx, int32_t il, ggml_tensor *& k, ggml_tensor *& v) const {
+ggml_tensor * graph_cells::attend(
+        ggml_context * ctx, int32_t il, bool flash_attn,
+        ggml_tensor * q, ggml_tensor *& k, ggml_tensor *& v, ggml_tensor * mask, ggml_tensor * sinks,
+        float scale, float max_bias, float logit_softcap) const {
+    if (a == nullptr) {
+        return nullptr;
+    }
+
+    const bool quantized = !is_exact(k->type) || !is_exact(v->type);
+
+    if (kind == attention_kind::fused && flash_attn && quantized && fused_supported(q, k, v, mask, sinks)) {
+        const intact_rows intact = { a->layer(il).k, a->layer(il).v, row_of_cell };
+
+        ggml_tensor * res = fused_attention(ctx, q, k, v, mask, sinks, n_intact > 0 ? &intact : nullptr, scale, max_bias, logit_softcap);
+        return ggml_reshape_2d(ctx, res, res->ne[0]*res->ne[1], res->ne[2]*res->ne[3]);
+    }
+
     if (n_intact > 0) {
         k = write_over(ctx, k, a->layer(il).k, rows, cells);
         v = write_over(ctx, v, a->layer(il).v, rows, cells);
     }
+    return nullptr;
 }
 
 } // namespace intactkv

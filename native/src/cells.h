@@ -50,6 +50,9 @@ public:
 
     attention_kind attention() const { return kind; }
 
+    // "stock", "portable" or "fused": what the next batch will use
+    const char * attention_now() const;
+
     const arena_layer & layer(int32_t il) const;
 
     // arena row of every cell in [0, n_kv) of streams s0..s1, stream after stream, -1: ordinary
@@ -136,17 +139,22 @@ struct cells_view {
     uint32_t n_kv = 0;
 };
 
-// Graph input: where the intact cells are. Part of the attention inputs of a graph; does nothing, and adds
-// nothing to the graph, when no cell in view is intact.
+// Graph input: where the intact cells are; and the attention that reads them. Part of the attention inputs of a
+// graph. Where the cache has no intact cell in view and the fused kernel is not in use, it adds nothing to the graph.
 class graph_cells {
 public:
     void build    (ggml_context * ctx, const cells_view & view);
     void set_input(const cells_view & view) const;
     bool can_reuse(const cells_view & view) const;
 
-    // portable attention: layer il's K and V as F32 with the intact rows written over their cells
-    // k, v: [head_dim, n_head_kv, n_kv, n_stream], replaced where the cache is quantized
-    void expand(ggml_context * ctx, int32_t il, ggml_tensor *& k, ggml_tensor *& v) const;
+    // Attention of layer il, in place of what follows in llm_graph_context::build_attn_mha(). q, k, v as there:
+    // [head_dim, n_tokens|n_kv, n_head|n_head_kv, n_stream], permuted. Returns the fused kernel's result, F32
+    // [head_dim_v*n_head, n_tokens*n_stream], or nullptr: upstream's ops go on with k and v, which have been replaced
+    // by F32 copies with the intact rows written over their cells where there are any (portable attention).
+    ggml_tensor * attend(
+            ggml_context * ctx, int32_t il, bool flash_attn,
+            ggml_tensor * q, ggml_tensor *& k, ggml_tensor *& v, ggml_tensor * mask, ggml_tensor * sinks,
+            float scale, float max_bias, float logit_softcap) const;
 
 private:
     const arena * a = nullptr;
@@ -156,8 +164,10 @@ private:
 
     uint32_t n_intact = 0;
 
-    ggml_tensor * rows  = nullptr; // I32 [n_intact] arena rows
-    ggml_tensor * cells = nullptr; // I64 [n_intact] the cells they belong to, n_kv*(stream - s0) + cell
+    // nullptr without intact cells
+    ggml_tensor * rows        = nullptr; // I32 [n_intact] arena rows
+    ggml_tensor * cells       = nullptr; // I64 [n_intact] the cells they belong to, n_kv*(stream - s0) + cell
+    ggml_tensor * row_of_cell = nullptr; // I32 [n_kv, n_stream] arena row, -1: ordinary
 };
 
 } // namespace intactkv
