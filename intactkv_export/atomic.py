@@ -75,7 +75,7 @@ def _sentence(path: Path, error: OSError) -> str:
         free = shutil.disk_usage(path.parent).free
         return f"cannot write {path}: the disk is full, {free} bytes are free: make room, or choose another directory"
     if error.errno == errno.EFBIG:
-        return f"cannot write {path}: it would be larger than this system allows a file to be: raise the limit (ulimit -f)"
+        return f"cannot write {path}: it would be larger than a file may be here: raise the limit (ulimit -f)"
     return f"cannot write {path}: {reason}: choose a directory that exists and can be written to"
 
 

@@ -200,7 +200,8 @@ class _Parser:
 
     def skip(self, n: int) -> None:
         if n > self.size - self.at:
-            self.refuse(f"{n} bytes are needed at byte {self.at} and {self.size - self.at} are left: get the whole file")
+            left = self.size - self.at
+            self.refuse(f"{n} bytes are needed at byte {self.at} and {left} are left: get the whole file")
         self.at += n
 
     def refuse(self, why: str) -> NoReturn:
