@@ -1,6 +1,6 @@
 // Tests of native/src/file.h. tests/test_native_file.py compiles and runs them.
-//   test_file DIR          all tests, DIR for scratch files; exit code 1 if a check does not hold
-//   test_file --check PATH what the loader says about a file: its tokens, or one sentence and exit code 1
+//   test_file DIR             all tests, DIR for scratch files; exit code 1 if a check does not hold
+//   test_file --check PATH... for each file a line: "ok" and its tokens, or "refused" and the sentence
 
 #include "check.h"
 #include "file.h"
@@ -11,30 +11,33 @@ void test_parse();
 void test_compatible();
 void test_read_bytes(const char * dir);
 
-static int check_file(const char * path) {
+static void check_file(const char * path) {
     std::vector<uint8_t> data;
     intactkv::prefix_view view;
     std::string manifest;
     std::string error;
     if (!intactkv::read_bytes(path, data, error) || !intactkv::parse(data.data(), data.size(), view, manifest, error)) {
-        printf("%s\n", error.c_str());
-        return 1;
+        printf("refused %s\n", error.c_str());
+        return;
     }
+    printf("ok");
     for (uint32_t i = 0; i < view.n_tokens; ++i) {
         int32_t token;
         memcpy(&token, view.tokens + 4*i, 4);
-        printf(i ? " %d" : "%d", token);
+        printf(" %d", token);
     }
     printf("\n");
-    return 0;
 }
 
 int main(int argc, char ** argv) {
-    if (argc == 3 && strcmp(argv[1], "--check") == 0) {
-        return check_file(argv[2]);
+    if (argc >= 3 && strcmp(argv[1], "--check") == 0) {
+        for (int i = 2; i < argc; ++i) {
+            check_file(argv[i]);
+        }
+        return 0;
     }
     if (argc != 2) {
-        fprintf(stderr, "usage: test_file DIR | --check PATH\n");
+        fprintf(stderr, "usage: test_file DIR | --check PATH...\n");
         return 2;
     }
     test_parse();
