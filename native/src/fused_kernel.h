@@ -15,7 +15,7 @@ constexpr int      VALUE_ROWS   = INTACTKV_X86 >= 3 ? 4 : 2; // rows that share 
 // Cells that are processed together: all intact or all ordinary.
 struct tile {
     int     n = 0;
-    bool    intact;
+    bool    intact = false;
     bool    masked = false; // some mask value may not be 0
     int32_t cell[FUSED_TILE];
     int32_t row[FUSED_TILE]; // of the arena
@@ -23,9 +23,21 @@ struct tile {
 
 struct item {
     int  stream, head, heads, token, tokens, kv_head, kv_heads, cell, cells;
+    int  next_cell; // first cell of this thread's next item, where it will read on; -1: none like this one
     int  rows;     // per KV head
     int  rows_pad; // wide: rows, rounded up to W
     bool wide;
+};
+
+// Where the rows of a tile's cells are, for the first KV head of the item.
+struct rows {
+    bool            f16; // rows of the arena
+    const uint8_t * base;
+    const uint8_t * ahead_base;
+    size_t          head; // bytes from one KV head to the next
+    size_t          ahead_head;
+    size_t          offset[FUSED_TILE];
+    size_t          ahead[FUSED_TILE]; // rows of the next tile, see find_rows()
 };
 
 struct alignas(64) scratch {
@@ -36,8 +48,8 @@ struct alignas(64) scratch {
     float    q_sum[FUSED_FLOATS / QK];      // scale times sum of q8 over a block, as q_scale
     int32_t  q_start[FUSED_FLOATS / QK];    // -K_BIAS times sum of q8 over a block, as q_scale
     float    k[TILE_FLOATS];                // wide: [cell][dim_k]
-    uint8_t  k8[TILE_FLOATS];               // narrow: [dim_k/4][cell][4]; wide: [cell][dim_k]
-    float    k_scale[TILE_FLOATS / QK];     // narrow: [block][cell]; wide: [cell][block]
+    uint8_t  k8[TILE_FLOATS];               // narrow: [dim_k/4][cell, cells_max][4]; wide: [cell][dim_k]
+    float    k_scale[TILE_FLOATS / QK];     // narrow: [block][cell, cells_max]; wide: [cell][block]
     float    k_low[TILE_FLOATS / QK];       // as k_scale
     float    v[TILE_FLOATS];                // wide: [cell][dim_v]
     float    s[FUSED_ROWS_MAX * FUSED_TILE + W]; // W more: see add_mask()
@@ -45,8 +57,8 @@ struct alignas(64) scratch {
     float    max[FUSED_ROWS_MAX];
     float    sum[FUSED_ROWS_MAX];
     float    beta[FUSED_ROWS_MAX];
-    const uint8_t * row[FUSED_TILE];        // of K or V, one per cell of the tile
-    tile     ordinary, intact;
+    rows     k_rows, v_rows;                // of the tile in hand
+    tile     ordinary[2], intact[2];        // one being filled, one full
 };
 
 inline int round_up(int a, int b) {
@@ -57,6 +69,12 @@ struct worker {
     const fused_call & call;
     const item       & it;
     scratch          & x;
+
+    // K and V row of cell c of the tile for the KV head in hand, and where to prefetch meanwhile.
+    const uint8_t * k_row(int h, int c) const   { return x.k_rows.base + h * x.k_rows.head + x.k_rows.offset[c]; }
+    const uint8_t * v_row(int h, int c) const   { return x.v_rows.base + h * x.v_rows.head + x.v_rows.offset[c]; }
+    const uint8_t * k_ahead(int h, int c) const { return x.k_rows.ahead_base + h * x.k_rows.ahead_head + x.k_rows.ahead[c]; }
+    const uint8_t * v_ahead(int h, int c) const { return x.v_rows.ahead_base + h * x.v_rows.ahead_head + x.v_rows.ahead[c]; }
 
     const int dim_k  = call.k.dim;
     const int dim_v  = call.v.dim;
@@ -101,21 +119,22 @@ struct worker {
     }
 
     void load_query_block(const float * q, float scale, int row, int b, int n_block) const {
-        float amax = 0.0f;
-        for (int i = 0; i < QK; i++) {
-            const float a = __builtin_fabsf(q[i]);
-            amax = a > amax ? a : amax;
+        vf top = {};
+        for (int i = 0; i < QK; i += W) {
+            top = max(top, as_float(as_int(load(q + i)) & 0x7fffffff));
         }
-        const float inv = amax > 0.0f ? 127.0f / amax : 0.0f;
+        const float amax = max_of(top);
+        const float inv  = amax > 0.0f ? 127.0f / amax : 0.0f;
+        int32_t bits[QK];
+        for (int i = 0; i < QK; i += W) {
+            // rounds to nearest, as in exp_neg()
+            store(bits + i, as_int(fma(load(q + i), set1(inv), set1(12582912.0f))) - 0x4b400000);
+        }
         int32_t total = 0;
         int8_t  n[QK];
         for (int i = 0; i < QK; i++) {
-            // rounds to nearest, as in exp_neg()
-            const float t = q[i] * inv + 12582912.0f;
-            int32_t bits;
-            memcpy(&bits, &t, sizeof(bits));
-            n[i] = (int8_t) (bits - 0x4b400000);
-            total += n[i];
+            n[i] = (int8_t) bits[i];
+            total += bits[i];
         }
         if (it.wide) {
             for (int j = 0; j < QK / 4; j++) {
@@ -132,20 +151,45 @@ struct worker {
 
     // --- scores ---
 
-    // Points x.row at the K or V rows of the tile's cells; true: they are F16 rows of the arena.
-    bool find_rows(const fused_side & side, const tile & t, int kv_head) const {
-        if (t.intact && side.arena) {
-            const uint16_t * base = side.arena + (size_t) kv_head * side.dim;
-            for (int c = 0; c < t.n; c++) {
-                x.row[c] = (const uint8_t *) (base + t.row[c] * side.arena_row);
-            }
-            return true;
-        }
-        const uint8_t * base = side.data + kv_head * side.nb_head + it.stream * side.nb_stream;
+    // Finds the K or V rows of the tile's cells, and those of the next tile.
+    //
+    // The next tile's rows are prefetched one by one while this tile is computed: memory bounds decode, and the
+    // hardware's own prefetch stops at page ends and loses its way between heads and cells. In one burst the
+    // prefetches would fill the miss queue, and arithmetic would wait behind them.
+    void find_rows(const fused_side & side, const tile & t, const tile & next, rows & r) const {
+        const uint8_t * base  = side.data + it.kv_head * side.nb_head + it.stream * side.nb_stream;
+        const uint8_t * arena = (const uint8_t *) (side.arena ? side.arena + (size_t) it.kv_head * side.dim : nullptr);
+        const size_t    arena_row  = side.arena_row * sizeof(uint16_t);
+        const size_t    arena_head = side.dim * sizeof(uint16_t);
+        r.f16  = t.intact && arena;
+        r.base = r.f16 ? arena : base;
+        r.head = r.f16 ? arena_head : side.nb_head;
         for (int c = 0; c < t.n; c++) {
-            x.row[c] = base + t.cell[c] * side.nb_cell;
+            r.offset[c] = r.f16 ? t.row[c] * arena_row : t.cell[c] * side.nb_cell;
         }
-        return false;
+        int n_ahead = 0;
+        const bool ahead_f16 = next.intact && arena;
+        r.ahead_base = ahead_f16 ? arena : base;
+        r.ahead_head = ahead_f16 ? arena_head : side.nb_head;
+        if (next.n > 0) {
+            n_ahead = next.n < t.n ? next.n : t.n;
+            for (int c = 0; c < n_ahead; c++) {
+                r.ahead[c] = ahead_f16 ? next.row[c] * arena_row : next.cell[c] * side.nb_cell;
+            }
+        } else if (it.next_cell >= 0) {
+            n_ahead = call.n_kv - it.next_cell < t.n ? call.n_kv - it.next_cell : t.n;
+            for (int c = 0; c < n_ahead; c++) {
+                r.ahead[c] = (it.next_cell + c) * side.nb_cell;
+            }
+        }
+        for (int c = n_ahead; c < t.n; c++) {
+            r.ahead[c] = r.ahead[0];
+        }
+        if (n_ahead == 0) { // nothing to read ahead: ask for what is there
+            r.ahead_base = r.base;
+            r.ahead_head = r.head;
+            memcpy(r.ahead, r.offset, sizeof(size_t) * t.n);
+        }
     }
 
     // 8 x W dwords: block of 32 bytes of W cells -> [8][W]
@@ -198,30 +242,33 @@ struct worker {
 #endif
     }
 
-    template <ggml_type T> void pack_k(int n) const {
+    template <ggml_type T> void pack_k(int n, int h) const {
         const int n_block = dim_k / QK;
         alignas(64) uint8_t bytes[W][QK];
         for (int c0 = 0; c0 < n; c0 += W) {
             for (int b = 0; b < n_block; b++) {
                 for (int c = 0; c < W; c++) {
                     // lanes behind the last cell repeat it; their scores are thrown away
-                    const uint8_t * p = x.row[c0 + c < n ? c0 + c : n - 1] + b * block<T>::bytes;
+                    const int i = c0 + c < n ? c0 + c : n - 1;
+                    const uint8_t * p = k_row(h, i) + b * block<T>::bytes;
+                    __builtin_prefetch(k_ahead(h, i) + b * block<T>::bytes);
                     unpack_k<T>(p, bytes[c]);
-                    x.k_scale[b * FUSED_TILE + c0 + c] = f16(p);
+                    x.k_scale[b * cells_max + c0 + c] = f16(p);
                     if constexpr (block<T>::min) {
-                        x.k_low[b * FUSED_TILE + c0 + c] = f16(p + 2);
+                        x.k_low[b * cells_max + c0 + c] = f16(p + 2);
                     }
                 }
-                transpose(bytes, x.k8 + (b * (QK / 4) * FUSED_TILE + c0) * 4, FUSED_TILE);
+                transpose(bytes, x.k8 + (b * (QK / 4) * cells_max + c0) * 4, cells_max);
             }
         }
     }
 
-    template <ggml_type T> void narrow_scores_quant(int n, int row0) const {
-        pack_k<T>(n);
+    template <ggml_type T> void narrow_scores_quant(int n, int h) const {
+        pack_k<T>(n, h);
+        const int row0 = h * it.rows;
         const int n_block = dim_k / QK;
         const idot_args g = {
-            x.q8 + row0 * dim_k, (size_t) dim_k, x.k8, FUSED_TILE,
+            x.q8 + row0 * dim_k, (size_t) dim_k, x.k8, (size_t) cells_max,
             x.q_scale + row0 * n_block, x.k_scale,
             block<T>::min ? x.q_sum + row0 * n_block : nullptr, x.k_low,
             x.q_start + row0 * n_block, x.s, FUSED_TILE, n_block,
@@ -229,11 +276,15 @@ struct worker {
         idot<false>(g, it.rows, round_up(n, W));
     }
 
-    template <ggml_type T, int R> void narrow_scores_float_rows(int n, int row0, int r0) const {
+    template <ggml_type T, int R> void narrow_scores_float_rows(int n, int h, int r0) const {
+        const int row0 = h * it.rows;
         for (int c = 0; c < n; c++) {
             vf acc[R] = {};
             for (int d = 0; d < dim_k; d += W) {
-                const vf k = values<T>(x.row[c] + d * 2, 0);
+                if (d % 32 == 0) {
+                    __builtin_prefetch(k_ahead(h, c) + d * 2);
+                }
+                const vf k = values<T>(k_row(h, c) + d * 2, 0);
                 for (int r = 0; r < R; r++) {
                     acc[r] = fma(k, load(x.q + (row0 + r0 + r) * dim_k + d), acc[r]);
                 }
@@ -244,15 +295,15 @@ struct worker {
         }
     }
 
-    template <ggml_type T> void narrow_scores_float(int n, int row0) const {
+    template <ggml_type T> void narrow_scores_float(int n, int h) const {
         int r = 0;
         for (; r + 4 <= it.rows; r += 4) {
-            narrow_scores_float_rows<T, 4>(n, row0, r);
+            narrow_scores_float_rows<T, 4>(n, h, r);
         }
         switch (it.rows - r) {
-            case 3: narrow_scores_float_rows<T, 3>(n, row0, r); break;
-            case 2: narrow_scores_float_rows<T, 2>(n, row0, r); break;
-            case 1: narrow_scores_float_rows<T, 1>(n, row0, r); break;
+            case 3: narrow_scores_float_rows<T, 3>(n, h, r); break;
+            case 2: narrow_scores_float_rows<T, 2>(n, h, r); break;
+            case 1: narrow_scores_float_rows<T, 1>(n, h, r); break;
         }
     }
 
@@ -260,7 +311,7 @@ struct worker {
         const int n_block = dim_k / QK;
         for (int c = 0; c < n; c++) {
             for (int b = 0; b < n_block; b++) {
-                const uint8_t * p = x.row[c] + b * block<T>::bytes;
+                const uint8_t * p = k_row(0, c) + b * block<T>::bytes;
                 unpack_k<T>(p, x.k8 + c * dim_k + b * QK);
                 x.k_scale[c * n_block + b] = f16(p);
                 if constexpr (block<T>::min) {
@@ -279,32 +330,31 @@ struct worker {
     template <ggml_type T> void wide_scores_float(int n) const {
         for (int c = 0; c < n; c++) {
             for (int d = 0; d < dim_k; d += W) {
-                store(x.k + c * dim_k + d, values<T>(x.row[c] + d * 2, 0));
+                store(x.k + c * dim_k + d, values<T>(k_row(0, c) + d * 2, 0));
             }
         }
         const gemm_args g = { x.k, (size_t) dim_k, 1, x.q, (size_t) it.rows_pad, x.s, (size_t) it.rows_pad, nullptr, dim_k };
         gemm(g, n, it.rows_pad);
     }
 
-    template <ggml_type T> void scores_of(int n, int row0) const {
+    template <ggml_type T> void scores_of(int n, int h) const {
         if constexpr (block<T>::quant) {
-            it.wide ? wide_scores_quant<T>(n) : narrow_scores_quant<T>(n, row0);
+            it.wide ? wide_scores_quant<T>(n) : narrow_scores_quant<T>(n, h);
         } else {
-            it.wide ? wide_scores_float<T>(n) : narrow_scores_float<T>(n, row0);
+            it.wide ? wide_scores_float<T>(n) : narrow_scores_float<T>(n, h);
         }
     }
 
-    void scores(const tile & t, int kv_head, int row0) const {
-        const bool arena = find_rows(call.k, t, kv_head);
-        switch (arena ? GGML_TYPE_F16 : call.k.type) {
-            case GGML_TYPE_F16:    scores_of<GGML_TYPE_F16>   (t.n, row0); break;
-            case GGML_TYPE_BF16:   scores_of<GGML_TYPE_BF16>  (t.n, row0); break;
-            case GGML_TYPE_Q8_0:   scores_of<GGML_TYPE_Q8_0>  (t.n, row0); break;
-            case GGML_TYPE_Q5_1:   scores_of<GGML_TYPE_Q5_1>  (t.n, row0); break;
-            case GGML_TYPE_Q5_0:   scores_of<GGML_TYPE_Q5_0>  (t.n, row0); break;
-            case GGML_TYPE_Q4_1:   scores_of<GGML_TYPE_Q4_1>  (t.n, row0); break;
-            case GGML_TYPE_Q4_0:   scores_of<GGML_TYPE_Q4_0>  (t.n, row0); break;
-            case GGML_TYPE_IQ4_NL: scores_of<GGML_TYPE_IQ4_NL>(t.n, row0); break;
+    void scores(const tile & t, int h) const {
+        switch (x.k_rows.f16 ? GGML_TYPE_F16 : call.k.type) {
+            case GGML_TYPE_F16:    scores_of<GGML_TYPE_F16>   (t.n, h); break;
+            case GGML_TYPE_BF16:   scores_of<GGML_TYPE_BF16>  (t.n, h); break;
+            case GGML_TYPE_Q8_0:   scores_of<GGML_TYPE_Q8_0>  (t.n, h); break;
+            case GGML_TYPE_Q5_1:   scores_of<GGML_TYPE_Q5_1>  (t.n, h); break;
+            case GGML_TYPE_Q5_0:   scores_of<GGML_TYPE_Q5_0>  (t.n, h); break;
+            case GGML_TYPE_Q4_1:   scores_of<GGML_TYPE_Q4_1>  (t.n, h); break;
+            case GGML_TYPE_Q4_0:   scores_of<GGML_TYPE_Q4_0>  (t.n, h); break;
+            case GGML_TYPE_IQ4_NL: scores_of<GGML_TYPE_IQ4_NL>(t.n, h); break;
             default: break; // fused_supported() lets no other type through
         }
         if (call.softcap != 0.0f) {
@@ -428,7 +478,8 @@ struct worker {
     // --- values ---
 
     // acc[r][d0..d0+32) of R rows; the blocks' scales go into the weights, their lows into one number per row.
-    template <ggml_type T, int R, int N> void narrow_values_block(int n, int r0, int row0, int d0) const {
+    template <ggml_type T, int R, int N> void narrow_values_block(int n, int r0, int h, int d0) const {
+        const int row0 = h * it.rows;
         constexpr int NV = N / W;
         const size_t offset = (size_t) (block<T>::quant ? d0 / QK * block<T>::bytes : d0 * 2);
         constexpr bool low = block<T>::min || block<T>::offset != 0;
@@ -438,7 +489,7 @@ struct worker {
             alignas(64) float scale[FUSED_TILE], lows[FUSED_TILE];
             const int n_pad = round_up(n, W);
             for (int c = 0; c < n_pad; c++) {
-                const uint8_t * p = x.row[c < n ? c : n - 1] + offset;
+                const uint8_t * p = v_row(h, c < n ? c : n - 1) + offset;
                 scale[c] = block_scale<T>(p);
                 if constexpr (low) {
                     lows[c] = block_low<T>(p);
@@ -467,7 +518,8 @@ struct worker {
             }
         }
         for (int c = 0; c < n; c++) {
-            const uint8_t * p = x.row[c] + offset;
+            const uint8_t * p = v_row(h, c) + offset;
+            __builtin_prefetch(v_ahead(h, c) + offset);
             for (int v = 0; v < NV; v++) {
                 const vf value = values<T>(p, v);
                 for (int r = 0; r < R; r++) {
@@ -482,31 +534,31 @@ struct worker {
         }
     }
 
-    template <ggml_type T, int R> void narrow_values_rows(int n, int r0, int row0) const {
+    template <ggml_type T, int R> void narrow_values_rows(int n, int r0, int h) const {
         int d = 0;
         for (; d + QK <= dim_v; d += QK) {
-            narrow_values_block<T, R, QK>(n, r0, row0, d);
+            narrow_values_block<T, R, QK>(n, r0, h, d);
         }
         if constexpr (!block<T>::quant) {
             if (d < dim_v) {
-                narrow_values_block<T, R, 16>(n, r0, row0, d);
+                narrow_values_block<T, R, 16>(n, r0, h, d);
             }
         }
     }
 
-    template <ggml_type T> void narrow_values(int n, int row0) const {
+    template <ggml_type T> void narrow_values(int n, int h) const {
         int r = 0;
         for (; r + VALUE_ROWS <= it.rows; r += VALUE_ROWS) {
-            narrow_values_rows<T, VALUE_ROWS>(n, r, row0);
+            narrow_values_rows<T, VALUE_ROWS>(n, r, h);
         }
         if constexpr (VALUE_ROWS > 2) {
             switch (it.rows - r) {
-                case 3: narrow_values_rows<T, 3>(n, r, row0); break;
-                case 2: narrow_values_rows<T, 2>(n, r, row0); break;
+                case 3: narrow_values_rows<T, 3>(n, r, h); break;
+                case 2: narrow_values_rows<T, 2>(n, r, h); break;
             }
         }
         if (it.rows - r == 1) {
-            narrow_values_rows<T, 1>(n, r, row0);
+            narrow_values_rows<T, 1>(n, r, h);
         }
     }
 
@@ -514,7 +566,7 @@ struct worker {
         for (int c = 0; c < n; c++) {
             if constexpr (block<T>::quant) {
                 for (int d = 0; d < dim_v; d += QK) {
-                    const uint8_t * p = x.row[c] + d / QK * block<T>::bytes;
+                    const uint8_t * p = v_row(0, c) + d / QK * block<T>::bytes;
                     const vf scale = set1(block_scale<T>(p));
                     const vf low   = set1(block_low<T>(p));
                     for (int v = 0; v < QK / W; v++) {
@@ -523,7 +575,7 @@ struct worker {
                 }
             } else {
                 for (int d = 0; d < dim_v; d += W) {
-                    store(x.v + c * dim_v + d, values<T>(x.row[c] + d * 2, 0));
+                    store(x.v + c * dim_v + d, values<T>(v_row(0, c) + d * 2, 0));
                 }
             }
         }
@@ -531,42 +583,42 @@ struct worker {
         gemm(g, it.rows, dim_v);
     }
 
-    template <ggml_type T> void values_of(int n, int row0) const {
-        it.wide ? wide_values<T>(n) : narrow_values<T>(n, row0);
+    template <ggml_type T> void values_of(int n, int h) const {
+        it.wide ? wide_values<T>(n) : narrow_values<T>(n, h);
     }
 
-    void accumulate(const tile & t, int kv_head, int row0) const {
-        const bool arena = find_rows(call.v, t, kv_head);
-        switch (arena ? GGML_TYPE_F16 : call.v.type) {
-            case GGML_TYPE_F16:    values_of<GGML_TYPE_F16>   (t.n, row0); break;
-            case GGML_TYPE_BF16:   values_of<GGML_TYPE_BF16>  (t.n, row0); break;
-            case GGML_TYPE_Q8_0:   values_of<GGML_TYPE_Q8_0>  (t.n, row0); break;
-            case GGML_TYPE_Q5_1:   values_of<GGML_TYPE_Q5_1>  (t.n, row0); break;
-            case GGML_TYPE_Q5_0:   values_of<GGML_TYPE_Q5_0>  (t.n, row0); break;
-            case GGML_TYPE_Q4_1:   values_of<GGML_TYPE_Q4_1>  (t.n, row0); break;
-            case GGML_TYPE_Q4_0:   values_of<GGML_TYPE_Q4_0>  (t.n, row0); break;
-            case GGML_TYPE_IQ4_NL: values_of<GGML_TYPE_IQ4_NL>(t.n, row0); break;
+    void accumulate(const tile & t, int h) const {
+        switch (x.v_rows.f16 ? GGML_TYPE_F16 : call.v.type) {
+            case GGML_TYPE_F16:    values_of<GGML_TYPE_F16>   (t.n, h); break;
+            case GGML_TYPE_BF16:   values_of<GGML_TYPE_BF16>  (t.n, h); break;
+            case GGML_TYPE_Q8_0:   values_of<GGML_TYPE_Q8_0>  (t.n, h); break;
+            case GGML_TYPE_Q5_1:   values_of<GGML_TYPE_Q5_1>  (t.n, h); break;
+            case GGML_TYPE_Q5_0:   values_of<GGML_TYPE_Q5_0>  (t.n, h); break;
+            case GGML_TYPE_Q4_1:   values_of<GGML_TYPE_Q4_1>  (t.n, h); break;
+            case GGML_TYPE_Q4_0:   values_of<GGML_TYPE_Q4_0>  (t.n, h); break;
+            case GGML_TYPE_IQ4_NL: values_of<GGML_TYPE_IQ4_NL>(t.n, h); break;
             default: break;
         }
     }
 
     // --- tiles ---
 
-    void process(tile & t) const {
+    void process(tile & t, const tile & next) const {
         if (t.n == 0) {
             return;
         }
         if (t.masked && call.mask_heads == 1) {
             load_mask(t, 0);
         }
+        find_rows(call.k, t, next, x.k_rows);
+        find_rows(call.v, t, next, x.v_rows);
         for (int h = 0; h < it.kv_heads; h++) {
-            const int row0 = h * it.rows;
-            scores(t, it.kv_head + h, row0);
+            scores(t, h);
             if (t.masked) {
                 add_mask(t, it.kv_head + h);
             }
-            it.wide ? wide_softmax(t.n) : narrow_softmax(t.n, row0);
-            accumulate(t, it.kv_head + h, row0);
+            it.wide ? wide_softmax(t.n) : narrow_softmax(t.n, h * it.rows);
+            accumulate(t, h);
         }
         t.n = 0;
         t.masked = false;
@@ -596,14 +648,49 @@ struct worker {
         return any != 0;
     }
 
-    void add(tile & t, int cell, int row, bool masked) const {
-        t.cell[t.n] = cell;
-        t.row[t.n]  = row;
-        t.n++;
-        t.masked |= masked;
-        if (t.n == cells_max) {
-            process(t);
+    void add(tile * pair, int cell, int row, bool masked) const {
+        tile * t = pair;
+        t->cell[t->n] = cell;
+        t->row[t->n]  = row;
+        t->n++;
+        t->masked |= masked;
+        if (t->n == cells_max) {
+            push(pair);
         }
+    }
+
+    // The usual case, without a branch per cell: n cells, all seen and ordinary, for an empty tile.
+    bool add_all(int cell, int n, const uint16_t * live, const int32_t * arena_rows, bool masked) const {
+        if (n != FUSED_TILE || cells_max != FUSED_TILE || x.ordinary[0].n != 0) {
+            return false;
+        }
+        uint16_t all = 1;
+        int32_t  row = -1;
+        for (int i = 0; i < FUSED_TILE; i++) {
+            all &= live[i];
+        }
+        for (int i = 0; arena_rows && i < FUSED_TILE; i++) {
+            row = arena_rows[cell + i] > row ? arena_rows[cell + i] : row;
+        }
+        if (!all || row >= 0) {
+            return false;
+        }
+        tile & t = x.ordinary[0];
+        for (int i = 0; i < FUSED_TILE; i++) {
+            t.cell[i] = cell + i;
+        }
+        t.n      = FUSED_TILE;
+        t.masked = masked;
+        push(x.ordinary);
+        return true;
+    }
+
+    // A full tile: the one before it is computed.
+    void push(tile * pair) const {
+        process(pair[1], pair[0]);
+        pair[1] = pair[0];
+        pair[0].n = 0;
+        pair[0].masked = false;
     }
 
     void run() const {
@@ -613,25 +700,33 @@ struct worker {
             x.max[r] = -__builtin_inff();
             x.sum[r] = 0.0f;
         }
-        x.ordinary.n = x.intact.n = 0;
-        x.ordinary.masked = x.intact.masked = false;
-        x.ordinary.intact = false;
-        x.intact.intact   = true;
+        for (int i = 0; i < 2; i++) {
+            x.ordinary[i].n      = x.intact[i].n      = 0;
+            x.ordinary[i].masked = x.intact[i].masked = false;
+            x.ordinary[i].intact = false;
+            x.intact[i].intact   = true;
+        }
 
-        const int32_t * rows = call.row_of_cell ? call.row_of_cell + (size_t) it.stream * call.n_kv : nullptr;
+        const int32_t * arena_rows = call.row_of_cell ? call.row_of_cell + (size_t) it.stream * call.n_kv : nullptr;
         for (int c = it.cell; c < it.cell + it.cells; c += FUSED_TILE) {
             const int n = it.cell + it.cells - c < FUSED_TILE ? it.cell + it.cells - c : FUSED_TILE;
             uint16_t live[FUSED_TILE];
             const bool masked = look(c, n, live);
+            if (add_all(c, n, live, arena_rows, masked)) {
+                continue;
+            }
             for (int i = 0; i < n; i++) {
                 if (live[i]) {
-                    const bool intact = rows && rows[c + i] >= 0;
-                    add(intact ? x.intact : x.ordinary, c + i, intact ? rows[c + i] : -1, masked);
+                    const bool intact = arena_rows && arena_rows[c + i] >= 0;
+                    add(intact ? x.intact : x.ordinary, c + i, intact ? arena_rows[c + i] : -1, masked);
                 }
             }
         }
-        process(x.intact);
-        process(x.ordinary);
+        const tile none{};
+        process(x.intact[1], x.intact[0]);
+        process(x.intact[0], x.ordinary[1]);
+        process(x.ordinary[1], x.ordinary[0]);
+        process(x.ordinary[0], none);
         write();
     }
 
@@ -675,11 +770,12 @@ struct worker {
 };
 
 // Item i of the plan, chunks varying fastest.
-inline item make_item(const fused_call & call, int i) {
+inline item make_item(const fused_call & call, int i, int nth) {
     const fused_plan & p = call.plan;
     const int n_group = call.n_head / call.n_head_kv;
     item it;
     it.cell     = i % p.n_chunk * p.chunk_cells;
+    it.next_cell = i % p.n_chunk + nth < p.n_chunk ? it.cell + nth * p.chunk_cells : -1;
     i /= p.n_chunk;
     it.kv_head  = i % p.n_head_group * p.kv_heads;
     i /= p.n_head_group;
@@ -700,7 +796,7 @@ inline item make_item(const fused_call & call, int i) {
 void run(const fused_call & call, int ith, int nth) {
     scratch x;
     for (int i = ith; i < call.plan.n_item; i += nth) {
-        const item it = make_item(call, i);
+        const item it = make_item(call, i, nth);
         worker{ call, it, x }.run();
     }
 }

@@ -7,7 +7,7 @@
 
 namespace intactkv {
 
-constexpr int CHUNK_MIN  = 128; // cells: below, starting and merging a chunk costs more than it spreads
+constexpr int CHUNK_MIN  = 256; // cells: below, starting and merging a chunk costs more than it spreads
 constexpr int ITEMS_WANT = 64;  // enough for every thread of a large machine, and to even out uneven chunks
 constexpr int ITEMS_MIN  = 16;  // an item takes several KV heads (whole cache lines) if so many remain
 
@@ -26,7 +26,7 @@ fused_plan fused_make_plan(int dim_k, int dim_v, int n_kv, int n_tokens, int n_h
     p.n_token_block = div_up(n_tokens, p.tokens);
 
     const int n_base      = n_stream * p.n_head_block * p.n_token_block;
-    const int n_chunk_max = n_kv < 2 * CHUNK_MIN + 1 ? 1 : div_up(n_kv, CHUNK_MIN);
+    const int n_chunk_max = div_up(n_kv, CHUNK_MIN);
 
     const int rows = p.heads * p.tokens;
     p.kv_heads = std::min(n_head_kv, rows_max / (rows <= 4 ? rows : div_up(rows, 16) * 16));

@@ -35,10 +35,37 @@ inline vi   set1(int32_t a)            { return vi{} + a; }
 inline vf   to_float(vi a)             { return __builtin_convertvector(a, vf); }
 inline vf   as_float(vi a)             { return (vf) a; }
 inline vi   as_int(vf a)               { return (vi) a; }
-inline vi   load_u8(const uint8_t * p) { return __builtin_convertvector(load_as<vub>(p), vi); }
-inline vf   load_s8(const uint8_t * p) { return to_float(__builtin_convertvector(load_as<vsb>(p), vi)); }
-inline vf   load_bf16(const uint16_t * p) {
-    return as_float(__builtin_convertvector(load_as<vh>(p), vi) << 16);
+
+// W bytes or halves as integers. GCC takes __builtin_convertvector() apart into single bytes here.
+inline vi load_u8(const uint8_t * p) {
+#if INTACTKV_X86 >= 3
+    return (vi) _mm512_cvtepu8_epi32(load_as<__m128i>(p));
+#elif INTACTKV_X86 == 2
+    return (vi) _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) p));
+#else
+    return __builtin_convertvector(load_as<vub>(p), vi);
+#endif
+}
+inline vf load_s8(const uint8_t * p) {
+#if INTACTKV_X86 >= 3
+    return to_float((vi) _mm512_cvtepi8_epi32(load_as<__m128i>(p)));
+#elif INTACTKV_X86 == 2
+    return to_float((vi) _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) p)));
+#else
+    return to_float(__builtin_convertvector(load_as<vsb>(p), vi));
+#endif
+}
+inline vi load_u16(const uint16_t * p) {
+#if INTACTKV_X86 >= 3
+    return (vi) _mm512_cvtepu16_epi32(load_as<__m256i>(p));
+#elif INTACTKV_X86 == 2
+    return (vi) _mm256_cvtepu16_epi32(load_as<__m128i>(p));
+#else
+    return __builtin_convertvector(load_as<vh>(p), vi);
+#endif
+}
+inline vf load_bf16(const uint16_t * p) {
+    return as_float(load_u16(p) << 16);
 }
 
 // a*b + c
@@ -74,7 +101,7 @@ inline vf load_f16(const uint16_t * p) {
     return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
 #else
     // exponent and mantissa moved into place, then the exponent's bias corrected by a product; inf and NaN by hand
-    const vi h    = __builtin_convertvector(load_as<vh>(p), vi);
+    const vi h    = load_u16(p);
     const vi sign = (h & 0x8000) << 16;
     const vi em   = h & 0x7fff;
     const vf x    = as_float(em << 13) * set1(0x1p112f);
