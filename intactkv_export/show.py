@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
-from intactkv_export import bindings, gguf_file, prefix_file
+from intactkv_export import gguf_file, prefix_file
 from intactkv_export.prefix_file import Prefix
 from intactkv_export.runtime import IntactLlama
 from intactkv_export.vocabulary import Vocabulary
@@ -87,8 +87,7 @@ def token_texts(prefix: Prefix, model: Path | None) -> list[str] | None:
 
 def check_fit(prefix: Prefix, model: Path) -> None:
     """Raises IntactKVError if the prefix does not fit a model: its vocabulary, heads, RoPE, reference."""
-    llama = IntactLlama(model, prefix=None, kv_type="f16", n_ctx=len(prefix.tokens) + 1, n_batch=32)
-    bindings.verify(prefix.data, llama.ctx)
+    IntactLlama(model, prefix.source, "f16", n_ctx=len(prefix.tokens) + 1, n_batch=32).close()
 
 
 def load(path: Path) -> Prefix:

@@ -1,0 +1,277 @@
+"""The command line. It parses, calls, prints, and turns errors into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from intactkv_export import __version__
+from intactkv_export.errors import IntactKVError, UsageError
+
+PROG = "intactkv-export"
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+_KV_TYPES = "f16, q8_0, q5_1, q5_0, q4_1, q4_0, bf16, iq4_nl"
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="CPU threads. Default: half the cores.")]
+KvType = Annotated[str, typer.Option("--kv-type", help=f"Type of the KV cache, or K,V: {_KV_TYPES}.")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Quantized GGUF models with an intact prefix (IntactKV) for llama.cpp.
+
+    The keys and values of a model's first tokens (its system prompt) are computed once by the full-precision model,
+    stored beside the quantized one, and kept at F16 in front of a quantized KV cache.
+
+    \b
+    intactkv-export convert ./SmolLM2 -o smol.gguf --quant Q4_K_M --system-prompt "You are terse."
+    intactkv-export chat smol.gguf --kv-type q8_0
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. An error is one sentence on stderr.
+    """
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="An .ikv file, or a GGUF with a prefix.", show_default=False)],
+    model: Annotated[
+        Path | None, typer.Option("--model", "-m", help="A GGUF to compare with; it also gives the tokens' text.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Show every token, however long the prefix is.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a prefix file holds: prompt, origin, sizes, and a heat map of its K and V norms.
+
+    In the map a row is a token and a column a layer: pivot tokens stand out, their norms are far from the others'.
+
+    \b
+    intactkv-export inspect smol.ikv -m smol.gguf
+    intactkv-export inspect smol.gguf --json
+    """
+    from intactkv_export import show
+
+    prefix = show.load(file)
+    if model is not None:
+        show.check_fit(prefix, model)
+    if as_json:
+        _print_json(show.as_json(prefix))
+        return
+    console = Console(width=show.WIDTH, highlight=False)
+    fits = None if model is None else str(model)
+    for line in show.report(prefix, show.token_texts(prefix, model), fits, every):
+        console.print(line, soft_wrap=True)
+
+
+@app.command()
+def verify(
+    prefix: Annotated[Path, typer.Argument(help="An .ikv file, or a GGUF with a prefix.", show_default=False)],
+    model: Annotated[
+        Path | None, typer.Option("--model", "-m", help="The GGUF it is for. Default: the one it is embedded in.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a prefix: checksum, structure, and with a model also its identity, vocabulary, heads and RoPE.
+
+    Exit code 0 if it can be loaded, else 1 and one sentence that says why not.
+
+    \b
+    intactkv-export verify smol.ikv -m smol.gguf
+    """
+    from intactkv_export import bindings, show
+
+    found = show.load(prefix)
+    against = model or (found.source if found.embedded else None)
+    if against is not None:
+        show.check_fit(found, against)
+    else:
+        bindings.verify(found.data)
+    result = {"file": str(found.source), "tokens": len(found.tokens), "sha256": found.sha256, "model": against}
+    if as_json:
+        _print_json(result)
+    else:
+        print(f"{found.source}: {len(found.tokens)} tokens, whole{f', fits {against}' if against else ''}")
+
+
+@app.command()
+def embed(
+    prefix: Annotated[Path, typer.Argument(help="An .ikv file.", show_default=False)],
+    model: Annotated[Path, typer.Argument(help="The GGUF to store it in.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write. Default: MODEL itself.")] = None,
+) -> None:
+    """Store a prefix in a GGUF, so that there is one file to ship. Stock llama.cpp ignores it.
+
+    \b
+    intactkv-export embed smol.ikv smol.gguf -o smol-with-prefix.gguf
+    """
+    from intactkv_export import prefix_file, show
+
+    found = prefix_file.read(prefix)
+    show.check_fit(found, model)
+    print(f"{prefix_file.embed(model, found, out)}: {len(found.tokens)} tokens, {len(found.data):,} bytes embedded")
+
+
+@app.command()
+def extract(
+    model: Annotated[Path, typer.Argument(help="A GGUF with a prefix embedded.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write. Default: MODEL with .ikv.")] = None,
+) -> None:
+    """Write the prefix that is embedded in a GGUF to an .ikv file, for stock llama.cpp for instance.
+
+    \b
+    intactkv-export extract smol.gguf -o smol.ikv
+    """
+    from intactkv_export import prefix_file
+
+    out = out or model.with_suffix(".ikv")
+    found = prefix_file.extract(model, out)
+    print(f"{out}: {len(found.tokens)} tokens, {len(found.data):,} bytes")
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(help="A quantized GGUF.", show_default=False)],
+    text: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Answer this message and exit; only the reply is on stdout.")
+    ] = None,
+    prefix: Annotated[
+        Path | None, typer.Option("--prefix", help="Prefix file. Default: the one embedded or beside the model.")
+    ] = None,
+    no_prefix: Annotated[bool, typer.Option("--no-prefix", help="Chat without a prefix.")] = False,
+    system_prompt: Annotated[
+        str | None,
+        typer.Option("--system-prompt", help="TEXT or @FILE. A prefix brings its own and allows no other."),
+    ] = None,
+    kv_type: KvType = "q8_0",
+    n_predict: Annotated[int, typer.Option("-n", "--n-predict", min=0, help="Longest reply; 0: until it ends.")] = 0,
+    ctx_size: Annotated[int, typer.Option("--ctx-size", "-c", min=0, help="Context in tokens; 0: the model's.")] = 4096,
+    temp: Annotated[float, typer.Option("--temp", min=0, help="Temperature; 0: always the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option("--top-p", min=0, max=1, help="Sample from this probability mass.")] = 0.95,
+    min_p: Annotated[float, typer.Option("--min-p", min=0, max=1, help="... of tokens this near the best.")] = 0.05,
+    seed: Annotated[int | None, typer.Option("--seed", help="For replies that can be repeated.")] = None,
+    threads: Threads = None,
+) -> None:
+    """Talk to a model. Its prefix is loaded, not computed, and stays at F16 whatever the KV type.
+
+    In a terminal: history with the arrow keys, Ctrl-C stops a reply, /help lists the commands. With -p or from a
+    pipe one message is answered.
+
+    \b
+    intactkv-export chat smol.gguf
+    intactkv-export chat smol.gguf -p "What is a KV cache?" --temp 0
+    git diff | intactkv-export chat smol.gguf --kv-type q8_0,q4_0 > review.txt
+    """
+    from intactkv_export import chat as chatting
+
+    if prefix is not None and no_prefix:
+        raise UsageError("--prefix and --no-prefix exclude each other: leave one out")
+    message = text
+    if message is None and not sys.stdin.isatty():
+        message = sys.stdin.read().rstrip("\n")
+    if message is not None and not message.strip():
+        raise UsageError("there is no message: give one with -p TEXT or on standard input")
+    k, _, v = kv_type.partition(",")
+    talk = chatting.open_chat(
+        model,
+        prefix=None if no_prefix else prefix or "auto",
+        kv_type=(k.strip(), (v or k).strip()),
+        n_ctx=ctx_size,
+        n_threads=threads,
+        system_prompt=None if system_prompt is None else _text_or_file(system_prompt),
+        sampling=chatting.Sampling(n_predict, temp, top_p, min_p, seed),
+    )
+    if message is not None:
+        chatting.once(talk, message)
+    else:
+        chatting.interactive(talk)
+
+
+@app.command()
+def version(as_json: AsJson = False) -> None:
+    """Print the versions of this program and of the llama.cpp libraries it runs on."""
+    from intactkv_export import bindings, library
+
+    llama_cpp = library.load()
+    facts = {
+        "intactkv-export": __version__,
+        "llama-cpp-python": llama_cpp.__version__,
+        "libraries": str(llama_cpp.llama_cpp._base_path),
+        "libraries built from intactkv-export": bindings.version() if library.is_patched() else None,
+        "system": llama_cpp.llama_print_system_info().decode(),
+    }
+    if as_json:
+        _print_json(facts)
+    else:
+        for name, value in facts.items():
+            print(f"{name}: {'stock, without intact cells' if value is None else value}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    args = [a for a in given if a != "--debug"]  # it may stand anywhere
+    debug = len(args) < len(given)
+    warnings.showwarning = _warn
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal may lack a character, not a reply
+    try:
+        code = app(args or ["--help"], prog_name=PROG, standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        return _explain(error)
+
+
+def _explain(error: BaseException) -> int:
+    if isinstance(error, IntactKVError):
+        print(f"{PROG}: {error}", file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, BrokenPipeError):  # whoever read our output has gone; nothing more can be written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if isinstance(error, typer.BadParameter.__base__ or ()):  # the parser's usage errors
+        command = error.ctx.command_path if error.ctx else PROG  # type: ignore[attr-defined]
+        message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+        print(f"{PROG}: {message[:1].lower()}{message[1:]}: see `{command} --help`", file=sys.stderr)
+        return UsageError.exit_code
+    print(f"{PROG}: internal error: {type(error).__name__}: {error}; run with --debug to see where", file=sys.stderr)
+    return IntactKVError.exit_code
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"{PROG}: warning: {message}", file=sys.stderr)
+
+
+def _text_or_file(value: str) -> str:
+    """An option's TEXT, or the text of the file that @FILE names. Raises UsageError if it cannot be read."""
+    if not value.startswith("@"):
+        return value
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the text in {value[1:]} ({error}): check the path after @") from error
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, default=str))
