@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -90,10 +91,10 @@ def hf_dir(models_dir: Path, model: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def stock_lib() -> Path:
-    """Directory of llama.cpp's libraries built from the same source with the same flags, without the patch.
+    """Directory of llama.cpp's libraries built from the same source with the same options, without the patch.
 
-    Compiles for a minute or two the first time. Skips without cmake or a compiler. INTACTKV_STOCK_LIB names a
-    directory that is there already.
+    Compiles for a minute or two the first time. Skips without cmake. INTACTKV_STOCK_LIB names a directory that is
+    there already.
     """
     if given := os.environ.get("INTACTKV_STOCK_LIB"):
         return Path(given)
@@ -106,6 +107,11 @@ def stock_lib() -> Path:
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     configure = [cmake, "-S", str(REPO / "native"), "-B", str(build), *generator]
     configure += ["-DINTACTKV_STOCK=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    ours = REPO / "build" / "native" / "CMakeCache.txt"
+    if not (build / "CMakeCache.txt").is_file() and ours.is_file():
+        # Other compilers or instruction sets would round otherwise.
+        same = r"^((?:GGML_\w+|CMAKE_BUILD_TYPE|CMAKE_C(?:XX)?_(?:COMPILER|FLAGS)):\w+=.+)$"
+        configure += [f"-D{setting}" for setting in re.findall(same, ours.read_text(), re.MULTILINE)]
     for command in (configure, [cmake, "--build", str(build), "--target", "llama", "--parallel", "2"]):
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert done.returncode == 0, done.stdout[-4000:]
