@@ -10,6 +10,7 @@ import ctypes as C
 import hashlib
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -23,7 +24,8 @@ NATIVE = ROOT / "native"
 
 # ggml_type, ggml.h of the pinned source
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
-BLOCK_BYTES = {"f32": 128, "f16": 64, "bf16": 64, "q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18, "iq4_nl": 18}
+# bytes of 32 values
+BLOCK_BYTES = {"f16": 64, "bf16": 64, "q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18, "iq4_nl": 18}
 
 
 class _Case(C.Structure):
@@ -118,8 +120,8 @@ def build(flags: tuple[str, ...] = ("-O3",), name: str = "native", ggml: Path | 
                 _finish(running)
         _finish(running)
         partial = objects / library.name
-        link = [compiler() or "g++", "-shared", "-pthread", *flags, *map(str, sorted(objects.glob("*.o"))), "-L", str(ggml)]
-        link += ["-lggml-base", "-lggml-cpu", f"-Wl,-rpath,{ggml}", "-o", str(partial)]
+        link = [compiler() or "g++", "-shared", "-pthread", *flags, *map(str, sorted(objects.glob("*.o")))]
+        link += ["-L", str(ggml), "-lggml-base", "-lggml-cpu", f"-Wl,-rpath,{ggml}", "-o", str(partial)]
         subprocess.run(link, check=True)
         for old in work.glob(f"{name}-*.so"):
             old.unlink()
@@ -147,6 +149,8 @@ class Kernel:
         self.lib.fused_test_chosen.restype = C.c_char_p
         self.lib.fused_test_round.argtypes = [C.c_int32, C.c_void_p, C.c_void_p, C.c_int64, C.c_int64]
         self.lib.fused_test_round.restype = None
+        self.lib.fused_test_quantize.argtypes = [C.c_int32, C.c_void_p, C.c_void_p, C.c_int64, C.c_int64]
+        self.lib.fused_test_quantize.restype = C.c_int64
         run = self.lib.fused_test_run
         run.argtypes = [C.POINTER(_Case), C.c_int32, C.c_int32, C.c_void_p, C.c_int32, C.c_int32, C.c_void_p]
         run.restype = C.c_bool
@@ -166,8 +170,42 @@ class Kernel:
         self.lib.fused_test_round(TYPES[kv_type], values.ctypes.data, out.ctypes.data, values.size, row)
         return out
 
+    def quantized(self, values: np.ndarray, kv_type: str) -> bytes:
+        """The bytes that a cache of this type holds of the values [..., n_head_kv, dim]."""
+        values = np.ascontiguousarray(values, np.float32)
+        row = values.shape[-1] * values.shape[-2]
+        kv = TYPES[kv_type]
+        out = C.create_string_buffer(self.lib.fused_test_quantize(kv, None, None, values.size, row))
+        self.lib.fused_test_quantize(kv, values.ctypes.data, out, values.size, row)
+        return out.raw
+
+    def write(self, case: Case, path: Path) -> None:
+        """Writes the case as native/tests/fused_file.cpp reads it."""
+        n_stream, n_tokens, n_head, dim_k = case.q.shape
+        _, n_kv, n_head_kv, dim_v = case.v.shape
+        k, v = self.quantized(case.k, case.type_k), self.quantized(case.v, case.type_v)
+        mask = (0, 0, 0) if case.mask is None else case.mask.shape
+        arena = case.arena_k if case.arena_k is not None else case.arena_v
+        header = struct.pack(
+            "<13i3f5i",
+            *(dim_k, dim_v, n_head, n_head_kv, n_tokens, n_kv, n_stream, TYPES[case.type_k], TYPES[case.type_v]),
+            *(mask[1], mask[0], mask[2], 0 if arena is None else len(arena)),
+            *(case.scale, case.max_bias, case.softcap),
+            *(len(k) // (n_stream * n_kv), len(v) // (n_stream * n_kv)),
+            *(case.sinks is not None, case.arena_k is not None, case.arena_v is not None),
+        )
+        arrays = [
+            (case.mask, "<f2"),
+            (case.sinks, "<f4"),
+            (case.arena_k, "<f2"),
+            (case.arena_v, "<f2"),
+            (case.row_of_cell, "<i4"),
+        ]
+        rest = [np.ascontiguousarray(array, dtype).tobytes() for array, dtype in arrays if array is not None]
+        path.write_bytes(b"".join([header, case.q.astype("<f4").tobytes(), k, v, *rest]))
+
     def run(
-        self, case: Case, *, fused: bool, n_threads: int = 2, repeat: int = 0, n_layer: int = 1
+        self, case: Case, *, fused: bool, n_threads: int = 1, repeat: int = 0, n_layer: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
         """Result float32 [n_stream, n_tokens, n_head, dim_v], and the seconds of `repeat` more runs, which use
         n_layer copies of K and V in turn. Raises ValueError if fused attention does not support the case."""
@@ -199,5 +237,7 @@ class Kernel:
             C.byref(c), int(fused), n_threads, out.ctypes.data, repeat, n_layer, seconds.ctypes.data if repeat else None
         )
         if not ok:
-            raise ValueError(f"fused attention does not support this case: {case.type_k}, {case.type_v}, head sizes {dim_k}, {dim_v}")
+            raise ValueError(
+                f"fused attention does not support K {case.type_k} of head size {dim_k}, V {case.type_v} of {dim_v}"
+            )
         return out, seconds

@@ -9,10 +9,10 @@
 #include <arm_neon.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("+dotprod"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("+dotprod")
+#pragma GCC target("arch=armv8.2-a+dotprod")
 #endif
 #define INTACTKV_X86 0
 #define INTACTKV_ARM 2

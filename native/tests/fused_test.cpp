@@ -73,6 +73,14 @@ void fused_test_round(int32_t type, const float * in, float * out, int64_t n, in
     ggml_get_type_traits((ggml_type) type)->to_float(bytes.data(), out, n);
 }
 
+// The bytes of n values in rows of dim values; returns how many. out NULL: only counts.
+int64_t fused_test_quantize(int32_t type, const float * in, void * out, int64_t n, int64_t dim) {
+    if (out) {
+        ggml_quantize_chunk((ggml_type) type, in, out, 0, n / dim, dim, nullptr);
+    }
+    return (int64_t) ggml_row_size((ggml_type) type, n);
+}
+
 // Runs the case once on n_threads, then, if seconds is not NULL, n_rep times more with one time each.
 // n_layer copies of K and V are used in turn, so that timings read memory as a model with n_layer layers does.
 // fused: 1 our nodes, 0 ggml_flash_attn_ext. out F32 [n_stream][n_tokens][n_head][dim_v]. false: not supported.
