@@ -1,8 +1,8 @@
 """Outputs that are whole or absent: written under a temporary name in the same directory, fsynced, renamed.
 
-A temporary name is `.NAME.tmp-PID`: it cannot be taken for the output, and says which process it belongs to. It is
-removed when the work fails or is interrupted; what a killed process has left is removed by the next one that writes
-the same NAME.
+A temporary name is `.NAME.tmp-PID`, a directory's `.NAME.tmp-PID.d`: it cannot be taken for the output, and says which
+process it belongs to. It is removed when the work fails or is interrupted; what a killed process has left is removed by
+the next one that writes the same NAME.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def output(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 def work_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A directory beside `path` for what is made on the way to it; removed after the block, whatever happens."""
     path = Path(path)
-    directory = _temporary(path)
+    directory = Path(f"{_temporary(path)}.d")
     try:
         with explained(path):
             remove_stale(path)
@@ -49,15 +49,16 @@ def work_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a finished file of the same file system its final name, durably."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    """Give a finished file of the same file system its final name, durably. Raises IntactKVError."""
+    with explained(path):
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 @contextmanager
@@ -81,7 +82,7 @@ def _sentence(path: Path, error: OSError) -> str:
 
 def remove_stale(path: Path) -> None:
     """Remove what processes that no longer live have left of `path`."""
-    pattern = re.compile(re.escape(f".{path.name}.tmp-") + r"(\d+)")
+    pattern = re.compile(re.escape(f".{path.name}.tmp-") + r"(\d+)(\.d)?")
     for entry in path.parent.iterdir():
         match = pattern.fullmatch(entry.name)
         if match and not _alive(int(match[1])):

@@ -26,7 +26,7 @@ Messages = list[dict[str, str]]
 # before the message, and cost every conversation that token. The runtime computes such a conversation as usual.
 _FIRST_MESSAGES = (
     "Hello, who are you?", "", "a", "Zürich", "7 * 6 =", "1,000", " one blank", "!", "'s", "...", "#include <stdio.h>",
-    "def f(x):\n    return x\n", "{\"a\": [1]}", "<b>", "[INST", "|", "_", "@you", "你好", "こんにちは", "Привет", "é", "😀",
+    "def f(x):\n    return x\n", "{\"a\": [1]}", "<b>", "[INST", "|", "_", "@you", "你好", "こんにちは", "Да", "é", "😀"
 )  # fmt: skip
 # Every part of a date differs.
 _DATES = (datetime(2024, 7, 26, 9, 8, 7), datetime(2031, 12, 5, 21, 45, 30), datetime(1999, 2, 13, 14, 36, 59))
@@ -76,7 +76,7 @@ class Template:
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
         if not template:
-            raise UsageError(f"the model has no chat template, so a system prompt has no place in its text: {_BOS_ONLY}")
+            raise UsageError(f"the model has no chat template, so a system prompt has no place: {_BOS_ONLY}")
         self.sha256 = hashlib.sha256(template.encode()).hexdigest()
         try:
             self._formatter: Any = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)
@@ -130,7 +130,7 @@ def _refuse_control_tokens(vocabulary: Vocabulary, tokens: Sequence[int], neutra
         same = len(_common([ours, theirs]))
         name = vocabulary.token_name((ours[same:] or [vocabulary.eos])[0])
         raise UsageError(
-            f"the system prompt contains {name!r}, a control token of the model, or changes those of its chat template: "
+            f"the system prompt contains {name!r}, a control token of the model, or changes those of its template: "
             "write it in another way"
         )
 

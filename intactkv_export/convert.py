@@ -1,0 +1,429 @@
+"""A reference model and a system prompt go in; quantized GGUFs with their IntactKV come out.
+
+    Hugging Face --converter--> reference.gguf --widened to F32--> engine --> OUT.ikv --.
+                                       '--------quantizer--------> TYPE.gguf -----------+--> OUT.gguf
+
+Heavy stages run in processes of their own. Everything on the way lies in one directory beside the outputs, which are
+renamed to their names at the very end: they are whole or absent.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import intactkv_export
+from intactkv_export import atomic, child, engines, ggml_types, gguf_file, prefix_file, prompt, weights
+from intactkv_export import imatrix as imatrices
+from intactkv_export import reference as references
+from intactkv_export.engines import llama as llama_engine
+from intactkv_export.engines import torch as torch_engine
+from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.reference import Reference
+from intactkv_export.vocabulary import Vocabulary
+
+Progress = Callable[[str, int, int], None]  # stage, done, total; total 0: unknown
+KV = llama_engine.KV
+_CONVERTED = ("F32", "F16", "BF16")  # types the converter writes
+_WEIGHT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True)
+class Output:
+    """A GGUF that was written. type: as in weights.TYPES, or "reference"."""
+
+    path: Path
+    type: str
+    n_bytes: int
+    bits_per_weight: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """seconds: wall time; peak_bytes: resident memory of the process that did it."""
+
+    name: str
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What came out, and what it took. outputs: the GGUFs; prefix: the `.ikv`."""
+
+    outputs: list[Output]
+    prefix: Path
+    prefix_bytes: int
+    n_tokens: int
+    text: str
+    engine: str
+    reference_sha256: str
+    embedded: bool
+    stages: list[Stage]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: paths as text."""
+        return _plain(asdict(self))
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """How the prefix is computed: the arguments of convert(). Raises UsageError for values that do not exist."""
+
+    engine: str
+    dtype: str | None
+    device: str
+    offload_dir: str | os.PathLike[str] | None
+    n_threads: int | None
+    n_ctx: int
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, *torch_engine.DTYPES):
+            raise UsageError(f"unknown dtype {self.dtype!r}: give one of {', '.join(torch_engine.DTYPES)}")
+        if self.n_threads is not None and self.n_threads < 1:
+            raise UsageError(f"{self.n_threads} threads cannot compute anything: give 1 or more")
+
+    def chosen(self, reference: Reference) -> str:
+        """The engine for this reference, "llama" or "torch". Raises UsageError if it cannot be."""
+        name = engines.choose(self.engine, reference)
+        if name == "llama" and self.dtype in ("float16", "bfloat16"):
+            raise UsageError(f"the llama engine has no dtype {self.dtype!r}: give float32 or auto, or the torch engine")
+        return name
+
+
+@dataclass
+class _Work:
+    """The stages that were run, where they leave their files, and who wants to hear of them."""
+
+    directory: Path
+    progress: Progress | None
+    stages: list[Stage] = field(default_factory=list)
+
+    def run(self, name: str, function: Callable[..., Any], *args: Any, counted: bool = False, **kwargs: Any) -> Any:
+        def report(done: int, total: int) -> None:
+            if self.progress is not None:
+                self.progress(name, done, total)
+
+        report(0, 0)
+        done = child.run(function, *args, progress=report if counted else None, **kwargs)
+        self.stages.append(Stage(name, done.seconds, done.peak_bytes))
+        return done.value
+
+
+def convert(
+    reference: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    quant: str | Sequence[str] = ("Q4_K_M",),
+    system_prompt: str | None = None,
+    bos_only: bool = False,
+    imatrix: str | os.PathLike[str] | None = None,
+    embed: bool = True,
+    keep_reference: bool = False,
+    allow_requantize: bool = False,
+    engine: str = "auto",
+    dtype: str | None = None,
+    device: str = "cpu",
+    offload_dir: str | os.PathLike[str] | None = None,
+    n_threads: int | None = None,
+    n_ctx: int = 0,
+    progress: Progress | None = None,
+) -> ConvertResult:
+    """Quantize a reference model and compute its IntactKV prefix.
+
+    reference: a Hugging Face directory or hub id, or a GGUF in F32, F16 or BF16; a quantized one with
+        allow_requantize, and the manifest says so.
+    out: "dir/name": writes name.gguf, or name-TYPE.gguf of each if there are several types, and name.ikv.
+    quant: types upstream quantizes to (weights.TYPES), a sequence or comma-separated. They share one prefix.
+    system_prompt: the text; None: the chat template's own. bos_only: keep only the first token intact.
+    imatrix: importance matrix of upstream's llama-imatrix, GGUF or .dat.
+    embed: store the prefix in each GGUF too; else only note which reference it belongs to.
+    engine: "llama" computes the prefix with llama.cpp, "torch" with transformers; "auto": torch for Hugging Face
+        directories of an architecture whose layout is proven, else llama.
+    dtype: None: F32; "auto": that of the weights, saving memory and disk at some precision; with the torch engine
+        also "float16", "bfloat16". device, offload_dir: of the torch engine (engines/torch.py).
+    n_threads: None: all cores. n_ctx: of the context that the prefix will be used in; only LongRoPE models need it.
+    keep_reference: of a Hugging Face model, also keep the reference GGUF: name.reference.gguf.
+    progress: called with (stage, done, total); total is 0 where it is unknown.
+
+    Raises UsageError before any work if the request makes no sense, IntactKVError if the work fails: one sentence
+    each. Then nothing is left behind.
+    """
+    compute = _Engine(engine, dtype, device, offload_dir, n_threads, n_ctx)
+    types = _types(quant, imatrix)
+    found = references.locate(reference, allow_requantize)
+    engine = compute.chosen(found)
+    base = _base(out)
+    targets = {t: base.with_name(f"{base.name}.gguf" if len(types) == 1 else f"{base.name}-{t}.gguf") for t in types}
+    ikv, kept = base.with_name(f"{base.name}.ikv"), base.with_name(f"{base.name}.reference.gguf")
+    keep_reference = keep_reference and not found.is_gguf
+    _check_targets([*targets.values(), ikv, *([kept] if keep_reference else [])], found)
+    matrix = None if imatrix is None else imatrices.read(imatrix)
+    _check_prompt(found, system_prompt, bos_only)
+
+    with atomic.work_directory(base) as directory:
+        work = _Work(directory, progress)
+        _check_space(directory, found, types, widen=engine == "llama" and compute.dtype != "auto")
+        header = found.path
+        if not found.is_gguf:
+            header = directory / "vocabulary.gguf"
+            work.run("read vocabulary", weights.huggingface_to_gguf, found.path, header, vocab_only=True)
+        made = _prompt(header, system_prompt, bos_only)
+        gguf = _reference_gguf(work, found)
+        identity = work.run("hash reference", references.identity, found)
+        computed = _compute(work, compute, engine, found, gguf, gguf, made)
+        prefix = _build(*computed, made, found, identity)
+
+        finished: list[tuple[Path, Path, str, float]] = []
+        for name, target in targets.items():
+            quantized, final = directory / "quantized.gguf", directory / target.name
+            settings = {"imatrix": matrix, "allow_requantize": allow_requantize, "n_threads": n_threads}
+            bits = work.run(f"quantize {name}", weights.quantize, gguf, quantized, name, counted=True, **settings)
+            if embed:
+                work.run(f"embed in {name}", prefix_file.embed, quantized, prefix, final)
+            else:
+                work.run(f"stamp {name}", prefix_file.stamp, quantized, identity, final)
+            quantized.unlink()
+            finished.append((final, target, name, bits))
+        if keep_reference:
+            final = directory / kept.name
+            bits = work.run("keep reference", _keep, gguf, found, identity, final)
+            finished.append((final, kept, "reference", bits))
+        prefix_file.write(directory / ikv.name, prefix.data)
+        for final, target, _, _ in finished:
+            atomic.publish(final, target)
+        atomic.publish(directory / ikv.name, ikv)
+
+    outputs = [Output(target, name, target.stat().st_size, bits) for _, target, name, bits in finished]
+    return _result(outputs, ikv, prefix, embed, work)
+
+
+def prefix(
+    reference: str | os.PathLike[str],
+    model: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    system_prompt: str | None = None,
+    bos_only: bool = False,
+    embed: bool | None = None,
+    allow_requantize: bool = False,
+    engine: str = "auto",
+    dtype: str | None = None,
+    device: str = "cpu",
+    offload_dir: str | os.PathLike[str] | None = None,
+    n_threads: int | None = None,
+    n_ctx: int = 0,
+    progress: Progress | None = None,
+) -> ConvertResult:
+    """Another prefix for a model that is quantized already: a GGUF made from this reference.
+
+    out: the `.ikv` to write; None: MODEL.ikv beside the model. embed: also store it in the model; None: if the model
+    has one embedded, or `out` is not given and it would hide the new file. Otherwise as convert(). Raises
+    IntactKVError if the model was quantized from another reference, by identity or by structure.
+    """
+    compute = _Engine(engine, dtype, device, offload_dir, n_threads, n_ctx)
+    model = Path(model)
+    stamped = gguf_file.read(model).values
+    target = model.with_suffix(".ikv") if out is None else Path(out)
+    if embed is None:
+        embed = out is None and prefix_file.KEY_STATE in stamped
+    found = references.locate(reference, allow_requantize)
+    engine = compute.chosen(found)
+    _check_targets([target], found)
+    made = _prompt(model, system_prompt, bos_only)
+    with atomic.work_directory(target) as directory:
+        work = _Work(directory, progress)
+        _check_space(directory, found, [], widen=engine == "llama" and compute.dtype != "auto")
+        identity = work.run("hash reference", references.identity, found)
+        theirs = stamped.get(prefix_file.KEY_REFERENCE)
+        if theirs not in (None, identity):
+            raise IntactKVError(
+                f"{model} was quantized from the reference model {theirs} and {found.path} is {identity}: give the "
+                "reference it was quantized from"
+            )
+        gguf = _reference_gguf(work, found) if engine == "llama" else found.path
+        computed = _compute(work, compute, engine, found, gguf, model, made)
+        new = _build(*computed, made, found, identity)
+        if embed:
+            work.run("embed", prefix_file.embed, model, new)
+        prefix_file.write(target, new.data)
+    return _result([], target, new, embed, work)
+
+
+def _reference_gguf(work: _Work, found: Reference) -> Path:
+    """The reference as a GGUF, in its own precision."""
+    if found.is_gguf:
+        return found.path
+    gguf = work.directory / "reference.gguf"
+    dtype = found.dtype if found.dtype in _CONVERTED else "BF16"
+    work.run("convert to GGUF", weights.huggingface_to_gguf, found.path, gguf, dtype)
+    return gguf
+
+
+def _compute(
+    work: _Work, compute: _Engine, engine: str, found: Reference, gguf: Path, reader: Path, made: prompt.Prompt
+) -> tuple[dict[str, Any], KV, KV, dict[str, Any]]:
+    """(model description, K, V, the manifest's "engine"). gguf: the reference's; reader: the model to read the prefix."""
+    tokens, n_ctx = made.tokens, max(compute.n_ctx, len(made.tokens) + 1)
+    if engine == "torch":
+        model = work.run("describe model", llama_engine.describe, reader, n_ctx)
+        K, V, versions = work.run(
+            "compute prefix", _compute_with_torch, found.path, tokens, model, counted=True,
+            device=compute.device, dtype=compute.dtype, offload_dir=compute.offload_dir,
+        )  # fmt: skip
+        dtype = {None: "f32", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(compute.dtype, "auto")
+        return model, K, V, {"name": engine, "dtype": dtype, "versions": versions}
+
+    source = gguf
+    if compute.dtype != "auto" and found.dtype != "F32":
+        source = work.directory / "f32.gguf"
+        settings = {"allow_requantize": found.quantized, "n_threads": compute.n_threads}
+        work.run("widen to F32", weights.quantize, gguf, source, "F32", counted=True, **settings)
+    own, K, V = work.run(
+        "compute prefix", llama_engine.compute, source, tokens, counted=True, n_threads=compute.n_threads, n_ctx=n_ctx
+    )
+    if source != gguf:
+        source.unlink()
+    model = own if reader == gguf else work.run("describe model", llama_engine.describe, reader, n_ctx)
+    _check_same_model(own, model, found.path, reader)
+    dtype = found.dtype.lower() if compute.dtype == "auto" else "f32"
+    return model, K, V, {"name": engine, "dtype": dtype, "versions": llama_engine.versions()}
+
+
+def _compute_with_torch(*args: Any, **kwargs: Any) -> tuple[KV, KV, dict[str, str]]:
+    return *torch_engine.compute(*args, **kwargs), torch_engine.versions()
+
+
+def _build(
+    model: dict[str, Any], K: KV, V: KV, engine: dict[str, Any], made: prompt.Prompt, found: Reference, identity: str
+) -> prefix_file.Prefix:
+    manifest = {
+        "text": made.text,
+        "messages": made.messages,
+        "bos_only": made.bos_only,
+        "chat_template_sha256": made.chat_template_sha256,
+        "reference": {
+            "sha256": identity, "dtype": found.dtype, "name": found.name, "quantized": found.quantized,
+        },
+        "engine": engine,
+        "calibrated": None,
+        "created_by": f"intactkv-export {intactkv_export.__version__}",
+    }  # fmt: skip
+    return prefix_file.read(prefix_file.build(model, made.tokens, K, V, manifest))
+
+
+def _prompt(gguf: Path, system_prompt: str | None, bos_only: bool) -> prompt.Prompt:
+    """Prefix tokens by the GGUF's tokenizer; refused if its header tells that the model can have no prefix."""
+    values = gguf_file.read(gguf).values
+    arch = values.get("general.architecture")
+    with Vocabulary(gguf) as vocabulary:
+        why_not = vocabulary.refusal()
+        if why_not:
+            raise IntactKVError(f"a model of architecture {arch!r} cannot carry a prefix: {why_not}")
+        made = prompt.make(vocabulary, values.get("tokenizer.chat_template"), system_prompt, bos_only)
+    limit = values.get(f"{arch}.context_length")
+    if isinstance(limit, int) and len(made.tokens) >= limit:
+        raise UsageError(f"the prefix has {len(made.tokens)} tokens, the model's context {limit}: shorten the prompt")
+    return made
+
+
+def _check_prompt(found: Reference, system_prompt: str | None, bos_only: bool) -> None:
+    """What can be known about the prompt without a tokenizer, before any work."""
+    if bos_only and system_prompt is not None:
+        raise UsageError("--bos-only keeps no system prompt: give one of both")
+    if not bos_only:
+        prompt.Template(found.chat_template, "<s>", "</s>").conversation(system_prompt)
+
+
+def _types(quant: str | Sequence[str], imatrix: object) -> list[str]:
+    names = quant.split(",") if isinstance(quant, str) else quant
+    types = list(dict.fromkeys(weights.type_name(name) for name in names))
+    if not types:
+        raise UsageError("no quantization type given: give one or more, for example Q4_K_M")
+    starved = [name for name in types if name in weights.NEEDS_IMATRIX]
+    if starved and imatrix is None:
+        raise UsageError(f"{starved[0]} needs an importance matrix: give one with --imatrix, or a larger type")
+    return types
+
+
+def _base(out: str | os.PathLike[str]) -> Path:
+    path = Path(out)
+    if path.suffix in (".gguf", ".ikv"):
+        path = path.with_suffix("")
+    if str(out).endswith(os.sep) or path.is_dir() or not path.name:
+        raise UsageError(f"{out} is a directory: give directory/name, from which name.gguf and name.ikv are made")
+    return path.absolute()
+
+
+def _check_targets(targets: Sequence[Path], found: Reference) -> None:
+    if not targets[0].parent.is_dir():
+        raise UsageError(f"there is no directory {targets[0].parent} to write to: make it, or choose another")
+    for target in targets:
+        if target.is_dir():
+            raise UsageError(f"{target} is a directory, so no file can be written there: choose another name")
+        if target.exists() and any(target.samefile(file) for file in found.files):
+            raise UsageError(f"{target} is the reference model itself: choose another name for the output")
+
+
+def _check_space(directory: Path, found: Reference, types: Sequence[str], widen: bool) -> None:
+    """Refuse what cannot fit, by a lower bound of what will lie on the disk at once."""
+    if found.is_gguf:
+        n_weights = sum(prod(t.shape) for file in found.files for t in gguf_file.read(file).tensors)
+    else:
+        n_weights = found.n_bytes // _WEIGHT_BYTES.get(found.dtype, 1)
+    sizes = [int(n_weights * weights.least_bits(name) / 8) for name in types]
+    converted = 0 if found.is_gguf else 2 * n_weights
+    widened = 4 * n_weights if widen and found.dtype != "F32" else 0
+    need = converted + max(widened, sum(sizes) + max(sizes, default=0))
+    free = shutil.disk_usage(directory).free
+    if need > free:
+        raise IntactKVError(
+            f"the conversion needs at least {need / 1e9:.1f} GB in {directory.parent} and {free / 1e9:.1f} GB are free:"
+            " make room, or choose another directory"
+        )
+
+
+def _check_same_model(own: dict[str, Any], described: dict[str, Any], reference: Path, reader: Path) -> None:
+    for key, value in own.items():
+        if key != "n_ctx_train" and described.get(key) != value:
+            raise IntactKVError(
+                f"{reader} is not a quantization of {reference}: {key} is {_short(described.get(key))} in the one and "
+                f"{_short(value)} in the other: give the reference it was quantized from"
+            )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _keep(gguf: Path, found: Reference, identity: str, out: Path) -> float:
+    """Copy the reference GGUF, noting which Hugging Face model it is; returns its bits per weight."""
+    header = gguf_file.read(gguf)
+    own = references.identity(Reference(gguf, True, [gguf], found.dtype, found.quantized, None))
+    changes = {prefix_file.KEY_REFERENCE: identity, references.KEY_CONVERTED: own}
+    prefix_file.rewrite(gguf, changes, out)
+    return ggml_types.bits_per_weight(header)
+
+
+def _result(
+    outputs: list[Output], ikv: Path, prefix: prefix_file.Prefix, embedded: bool, work: _Work
+) -> ConvertResult:
+    manifest = prefix.manifest
+    return ConvertResult(
+        outputs, ikv, len(prefix.data), len(prefix.tokens), manifest["text"], manifest["engine"]["name"],
+        manifest["reference"]["sha256"], embedded, work.stages,
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
