@@ -16,6 +16,7 @@ from rich.console import Console
 
 from intactkv_export import __version__
 from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.progress import Progress
 
 PROG = "intactkv-export"
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -28,7 +29,7 @@ app = typer.Typer(
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="CPU threads. Default: half the cores.")]
+Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="CPU threads. Default: by the cores.")]
 KvType = Annotated[str, typer.Option("--kv-type", help=f"Type of the KV cache, or K,V: {_KV_TYPES}.")]
 
 
@@ -47,6 +48,110 @@ def _options(
 
     Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. An error is one sentence on stderr.
     """
+
+
+Reference = Annotated[
+    str, typer.Argument(help="The full-precision model: a directory, a hub id, or a GGUF.", show_default=False)
+]
+SystemPrompt = Annotated[
+    str | None,
+    typer.Option("--system-prompt", "-s", help="TEXT or @FILE. Default: the chat template's own.", show_default=False),
+]
+BosOnly = Annotated[bool, typer.Option("--bos-only", help="Keep only the first token intact; for base models.")]
+Requantize = Annotated[
+    bool, typer.Option("--allow-requantize", help="Take a quantized reference; the prefix file says so.")
+]
+Engine = Annotated[str, typer.Option("--engine", help="What computes the prefix: auto, llama or torch.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="To compute in: float32 (default), auto: as the weights; torch: float16, bfloat16."),
+]
+Device = Annotated[str, typer.Option("--device", help="Of the torch engine: cpu, cuda, ...")]
+Offload = Annotated[
+    Path | None, typer.Option("--offload-dir", help="Where torch puts weights that do not fit in memory.")
+]
+Context = Annotated[
+    int, typer.Option("--ctx-size", "-c", min=0, help="Context the prefix will be used in; LongRoPE models need it.")
+]
+
+
+@app.command()
+def convert(
+    reference: Reference,
+    out: Annotated[Path, typer.Option("--out", "-o", help="OUT.gguf and OUT.ikv are written.", show_default=False)],
+    quant: Annotated[str, typer.Option("--quant", "-q", help="Types of llama.cpp, comma-separated.")] = "Q4_K_M",
+    system_prompt: SystemPrompt = None,
+    bos_only: BosOnly = False,
+    imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix (llama-imatrix).")] = None,
+    engine: Engine = "auto",
+    embed: Annotated[bool, typer.Option("--embed/--no-embed", help="Store the prefix in the GGUF too.")] = True,
+    keep_reference: Annotated[bool, typer.Option("--keep-reference", help="Keep OUT.reference.gguf.")] = False,
+    allow_requantize: Requantize = False,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    offload_dir: Offload = None,
+    ctx_size: Context = 0,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize a model and compute its prefix: OUT.gguf, ready to chat with, and OUT.ikv.
+
+    The system prompt is rendered by the model's own chat template; the prefix is what every conversation with it
+    begins with. With several types, OUT-TYPE.gguf share one OUT.ikv.
+
+    \b
+    intactkv-export convert ./SmolLM2 -o smol.gguf --system-prompt @prompt.txt
+    intactkv-export convert HuggingFaceTB/SmolLM2-135M-Instruct -o smol.gguf --quant Q4_0,Q4_K_M,Q2_K
+    intactkv-export convert smol-f16.gguf -o smol.gguf --bos-only --no-embed
+    """
+    from intactkv_export.convert import convert as run
+
+    prompt = None if system_prompt is None else _text_or_file(system_prompt)
+    with Progress(quiet=as_json) as progress:
+        result = run(
+            reference, out, quant=quant, system_prompt=prompt, bos_only=bos_only, imatrix=imatrix, embed=embed,
+            keep_reference=keep_reference, allow_requantize=allow_requantize, engine=engine, dtype=dtype,
+            device=device, offload_dir=offload_dir, n_threads=threads, n_ctx=ctx_size, progress=progress,
+        )  # fmt: skip
+    _print_result(result, as_json)
+
+
+@app.command()
+def prefix(
+    reference: Reference,
+    model: Annotated[Path, typer.Option("--model", "-m", help="A GGUF quantized from it.", show_default=False)],
+    system_prompt: SystemPrompt = None,
+    bos_only: BosOnly = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: MODEL with .ikv.")] = None,
+    embed: Annotated[
+        bool | None,
+        typer.Option("--embed/--no-embed", help="Also store it in MODEL. Default: if it has one.", show_default=False),
+    ] = None,
+    engine: Engine = "auto",
+    allow_requantize: Requantize = False,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    offload_dir: Offload = None,
+    ctx_size: Context = 0,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compute a prefix for another system prompt, for a model that is quantized already.
+
+    \b
+    intactkv-export prefix ./SmolLM2 -m smol.gguf --system-prompt "You are a poet." -o poet.ikv
+    intactkv-export chat smol.gguf --prefix poet.ikv
+    """
+    from intactkv_export.convert import prefix as run
+
+    prompt = None if system_prompt is None else _text_or_file(system_prompt)
+    with Progress(quiet=as_json) as progress:
+        result = run(
+            reference, model, out=out, system_prompt=prompt, bos_only=bos_only, embed=embed, engine=engine,
+            allow_requantize=allow_requantize, dtype=dtype, device=device, offload_dir=offload_dir,
+            n_threads=threads, n_ctx=ctx_size, progress=progress,
+        )  # fmt: skip
+    _print_result(result, as_json)
 
 
 @app.command()
@@ -82,7 +187,7 @@ def inspect(
 
 @app.command()
 def verify(
-    prefix: Annotated[Path, typer.Argument(help="An .ikv file, or a GGUF with a prefix.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="An .ikv file, or a GGUF with a prefix.", show_default=False)],
     model: Annotated[
         Path | None, typer.Option("--model", "-m", help="The GGUF it is for. Default: the one it is embedded in.")
     ] = None,
@@ -97,7 +202,7 @@ def verify(
     """
     from intactkv_export import bindings, show
 
-    found = show.load(prefix)
+    found = show.load(file)
     against = model or (found.source if found.embedded else None)
     if against is not None:
         show.check_fit(found, against)
@@ -112,7 +217,7 @@ def verify(
 
 @app.command()
 def embed(
-    prefix: Annotated[Path, typer.Argument(help="An .ikv file.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="An .ikv file.", show_default=False)],
     model: Annotated[Path, typer.Argument(help="The GGUF to store it in.", show_default=False)],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write. Default: MODEL itself.")] = None,
 ) -> None:
@@ -123,7 +228,7 @@ def embed(
     """
     from intactkv_export import prefix_file, show
 
-    found = prefix_file.read(prefix)
+    found = prefix_file.read(file)
     show.check_fit(found, model)
     print(f"{prefix_file.embed(model, found, out)}: {len(found.tokens)} tokens, {len(found.data):,} bytes embedded")
 
@@ -151,7 +256,7 @@ def chat(
     text: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Answer this message and exit; only the reply is on stdout.")
     ] = None,
-    prefix: Annotated[
+    prefix_path: Annotated[
         Path | None, typer.Option("--prefix", help="Prefix file. Default: the one embedded or beside the model.")
     ] = None,
     no_prefix: Annotated[bool, typer.Option("--no-prefix", help="Chat without a prefix.")] = False,
@@ -180,7 +285,7 @@ def chat(
     """
     from intactkv_export import chat as chatting
 
-    if prefix is not None and no_prefix:
+    if prefix_path is not None and no_prefix:
         raise UsageError("--prefix and --no-prefix exclude each other: leave one out")
     message = text
     if message is None and not sys.stdin.isatty():
@@ -190,7 +295,7 @@ def chat(
     k, _, v = kv_type.partition(",")
     talk = chatting.open_chat(
         model,
-        prefix=None if no_prefix else prefix or "auto",
+        prefix=None if no_prefix else prefix_path or "auto",
         kv_type=(k.strip(), (v or k).strip()),
         n_ctx=ctx_size,
         n_threads=threads,
@@ -271,6 +376,31 @@ def _text_or_file(value: str) -> str:
         return Path(value[1:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the text in {value[1:]} ({error}): check the path after @") from error
+
+
+def _print_result(result: Any, as_json: bool) -> None:
+    """What convert or prefix made: files, then what each stage took."""
+    if as_json:
+        _print_json(result.to_dict())
+        return
+    print(f"\n{'file':40} {'size':>12} {'bits/weight':>12}")
+    for made in result.outputs:
+        print(f"{_short(made.path):40} {_megabytes(made.n_bytes):>12} {made.bits_per_weight:12.2f}")
+    print(f"{_short(result.prefix):40} {_megabytes(result.prefix_bytes):>12}")
+    where = " and embedded" if result.embedded else ""
+    print(f"\nprefix: {result.n_tokens} tokens at F16, by the {result.engine} engine, in a file of its own{where}")
+    print(f"\n{'stage':24} {'time':>9} {'peak memory':>14}")
+    for stage in result.stages:
+        print(f"{stage.name:24} {stage.seconds:7.1f} s {_megabytes(stage.peak_bytes):>14}")
+
+
+def _megabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:,.1f} MB"
+
+
+def _short(path: Path) -> str:
+    """Relative to where we are, if it is below."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _print_json(value: Any) -> None:
