@@ -156,9 +156,9 @@ def convert(
     """
     compute = _Engine(engine, dtype, device, offload_dir, n_threads, n_ctx)
     types = _types(quant, imatrix)
+    base = _base(out)
     found = references.locate(reference, allow_requantize)
     engine = compute.chosen(found)
-    base = _base(out)
     targets = {t: base.with_name(f"{base.name}.gguf" if len(types) == 1 else f"{base.name}-{t}.gguf") for t in types}
     ikv, kept = base.with_name(f"{base.name}.ikv"), base.with_name(f"{base.name}.reference.gguf")
     keep_reference = keep_reference and not found.is_gguf
@@ -223,13 +223,14 @@ def prefix(
     """Another prefix for a model that is quantized already: a GGUF made from this reference.
 
     out: the `.ikv` to write; None: MODEL.ikv beside the model. embed: also store it in the model; None: if the model
-    has one embedded, or `out` is not given and it would hide the new file. Otherwise as convert(). Raises
+    has one embedded, which would hide the new file, and `out` is not given. Otherwise as convert(). Raises
     IntactKVError if the model was quantized from another reference, by identity or by structure.
     """
     compute = _Engine(engine, dtype, device, offload_dir, n_threads, n_ctx)
     model = Path(model)
     stamped = gguf_file.read(model).values
-    target = model.with_suffix(".ikv") if out is None else Path(out)
+    target = _base(model if out is None else out)
+    target = target.with_name(f"{target.name}.ikv")
     if embed is None:
         embed = out is None and prefix_file.KEY_STATE in stamped
     found = references.locate(reference, allow_requantize)
@@ -268,7 +269,7 @@ def _reference_gguf(work: _Work, found: Reference) -> Path:
 def _compute(
     work: _Work, compute: _Engine, engine: str, found: Reference, gguf: Path, reader: Path, made: prompt.Prompt
 ) -> tuple[dict[str, Any], KV, KV, dict[str, Any]]:
-    """(model description, K, V, the manifest's "engine"). gguf: the reference's; reader: the model to read the prefix."""
+    """(model description, K, V, the manifest's "engine"). gguf: the reference's; reader: of the model for the prefix."""
     tokens, n_ctx = made.tokens, max(compute.n_ctx, len(made.tokens) + 1)
     if engine == "torch":
         model = work.run("describe model", llama_engine.describe, reader, n_ctx)
@@ -357,12 +358,12 @@ def _base(out: str | os.PathLike[str]) -> Path:
         path = path.with_suffix("")
     if str(out).endswith(os.sep) or path.is_dir() or not path.name:
         raise UsageError(f"{out} is a directory: give directory/name, from which name.gguf and name.ikv are made")
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no directory {path.parent} to write to: make it, or choose another")
     return path.absolute()
 
 
 def _check_targets(targets: Sequence[Path], found: Reference) -> None:
-    if not targets[0].parent.is_dir():
-        raise UsageError(f"there is no directory {targets[0].parent} to write to: make it, or choose another")
     for target in targets:
         if target.is_dir():
             raise UsageError(f"{target} is a directory, so no file can be written there: choose another name")
