@@ -92,7 +92,7 @@ def test_first_token_after_the_prefix(f16: Any, prefix: list[int], text: list[in
     assert kl(exact, mixed) < 0.5 * kl(exact, rounded.decode(text[:1], len(prefix)))
 
 
-@pytest.mark.parametrize(("k", "v"), [("q8_0", "f16"), ("f16", "q4_0"), ("q4_0", "q8_0"), ("bf16", "iq4_nl")])
+@pytest.mark.parametrize(("k", "v"), [("q4_0", "f16"), ("f16", "q4_0"), ("q4_0", "q8_0"), ("bf16", "iq4_nl")])
 def test_k_and_v_of_different_types(
     f16: Any, prefix: list[int], text: list[int], state: bytes, k: str, v: str
 ) -> None:
@@ -101,10 +101,10 @@ def test_k_and_v_of_different_types(
     assert ctx.n_intact() == len(prefix)
     sides = (k != "f16") + (v != "f16")
     assert ctx.arena_bytes() == len(prefix) * 30 * 192 * 2 * sides
-    exact = intact(f16, state, "f16").decode(text[:64], len(prefix))
+    exact = intact(f16, state, "f16").decode(text[:1], len(prefix))
     rounded = Context(f16, k, v)
     rounded.decode(prefix, 0)
-    assert kl(exact, ctx.decode(text[:64], len(prefix))) < kl(exact, rounded.decode(text[:64], len(prefix)))
+    assert kl(exact, ctx.decode(text[:1], len(prefix))) < kl(exact, rounded.decode(text[:1], len(prefix)))
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["sequence", "context"])
@@ -249,17 +249,17 @@ def test_reused_graphs_see_what_changed(f16: Any, prefix: list[int], text: list[
     ctx = Context(f16, "q8_0")
     plain = [ctx.decode([token], i) for i, token in enumerate(text[:12])]
     assert ctx.restore(state)
-    ctx.decode(text[:220], n)
-    one = [ctx.decode([token], n + 220 + i) for i, token in enumerate(text[220:250])]  # passes cell 256
+    ctx.decode(text[:225], n)
+    one = [ctx.decode([token], n + 225 + i) for i, token in enumerate(text[225:237])]  # passes cell 256
     assert ctx.restore(state)
-    ctx.decode(text[:220], n)
-    for i, (token, logits) in enumerate(zip(text[220:250], one, strict=True)):
-        np.testing.assert_array_equal(ctx.decode([token], n + 220 + i), logits)
+    ctx.decode(text[:225], n)
+    for i, (token, logits) in enumerate(zip(text[225:237], one, strict=True)):
+        np.testing.assert_array_equal(ctx.decode([token], n + 225 + i), logits)
     L.llama_memory_clear(ctx.memory, False)
     for i, (a, token) in enumerate(zip(plain, text[:12], strict=False)):
         np.testing.assert_array_equal(ctx.decode([token], i), a)
     fresh = intact(f16, state)
-    assert kl(fresh.decode(text[:250], n)[-1:], one[-1]) < 1e-3
+    assert kl(fresh.decode(text[:237], n)[-1:], one[-1]) < 1e-3
 
 
 def run(code: str, lib: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
@@ -290,11 +290,11 @@ BITS = """
 import hashlib, lowlevel
 from pydoc_data.topics import topics
 model = lowlevel.load_model({path!r})
-tokens = lowlevel.tokenize(model, topics["assert"] + topics["yield"], special=False)[:300]
+tokens = lowlevel.tokenize(model, topics["assert"] + topics["yield"], special=False)[:150]
 for kv in ("f16", "q8_0", "q4_0"):
     ctx = lowlevel.Context(model, kv)
-    h = hashlib.sha256(ctx.decode(tokens[:280], 0).tobytes())
-    for i in range(280, 290):
+    h = hashlib.sha256(ctx.decode(tokens[:140], 0).tobytes())
+    for i in range(140, 150):
         h.update(ctx.decode([tokens[i]], i).tobytes())
     h.update(ctx.save())
     print(kv, h.hexdigest())

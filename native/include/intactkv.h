@@ -60,10 +60,10 @@ LLAMA_API int32_t intactkv_n_cells(const struct llama_context * ctx, llama_seq_i
 // Bytes allocated for the arenas of all layers.
 LLAMA_API size_t intactkv_arena_bytes(const struct llama_context * ctx);
 
-// Which attention the next batch will use: "stock" (upstream's op), "portable" (standard ggml ops, on any backend)
-// or "fused" (our CPU kernel, for quantized caches in CPU memory, with a prefix or without). INTACTKV_ATTN=fused|
-// portable|stock overrides the choice when a context is made; stock refuses to load a prefix into a quantized cache,
-// portable is stock while there is none.
+// Which attention the next batch will use: "stock" (upstream's op, whenever no cell is intact), "portable" (standard
+// ggml ops, on any backend) or "fused" (our CPU kernel, for quantized caches in CPU memory). INTACTKV_ATTN overrides
+// the choice when a context is made: portable; fused, then also without a prefix; or stock, which refuses to load a
+// prefix into a quantized cache.
 LLAMA_API const char * intactkv_attention(const struct llama_context * ctx);
 
 #ifdef __cplusplus

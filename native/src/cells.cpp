@@ -76,17 +76,23 @@ arena::arena(llama_kv_cache & kv) :
     kind(choose_attention(std::all_of(kv.layers.begin(), kv.layers.end(), [](const auto & layer) {
         return ggml_backend_buffer_get_type(layer.k->buffer) == ggml_backend_cpu_buffer_type();
     }))),
+    is_forced(getenv("INTACTKV_ATTN") && *getenv("INTACTKV_ATTN")),
     layers(kv.layers.size()) {
+}
+
+bool arena::fused(bool intact) const {
+    return kind == attention_kind::fused && (intact || is_forced);
 }
 
 const char * arena::attention_now() const {
     const bool quantized = std::any_of(kv.layers.begin(), kv.layers.end(), [](const auto & layer) {
         return !is_exact(layer.k->type) || !is_exact(layer.v->type);
     });
-    if (kind == attention_kind::fused && quantized) {
+    const bool intact = n_cells(-1) > 0;
+    if (quantized && fused(intact)) {
         return "fused";
     }
-    return n_cells(-1) > 0 ? "portable" : "stock";
+    return intact ? "portable" : "stock";
 }
 
 const arena_layer & arena::layer(int32_t il) const {
@@ -487,7 +493,6 @@ void graph_cells::build(ggml_context * ctx, const cells_view & view) {
     if (a == nullptr) {
         return;
     }
-    kind     = a->attention();
     gen      = a->generation();
     n_intact = a->map_cells(view.s0, view.s1, view.n_kv, nullptr);
     if (n_intact == 0) {
@@ -563,7 +568,7 @@ ggml_tensor * graph_cells::attend(
 
     const bool quantized = !is_exact(k->type) || !is_exact(v->type);
 
-    if (kind == attention_kind::fused && flash_attn && quantized && fused_supported(q, k, v, mask, sinks)) {
+    if (a->fused(n_intact > 0) && flash_attn && quantized && fused_supported(q, k, v, mask, sinks)) {
         const intact_rows intact = { a->layer(il).k, a->layer(il).v, row_of_cell };
 
         ggml_tensor * res = fused_attention(ctx, q, k, v, mask, sinks, n_intact > 0 ? &intact : nullptr, scale, max_bias, logit_softcap);

@@ -48,7 +48,9 @@ public:
     // changes whenever the rows move in memory: a graph built before must not be reused
     uint64_t generation() const { return gen; }
 
-    attention_kind attention() const { return kind; }
+    // whether graphs use the fused kernel, with and without intact cells: without, the graph is upstream's to the
+    // bit, unless INTACTKV_ATTN=fused asks for the kernel
+    bool fused(bool intact) const;
 
     // "stock", "portable" or "fused": what the next batch will use
     const char * attention_now() const;
@@ -92,6 +94,7 @@ private:
     llama_kv_cache & kv;
 
     const attention_kind kind;
+    const bool           is_forced; // by INTACTKV_ATTN
 
     std::vector<arena_layer> layers; // by index of the layer in the cache
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
@@ -159,9 +162,7 @@ public:
 private:
     const arena * a = nullptr;
 
-    attention_kind kind = attention_kind::stock;
-    uint64_t       gen  = 0;
-
+    uint64_t gen      = 0;
     uint32_t n_intact = 0;
 
     // nullptr without intact cells
