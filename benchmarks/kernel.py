@@ -151,6 +151,8 @@ class Kernel:
         self.lib.fused_test_round.restype = None
         self.lib.fused_test_quantize.argtypes = [C.c_int32, C.c_void_p, C.c_void_p, C.c_int64, C.c_int64]
         self.lib.fused_test_quantize.restype = C.c_int64
+        self.lib.fused_test_read_bandwidth.argtypes = [C.c_int32, C.c_int64, C.c_int32]
+        self.lib.fused_test_read_bandwidth.restype = C.c_double
         run = self.lib.fused_test_run
         run.argtypes = [C.POINTER(_Case), C.c_int32, C.c_int32, C.c_void_p, C.c_int32, C.c_int32, C.c_void_p]
         run.restype = C.c_bool
@@ -209,6 +211,18 @@ class Kernel:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Result float32 [n_stream, n_tokens, n_head, dim_v], and the seconds of `repeat` more runs, which use
         n_layer copies of K and V in turn. Raises ValueError if fused attention does not support the case."""
+        return self._run(case, int(fused), n_threads, repeat, n_layer)
+
+    def compare(self, case: Case, *, n_threads: int, repeat: int, n_layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds [repeat] of fused attention and of upstream's op, run in turn."""
+        _, seconds = self._run(case, 2, n_threads, repeat, n_layer)
+        return seconds[::2], seconds[1::2]
+
+    def read_bandwidth(self, n_threads: int, n_bytes: int = 1 << 29, repeat: int = 8) -> float:
+        """Bytes per second that n_threads read together, the best of some tries."""
+        return self.lib.fused_test_read_bandwidth(n_threads, n_bytes, repeat)
+
+    def _run(self, case: Case, which: int, n_threads: int, repeat: int, n_layer: int) -> tuple[np.ndarray, np.ndarray]:
         n_stream, n_tokens, n_head, dim_k = case.q.shape
         _, n_kv, n_head_kv, dim_v = case.v.shape
         keep = []
@@ -232,9 +246,9 @@ class Kernel:
             pointer(case.row_of_cell, np.int32),
         )  # fmt: skip
         out = np.full((n_stream, n_tokens, n_head, dim_v), np.nan, np.float32)
-        seconds = np.zeros(repeat)
+        seconds = np.zeros(repeat * (2 if which == 2 else 1))
         ok = self.lib.fused_test_run(
-            C.byref(c), int(fused), n_threads, out.ctypes.data, repeat, n_layer, seconds.ctypes.data if repeat else None
+            C.byref(c), which, n_threads, out.ctypes.data, repeat, n_layer, seconds.ctypes.data
         )
         if not ok:
             raise ValueError(

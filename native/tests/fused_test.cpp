@@ -10,6 +10,7 @@
 #include <chrono>
 #include <cstring>
 #include <memory>
+#include <thread>
 #include <vector>
 
 namespace {
@@ -81,13 +82,14 @@ int64_t fused_test_quantize(int32_t type, const float * in, void * out, int64_t 
     return (int64_t) ggml_row_size((ggml_type) type, n);
 }
 
-// Runs the case once on n_threads, then, if seconds is not NULL, n_rep times more with one time each.
+// Runs the case once on n_threads, then n_rep times more, each time with one measurement in seconds.
 // n_layer copies of K and V are used in turn, so that timings read memory as a model with n_layer layers does.
-// fused: 1 our nodes, 0 ggml_flash_attn_ext. out F32 [n_stream][n_tokens][n_head][dim_v]. false: not supported.
-bool fused_test_run(const fused_case * c, int32_t fused, int32_t n_threads, float * out, int32_t n_rep, int32_t n_layer, double * seconds) {
+// which: 0 ggml_flash_attn_ext; 1 fused attention; 2 both in turn, fused first: seconds has 2*n_rep values and out is
+// fused attention's. out F32 [n_stream][n_tokens][n_head][dim_v]. false: not supported.
+bool fused_test_run(const fused_case * c, int32_t which, int32_t n_threads, float * out, int32_t n_rep, int32_t n_layer, double * seconds) {
     const size_t kv_bytes = ggml_row_size((ggml_type) c->type_k, (size_t) c->dim_k * c->n_head_kv * c->n_kv * c->n_stream)
                           + ggml_row_size((ggml_type) c->type_v, (size_t) c->dim_v * c->n_head_kv * c->n_kv * c->n_stream);
-    const size_t rest = sizeof(float) * ((size_t) c->n_stream * c->n_tokens * c->n_head * (c->dim_k + 2 * c->dim_v * (size_t) n_layer)
+    const size_t rest = sizeof(float) * ((size_t) c->n_stream * c->n_tokens * c->n_head * (c->dim_k + 3 * c->dim_v * (size_t) n_layer)
                       + (size_t) c->mask_heads * c->mask_streams * c->mask_tokens * c->n_kv
                       + (size_t) c->n_rows * c->n_head_kv * (c->dim_k + c->dim_v) + (size_t) c->n_stream * c->n_kv);
     ggml_init_params init = { kv_bytes * n_layer + rest + ((size_t) 64 << 20) + ((size_t) n_layer << 23), nullptr, false };
@@ -120,8 +122,8 @@ bool fused_test_run(const fused_case * c, int32_t fused, int32_t n_threads, floa
         memcpy(intact.row_of_cell->data, c->row_of_cell, ggml_nbytes(intact.row_of_cell));
     }
 
-    std::vector<ggml_cgraph *> graphs;
-    ggml_tensor * result = nullptr;
+    std::vector<ggml_cgraph *> graphs[2]; // stock, fused
+    ggml_tensor * results[2] = {};
     ggml_tensor * k0 = nullptr;
     ggml_tensor * v0 = nullptr;
     for (int i = 0; i < n_layer; i++) {
@@ -138,22 +140,27 @@ bool fused_test_run(const fused_case * c, int32_t fused, int32_t n_threads, floa
         }
         k = head_view(ctx, k, c->dim_k, c->n_head_kv);
         v = head_view(ctx, v, c->dim_v, c->n_head_kv);
-        ggml_tensor * r;
-        if (fused) {
-            if (!intactkv::fused_supported(q, k, v, mask, sinks)) {
-                return false;
+        for (int fused = 0; fused < 2; fused++) {
+            if (which != 2 && which != fused) {
+                continue;
             }
-            r = intactkv::fused_attention(ctx, q, k, v, mask, sinks, c->n_rows > 0 ? &intact : nullptr, c->scale, c->max_bias, c->softcap);
-        } else {
-            r = ggml_flash_attn_ext(ctx, q, k, v, mask, c->scale, c->max_bias, c->softcap);
-            ggml_flash_attn_ext_add_sinks(r, sinks);
+            ggml_tensor * r;
+            if (fused) {
+                if (!intactkv::fused_supported(q, k, v, mask, sinks)) {
+                    return false;
+                }
+                r = intactkv::fused_attention(ctx, q, k, v, mask, sinks, c->n_rows > 0 ? &intact : nullptr, c->scale, c->max_bias, c->softcap);
+            } else {
+                r = ggml_flash_attn_ext(ctx, q, k, v, mask, c->scale, c->max_bias, c->softcap);
+                ggml_flash_attn_ext_add_sinks(r, sinks);
+            }
+            if (i == 0) {
+                results[fused] = r;
+            }
+            ggml_cgraph * graph = ggml_new_graph_custom(ctx, 64, false);
+            ggml_build_forward_expand(graph, r);
+            graphs[fused].push_back(graph);
         }
-        if (i == 0) {
-            result = r;
-        }
-        ggml_cgraph * graph = ggml_new_graph_custom(ctx, 64, false);
-        ggml_build_forward_expand(graph, r);
-        graphs.push_back(graph);
     }
 
     ggml_threadpool_params pool_params = ggml_threadpool_params_default(n_threads);
@@ -163,19 +170,59 @@ bool fused_test_run(const fused_case * c, int32_t fused, int32_t n_threads, floa
         ggml_cplan plan = ggml_graph_plan(graph, n_threads, pool);
         work.resize(std::max(work.size(), plan.work_size));
         plan.work_data = work.data();
-        ggml_graph_compute(graph, &plan);
-    };
-    compute(graphs[0]);
-    if (out) {
-        memcpy(out, result->data, ggml_nbytes(result));
-    }
-    for (int i = 0; seconds && i < n_rep; i++) {
         const auto start = std::chrono::steady_clock::now();
-        compute(graphs[(i + 1) % n_layer]);
-        seconds[i] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        ggml_graph_compute(graph, &plan);
+        return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    };
+    for (int fused = 0; fused < 2; fused++) {
+        if (!graphs[fused].empty()) {
+            compute(graphs[fused][0]);
+        }
+    }
+    ggml_tensor * result = results[which == 0 ? 0 : 1];
+    memcpy(out, result->data, ggml_nbytes(result));
+    for (int i = 0; i < n_rep; i++) {
+        const int layer = (i + 1) % n_layer;
+        if (which == 2) {
+            seconds[2 * i]     = compute(graphs[1][layer]);
+            seconds[2 * i + 1] = compute(graphs[0][layer]);
+        } else {
+            seconds[i] = compute(graphs[which][layer]);
+        }
     }
     ggml_threadpool_free(pool);
     return true;
+}
+
+// Bytes per second that n_threads threads read together from n bytes of memory, the best of n_rep times.
+double fused_test_read_bandwidth(int32_t n_threads, int64_t n, int32_t n_rep) {
+    std::vector<uint64_t> memory(n / sizeof(uint64_t), 1);
+    std::vector<uint64_t> sums(n_threads);
+    double best = 0.0;
+    for (int rep = 0; rep < n_rep; rep++) {
+        const auto start = std::chrono::steady_clock::now();
+        std::vector<std::thread> threads;
+        for (int t = 0; t < n_threads; t++) {
+            threads.emplace_back([&, t] {
+                const size_t    part = memory.size() / n_threads / 32 * 32;
+                const uint64_t * p   = memory.data() + t * part;
+                uint64_t lane[32] = {}; // enough independent loads to keep the memory busy
+                for (size_t i = 0; i < part; i += 32) {
+                    for (int j = 0; j < 32; j++) {
+                        lane[j] ^= p[i + j];
+                    }
+                }
+                for (int j = 0; j < 32; j++) {
+                    sums[t] += lane[j];
+                }
+            });
+        }
+        for (std::thread & thread : threads) {
+            thread.join();
+        }
+        best = std::max(best, n / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    }
+    return best;
 }
 
 } // extern "C"

@@ -1,0 +1,150 @@
+"""The attention kernel alone: ours against upstream's op, in turn, on the same tensors.
+
+    python -m benchmarks.attention [--quick] [--threads 2] [--out build/benchmarks]
+
+Per KV type, model shape, depth and batch: median time of both, ratio with quartiles, GB/s of K and V read (batch 1)
+as a fraction of the read bandwidth measured on this machine, and multiply-adds per second. Copies of K and V that
+together exceed the caches are used in turn, as the layers of a model are. Writes attention.json and attention.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import kernel as K
+from benchmarks import machine
+
+# head size, query heads, KV heads
+SHAPES = {"SmolLM2-135M": (64, 9, 3), "MHA": (64, 16, 16), "7B class": (128, 32, 8), "Gemma": (256, 8, 4)}
+BEYOND_CACHES = 128 << 20  # bytes
+
+
+def make_case(shape: tuple[int, int, int], n_tokens: int, depth: int, kv_type: str) -> K.Case:
+    """n_tokens queries behind `depth` cells, causal, the cache padded to a multiple of 256 as llama.cpp pads it."""
+    dim, n_head, n_head_kv = shape
+    used = depth + n_tokens
+    n_kv = -(-used // 256) * 256
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((1, n_tokens, n_head, dim), np.float32)
+    k = rng.standard_normal((1, n_kv, n_head_kv, dim), np.float32)
+    v = rng.standard_normal((1, n_kv, n_head_kv, dim), np.float32)
+    seen = np.arange(n_kv)[None] <= depth + np.arange(n_tokens)[:, None]
+    mask = np.where(seen, np.float16(0), np.float16(-np.inf))[None, None]
+    return K.Case(q, k, v, kv_type, kv_type, mask=mask, scale=dim**-0.5)
+
+
+def measure(kernel: K.Kernel, name: str, n_tokens: int, depth: int, kv_type: str, args: argparse.Namespace) -> dict:
+    shape = dim, n_head, n_head_kv = SHAPES[name]
+    case = make_case(shape, n_tokens, depth, kv_type)
+    bytes_read = 2 * (depth + n_tokens) * n_head_kv * dim // 32 * K.BLOCK_BYTES[kv_type]
+    n_layer = int(np.clip(BEYOND_CACHES // bytes_read, 1, 64)) if n_tokens == 1 else 1
+    once, _ = kernel.compare(case, n_threads=args.threads, repeat=1, n_layer=1)
+    repeat = int(np.clip(args.seconds / 4 / once[0], 3, 400))
+    fused, stock = kernel.compare(case, n_threads=args.threads, repeat=repeat, n_layer=n_layer)
+    ratio = np.quantile(stock / fused, [0.25, 0.5, 0.75])
+    mac = 2 * n_tokens * (depth + (n_tokens + 1) / 2) * n_head * dim
+    return {
+        "shape": name,
+        "kv_type": kv_type,
+        "depth": depth,
+        "tokens": n_tokens,
+        "repeat": repeat,
+        "fused_ms": float(np.median(fused)) * 1e3,
+        "stock_ms": float(np.median(stock)) * 1e3,
+        "ratio": float(ratio[1]),
+        "ratio_quartiles": [float(ratio[0]), float(ratio[2])],
+        "gb_per_s": bytes_read / float(np.median(fused)) / 1e9,
+        "gmac_per_s": mac / float(np.median(fused)) / 1e9,
+    }
+
+
+def plot(result: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = result["rows"]
+    batches = sorted({row["tokens"] for row in rows})
+    names = list(dict.fromkeys(row["shape"] for row in rows))
+    figure, axes = pyplot.subplots(
+        len(batches), len(names), figsize=(4.5 * len(names), 3 * len(batches)), squeeze=False, sharex=True
+    )
+    for i, tokens in enumerate(batches):
+        for j, name in enumerate(names):
+            axis = axes[i][j]
+            for kv_type in result["types"]:
+                own = [r for r in rows if (r["tokens"], r["shape"], r["kv_type"]) == (tokens, name, kv_type)]
+                axis.plot([r["depth"] for r in own], [r["ratio"] for r in own], marker="o", label=kv_type)
+            axis.axhline(1, color="gray", linewidth=0.8)
+            axis.set_xscale("symlog", linthresh=256)
+            axis.set_yscale("log")
+            axis.set_title(f"{name}, batch {tokens}", fontsize=9)
+            axis.set_ylabel("times as fast as stock")
+    axes[-1][0].set_xlabel("depth")
+    axes[0][0].legend(fontsize=7)
+    figure.text(0.01, 0.002, machine.line(result["machine"]), fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", nargs="+", default=["f16", "q8_0", "q5_1", "q4_0"], choices=list(K.BLOCK_BYTES))
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--depths", nargs="+", type=int, default=[0, 512, 2048, 8192, 32768])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 512])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--isa", help="instruction set instead of the best: avx512vnni, avx512, avx2, portable, ...")
+    parser.add_argument("--seconds", type=float, default=2.0, help="aimed at per measurement")
+    parser.add_argument("--quick", action="store_true", help="two types, one shape, three depths, two batches")
+    parser.add_argument("--out", type=Path, default=K.ROOT / "build" / "benchmarks")
+    args = parser.parse_args()
+    if args.quick:
+        args.types, args.shapes, args.depths, args.tokens = (
+            ["q8_0", "q4_0"],
+            ["SmolLM2-135M"],
+            [0, 2048, 8192],
+            [1, 512],
+        )
+
+    kernel = K.Kernel(K.build())
+    if not kernel.choose(args.isa):
+        parser.error(f"this machine has no {args.isa}")
+    bandwidth = kernel.read_bandwidth(args.threads)
+    print(f"{kernel.isa()}, {args.threads} threads, read bandwidth {bandwidth / 1e9:.1f} GB/s")
+    result = {
+        "machine": machine.describe(),
+        "isa": kernel.isa(),
+        "threads": args.threads,
+        "read_bandwidth_gb_per_s": bandwidth / 1e9,
+        "types": args.types,
+        "rows": [],
+    }
+    print(
+        f"{'shape':>13} {'type':>6} {'depth':>6} {'batch':>5} {'ours ms':>9} {'stock ms':>9} {'ratio':>7}  GB/s, GMAC/s"
+    )
+    for name in args.shapes:
+        for kv_type in args.types:
+            for depth in args.depths:
+                for tokens in args.tokens:
+                    row = measure(kernel, name, tokens, depth, kv_type, args)
+                    result["rows"].append(row)
+                    text = f"{row['gb_per_s']:.1f} ({row['gb_per_s'] * 1e9 / bandwidth:.0%})" if tokens == 1 else ""
+                    print(
+                        f"{name:>13} {kv_type:>6} {depth:>6} {tokens:>5} {row['fused_ms']:>9.3f} "
+                        f"{row['stock_ms']:>9.3f} {row['ratio']:>6.2f}x  {text or format(row['gmac_per_s'], '.1f')}",
+                        flush=True,
+                    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "attention.json").write_text(json.dumps(result, indent=1))
+    plot(result, args.out / "attention.png")
+    print(f"written: {args.out / 'attention.json'}, {args.out / 'attention.png'}")
+
+
+if __name__ == "__main__":
+    main()
