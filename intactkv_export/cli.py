@@ -262,7 +262,7 @@ def chat(
     no_prefix: Annotated[bool, typer.Option("--no-prefix", help="Chat without a prefix.")] = False,
     system_prompt: Annotated[
         str | None,
-        typer.Option("--system-prompt", help="TEXT or @FILE. A prefix brings its own and allows no other."),
+        typer.Option("--system-prompt", "-s", help="TEXT or @FILE. A prefix brings its own and allows no other."),
     ] = None,
     kv_type: KvType = "q8_0",
     n_predict: Annotated[int, typer.Option("-n", "--n-predict", min=0, help="Longest reply; 0: until it ends.")] = 0,
