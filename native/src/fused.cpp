@@ -22,7 +22,12 @@ struct node_params {
     int32_t has; // which optional sources there are, in this order
 };
 
-enum has_source { HAS_MASK = 1, HAS_SINKS = 2, HAS_K_ARENA = 4, HAS_V_ARENA = 8, HAS_ROWS = 16 };
+enum has_source { HAS_MASK = 1, HAS_SINKS = 2, HAS_K_ARENA = 4, HAS_V_ARENA = 8, HAS_ROWS = 16, HAS_COUNTER = 32 };
+
+// Query rows x cells from which on threads take items as they finish, instead of every nth one: cores of different
+// speed, or shared with other processes, then wait little for each other. It takes one more node, whose barrier costs
+// about a microsecond.
+constexpr int64_t SHARE_FROM = 1 << 15;
 
 constexpr size_t PARAMS_OFFSET = 32;
 static_assert(PARAMS_OFFSET + sizeof(node_params) <= GGML_MAX_OP_PARAMS, "op_params too small");
@@ -99,6 +104,11 @@ void set_params(ggml_tensor * node, const node_params & p) {
     memcpy((char *) node->op_params + PARAMS_OFFSET, &p, sizeof(p));
 }
 
+// dst I32 [1]: the next item that nobody has taken.
+void reset_counter(ggml_tensor * dst, int, int, void *) {
+    *(int32_t *) dst->data = 0;
+}
+
 void attend(ggml_tensor * dst, int ith, int nth, void *) {
     const node_params p = params_of(dst);
 
@@ -111,6 +121,7 @@ void attend(ggml_tensor * dst, int ith, int nth, void *) {
     const ggml_tensor * k_arena = p.has & HAS_K_ARENA ? *src++ : nullptr;
     const ggml_tensor * v_arena = p.has & HAS_V_ARENA ? *src++ : nullptr;
     const ggml_tensor * rows    = p.has & HAS_ROWS    ? *src++ : nullptr;
+    const ggml_tensor * counter = p.has & HAS_COUNTER ? *src++ : nullptr;
 
     fused_call call;
     call.q              = (const char *) q->data;
@@ -137,6 +148,8 @@ void attend(ggml_tensor * dst, int ith, int nth, void *) {
     call.softcap        = p.softcap;
     call.plan           = plan_of(q, k, v);
     call.out            = (float *) dst->data;
+
+    call.next_item      = counter ? (int32_t *) counter->data : nullptr;
 
     fused_chosen().run(call, ith, nth);
 }
@@ -230,6 +243,10 @@ ggml_tensor * fused_attention(
         src.add_if(intact->k, HAS_K_ARENA);
         src.add_if(intact->v, HAS_V_ARENA);
         src.add_if(intact->row_of_cell, HAS_ROWS);
+    }
+    if (plan.n_item > 1 && q->ne[1] * q->ne[2] * q->ne[3] * k->ne[1] >= SHARE_FROM) {
+        ggml_tensor * first[] = { q }; // so that it is computed before attention, not with the inputs
+        src.add_if(ggml_custom_4d(ctx, GGML_TYPE_I32, 1, 1, 1, 1, first, 1, reset_counter, 1, nullptr), HAS_COUNTER);
     }
     const node_params params = { scale, max_bias, logit_softcap, src.has };
 

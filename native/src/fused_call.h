@@ -54,6 +54,7 @@ struct fused_call {
     int              n_head, n_head_kv, n_tokens, n_stream, n_kv;
     float            scale, max_bias, softcap;
     fused_plan       plan;
+    int32_t        * next_item; // shared by the threads, 0 at first; or nullptr: thread i takes items i, i + nth, ...
     float          * out; // result, or partial results [n_stream][n_chunk][n_tokens][n_head][FUSED_PARTIAL + head_dim_v]
 };
 
@@ -62,7 +63,7 @@ fused_plan fused_make_plan(int dim_k, int dim_v, int n_kv, int n_tokens, int n_h
 // ALiBi slope of a query head (arXiv 2108.12409, as in ggml_flash_attn_ext); 1 without a bias.
 float fused_slope(float max_bias, int n_head, int head);
 
-// Computes items ith, ith + nth, ... One function per instruction set, all from the same source, fused_kernel.h.
+// Computes this thread's share of the items. One function per instruction set, all from the same source, fused_kernel.h.
 typedef void (*fused_kernel_t)(const fused_call & call, int ith, int nth);
 
 struct fused_kernel {

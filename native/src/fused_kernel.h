@@ -23,7 +23,7 @@ struct tile {
 
 struct item {
     int  stream, head, heads, token, tokens, kv_head, kv_heads, cell, cells;
-    int  next_cell; // first cell of this thread's next item, where it will read on; -1: none like this one
+    int  next_cell; // where this thread will read on, most likely; -1: not in this cache
     int  rows;     // per KV head
     int  rows_pad; // wide: rows, rounded up to W
     bool wide;
@@ -794,8 +794,11 @@ inline item make_item(const fused_call & call, int i, int nth) {
 }
 
 void run(const fused_call & call, int ith, int nth) {
+    const auto next = [&](int i) {
+        return call.next_item ? __atomic_fetch_add(call.next_item, 1, __ATOMIC_RELAXED) : i + nth;
+    };
     scratch x;
-    for (int i = ith; i < call.plan.n_item; i += nth) {
+    for (int i = call.next_item ? next(0) : ith; i < call.plan.n_item; i = next(i)) {
         const item it = make_item(call, i, nth);
         worker{ call, it, x }.run();
     }

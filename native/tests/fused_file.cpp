@@ -100,8 +100,10 @@ int main(int argc, char ** argv) {
     std::vector<float> result(n * size);
     std::vector<float> other(n * size);
     std::vector<std::thread> threads;
+    int32_t next_item = 0;
     for (const auto & [out, n_threads] : { std::pair(&result, 3), std::pair(&other, 2) }) {
-        call.out = out->data();
+        call.out       = out->data();
+        call.next_item = n_threads == 3 ? &next_item : nullptr;
         for (int i = 0; i < n_threads; i++) {
             threads.emplace_back([call, i, n_threads = n_threads] { intactkv::fused_chosen().run(call, i, n_threads); });
         }
