@@ -152,10 +152,9 @@ static json describe(const llama_context * ctx) {
 
     json caches = json::array();
     for (const llama_kv_cache * kv : caches_of(ctx)) {
+        const bool is_swa = caches.size() == 1; // base, then swa
         json layers = json::array();
-        bool is_swa = false;
         for (const uint32_t il : kv->get_layer_ids()) {
-            is_swa = caches_of(ctx).size() > 1 && hparams.is_swa(il);
             layers.push_back({
                 { "il",         il },
                 { "n_head_kv",  hparams.n_head_kv(il) },
