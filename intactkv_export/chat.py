@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from intactkv_export import gguf_file
 from intactkv_export.errors import IntactKVError, UsageError
-from intactkv_export.runtime import IntactLlama, L
+from intactkv_export.runtime import IntactLlama, L, kv_types
 
+_CONTEXT = 4096  # tokens; the KV cache of more is rarely wanted on a small device
 HELP = """\
 /reset   forget the conversation (the prefix stays)
 /stats   what the prefix, the cache and the last reply cost
@@ -152,7 +154,15 @@ class Chat:
         for user, assistant in self.turns:
             messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
         messages.append({"role": "user", "content": text})
-        return self.llama.tokenize(self._formatter(messages=messages).prompt.encode(), add_bos=False, special=True)
+        try:
+            text = self._formatter(messages=messages).prompt
+        except Exception as error:  # a template is a program: anything can happen
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise IntactKVError(
+                f"the chat template of {self.llama.model_path} refuses this conversation ({reason}): "
+                "leave out --system-prompt, or use /reset"
+            ) from error
+        return self.llama.tokenize(text.encode(), add_bos=False, special=True)
 
     def _token_text(self, token: int) -> str:
         return self.llama._model.token_get_text(token) if token != -1 else ""
@@ -253,13 +263,20 @@ def open_chat(
     *,
     prefix: str | Path | None = "auto",
     kv_type: str | tuple[str, str] = "q8_0",
-    n_ctx: int = 4096,
+    n_ctx: int | None = None,
     n_threads: int | None = None,
     system_prompt: str | None = None,
     sampling: Sampling | None = None,
     **llama_kwargs: Any,
 ) -> Chat:
-    """A chat with a model, its prefix loaded when the first message is evaluated. Raises IntactKVError."""
+    """A chat with a model, its prefix loaded when the first message is evaluated. Raises IntactKVError.
+
+    n_ctx: None: what the model was trained for, at most 4096; 0: all that it was trained for.
+    """
+    kv_type = kv_types(kv_type)
+    if n_ctx is None:
+        header = gguf_file.read(model).values
+        n_ctx = min(header.get(f"{header.get('general.architecture')}.context_length") or _CONTEXT, _CONTEXT)
     llama = IntactLlama(
         model, prefix, kv_type, n_ctx=n_ctx, n_threads=n_threads, n_threads_batch=n_threads, **llama_kwargs
     )

@@ -266,7 +266,10 @@ def chat(
     ] = None,
     kv_type: KvType = "q8_0",
     n_predict: Annotated[int, typer.Option("-n", "--n-predict", min=0, help="Longest reply; 0: until it ends.")] = 0,
-    ctx_size: Annotated[int, typer.Option("--ctx-size", "-c", min=0, help="Context in tokens; 0: the model's.")] = 4096,
+    ctx_size: Annotated[
+        int | None,
+        typer.Option("--ctx-size", "-c", min=0, help="Context in tokens; 0: the model's. Default: that, at most 4096."),
+    ] = None,
     temp: Annotated[float, typer.Option("--temp", min=0, help="Temperature; 0: always the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option("--top-p", min=0, max=1, help="Sample from this probability mass.")] = 0.95,
     min_p: Annotated[float, typer.Option("--min-p", min=0, max=1, help="... of tokens this near the best.")] = 0.05,

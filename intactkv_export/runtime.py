@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from intactkv_export import bindings, library, prefix_file
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.llama_log import errors_logged
@@ -56,7 +58,7 @@ class IntactLlama(Llama):
     ) -> None:
         self.prefix: prefix_file.Prefix | None = None
         self.prefix_path: Path | None = None
-        self.kv_type = _kv_types(kv_type)
+        self.kv_type = kv_types(kv_type)
         self.n_tokens = 0
         self._from_prefix = False  # cells of positions 0.. are those of the prefix, as far as both go
         self._n_loads, self._load_seconds = 0, 0.0
@@ -77,6 +79,8 @@ class IntactLlama(Llama):
                 super().__init__(model_path, **settings)
             except ValueError as error:
                 raise IntactKVError(f"{error} ({lines[-1]})" if lines else str(error)) from error
+            except TemplateError as error:
+                raise IntactKVError(f"the chat template of {model_path} cannot be compiled ({error})") from error
 
     def _take_prefix(self, path: Path, chosen_format: bool) -> None:
         prefix = prefix_file.read(path)
@@ -212,7 +216,8 @@ class IntactLlama(Llama):
             super().close()
 
 
-def _kv_types(kv_type: str | tuple[str, str]) -> tuple[str, str]:
+def kv_types(kv_type: str | tuple[str, str]) -> tuple[str, str]:
+    """The types of K and V, as a pair. Raises UsageError for one that does not exist."""
     pair = (kv_type, kv_type) if isinstance(kv_type, str) else tuple(kv_type)
     if len(pair) != 2 or not set(pair) <= KV_TYPES.keys():
         raise UsageError(f"kv_type={kv_type!r}: give one of {', '.join(KV_TYPES)}, or a pair of them for K and V")

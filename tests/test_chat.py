@@ -214,3 +214,11 @@ def test_a_model_without_a_template_is_refused(smol: Smol, notices: list[str]) -
     del llama.metadata["tokenizer.chat_template"]
     with pytest.raises(IntactKVError, match="no chat template"):
         chat.Chat(llama, [], chat.Sampling(), notices.append)
+
+
+def test_a_template_that_raises_is_one_sentence(smol: Smol, notices: list[str]) -> None:
+    llama = talk(smol, notices, 256).llama
+    llama.metadata["tokenizer.chat_template"] = "{{ raise_exception('System role not supported') }}"
+    conversation = chat.Chat(llama, [], chat.Sampling(), notices.append)
+    with pytest.raises(IntactKVError, match="System role not supported"):
+        next(conversation.say("Hi"))
