@@ -11,25 +11,21 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import intactkv_export
-from intactkv_export import atomic, child, engines, ggml_types, gguf_file, prefix_file, prompt, weights
+from intactkv_export import atomic, compute, ggml_types, gguf_file, prefix_file, prompt, weights
 from intactkv_export import imatrix as imatrices
 from intactkv_export import reference as references
-from intactkv_export.engines import llama as llama_engine
-from intactkv_export.engines import torch as torch_engine
+from intactkv_export.compute import Engine
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.reference import Reference
+from intactkv_export.stages import Progress, Stage, Stages
 from intactkv_export.vocabulary import Vocabulary
 
-Progress = Callable[[str, int, int], None]  # stage, done, total; total 0: unknown
-KV = llama_engine.KV
-_CONVERTED = ("F32", "F16", "BF16")  # types the converter writes
 _WEIGHT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -41,15 +37,6 @@ class Output:
     type: str
     n_bytes: int
     bits_per_weight: float
-
-
-@dataclass(frozen=True)
-class Stage:
-    """seconds: wall time; peak_bytes: resident memory of the process that did it."""
-
-    name: str
-    seconds: float
-    peak_bytes: int
 
 
 @dataclass(frozen=True)
@@ -69,50 +56,6 @@ class ConvertResult:
     def to_dict(self) -> dict[str, Any]:
         """For JSON: paths as text."""
         return _plain(asdict(self))
-
-
-@dataclass(frozen=True)
-class _Engine:
-    """How the prefix is computed: the arguments of convert(). Raises UsageError for values that do not exist."""
-
-    engine: str
-    dtype: str | None
-    device: str
-    offload_dir: str | os.PathLike[str] | None
-    n_threads: int | None
-    n_ctx: int
-
-    def __post_init__(self) -> None:
-        if self.dtype not in (None, *torch_engine.DTYPES):
-            raise UsageError(f"unknown dtype {self.dtype!r}: give one of {', '.join(torch_engine.DTYPES)}")
-        if self.n_threads is not None and self.n_threads < 1:
-            raise UsageError(f"{self.n_threads} threads cannot compute anything: give 1 or more")
-
-    def chosen(self, reference: Reference) -> str:
-        """The engine for this reference, "llama" or "torch". Raises UsageError if it cannot be."""
-        name = engines.choose(self.engine, reference)
-        if name == "llama" and self.dtype in ("float16", "bfloat16"):
-            raise UsageError(f"the llama engine has no dtype {self.dtype!r}: give float32 or auto, or the torch engine")
-        return name
-
-
-@dataclass
-class _Work:
-    """The stages that were run, where they leave their files, and who wants to hear of them."""
-
-    directory: Path
-    progress: Progress | None
-    stages: list[Stage] = field(default_factory=list)
-
-    def run(self, name: str, function: Callable[..., Any], *args: Any, counted: bool = False, **kwargs: Any) -> Any:
-        def report(done: int, total: int) -> None:
-            if self.progress is not None:
-                self.progress(name, done, total)
-
-        report(0, 0)
-        done = child.run(function, *args, progress=report if counted else None, **kwargs)
-        self.stages.append(Stage(name, done.seconds, done.peak_bytes))
-        return done.value
 
 
 def convert(
@@ -154,11 +97,11 @@ def convert(
     Raises UsageError before any work if the request makes no sense, IntactKVError if the work fails: one sentence
     each. Then nothing is left behind.
     """
-    compute = _Engine(engine, dtype, device, offload_dir, n_threads, n_ctx)
+    settings = Engine(engine, dtype, device, offload_dir, n_threads, n_ctx)
     types = _types(quant, imatrix)
     base = _base(out)
     found = references.locate(reference, allow_requantize)
-    engine = compute.chosen(found)
+    engine = settings.chosen(found)
     targets = {t: base.with_name(f"{base.name}.gguf" if len(types) == 1 else f"{base.name}-{t}.gguf") for t in types}
     ikv, kept = base.with_name(f"{base.name}.ikv"), base.with_name(f"{base.name}.reference.gguf")
     keep_reference = keep_reference and not found.is_gguf
@@ -167,25 +110,27 @@ def convert(
     _check_prompt(found, system_prompt, bos_only)
 
     with atomic.work_directory(base) as directory:
-        work = _Work(directory, progress)
-        _check_space(directory, found, types, widen=engine == "llama" and compute.dtype != "auto")
+        work = Stages(directory, progress)
+        _check_space(directory, found, types, widen=engine == "llama" and settings.widens(found))
         header = found.path
         if not found.is_gguf:
             header = directory / "vocabulary.gguf"
             work.run("read vocabulary", weights.huggingface_to_gguf, found.path, header, vocab_only=True)
         made = _prompt(header, system_prompt, bos_only)
-        gguf = _reference_gguf(work, found)
+        gguf = compute.reference_gguf(work, found)
         identity = work.run("hash reference", references.identity, found)
-        computed = _compute(work, compute, engine, found, gguf, gguf, made)
-        prefix = _build(*computed, made, found, identity)
+        prefix = compute.compute(work, settings, found, gguf, made, identity)
+        prefix_file.write(directory / ikv.name, prefix.data)
 
         finished: list[tuple[Path, Path, str, float]] = []
         for name, target in targets.items():
             quantized, final = directory / "quantized.gguf", directory / target.name
-            settings = {"imatrix": matrix, "allow_requantize": allow_requantize, "n_threads": n_threads}
-            bits = work.run(f"quantize {name}", weights.quantize, gguf, quantized, name, counted=True, **settings)
+            bits = work.run(
+                f"quantize {name}", weights.quantize, gguf, quantized, name, counted=True,
+                imatrix=matrix, allow_requantize=allow_requantize, n_threads=n_threads,
+            )  # fmt: skip
             if embed:
-                work.run(f"embed in {name}", prefix_file.embed, quantized, prefix, final)
+                work.run(f"embed in {name}", _embed, quantized, directory / ikv.name, final)
             else:
                 work.run(f"stamp {name}", prefix_file.stamp, quantized, identity, final)
             quantized.unlink()
@@ -194,7 +139,6 @@ def convert(
             final = directory / kept.name
             bits = work.run("keep reference", _keep, gguf, found, identity, final)
             finished.append((final, kept, "reference", bits))
-        prefix_file.write(directory / ikv.name, prefix.data)
         for final, target, _, _ in finished:
             atomic.publish(final, target)
         atomic.publish(directory / ikv.name, ikv)
@@ -226,7 +170,7 @@ def prefix(
     has one embedded, which would hide the new file, and `out` is not given. Otherwise as convert(). Raises
     IntactKVError if the model was quantized from another reference, by identity or by structure.
     """
-    compute = _Engine(engine, dtype, device, offload_dir, n_threads, n_ctx)
+    settings = Engine(engine, dtype, device, offload_dir, n_threads, n_ctx)
     model = Path(model)
     stamped = gguf_file.read(model).values
     target = _base(model if out is None else out)
@@ -234,12 +178,12 @@ def prefix(
     if embed is None:
         embed = out is None and prefix_file.KEY_STATE in stamped
     found = references.locate(reference, allow_requantize)
-    engine = compute.chosen(found)
+    engine = settings.chosen(found)
     _check_targets([target], found)
     made = _prompt(model, system_prompt, bos_only)
     with atomic.work_directory(target) as directory:
-        work = _Work(directory, progress)
-        _check_space(directory, found, [], widen=engine == "llama" and compute.dtype != "auto")
+        work = Stages(directory, progress)
+        _check_space(directory, found, [], widen=engine == "llama" and settings.widens(found))
         identity = work.run("hash reference", references.identity, found)
         theirs = stamped.get(prefix_file.KEY_REFERENCE)
         if theirs not in (None, identity):
@@ -247,75 +191,13 @@ def prefix(
                 f"{model} was quantized from the reference model {theirs} and {found.path} is {identity}: give the "
                 "reference it was quantized from"
             )
-        gguf = _reference_gguf(work, found) if engine == "llama" else found.path
-        computed = _compute(work, compute, engine, found, gguf, model, made)
-        new = _build(*computed, made, found, identity)
+        gguf = compute.reference_gguf(work, found) if engine == "llama" else None
+        new = compute.compute(work, settings, found, gguf, made, identity, reader=model)
+        prefix_file.write(directory / target.name, new.data)
         if embed:
-            work.run("embed", prefix_file.embed, model, new)
-        prefix_file.write(target, new.data)
+            work.run("embed", _embed, model, directory / target.name, model)
+        atomic.publish(directory / target.name, target)
     return _result([], target, new, embed, work)
-
-
-def _reference_gguf(work: _Work, found: Reference) -> Path:
-    """The reference as a GGUF, in its own precision."""
-    if found.is_gguf:
-        return found.path
-    gguf = work.directory / "reference.gguf"
-    dtype = found.dtype if found.dtype in _CONVERTED else "BF16"
-    work.run("convert to GGUF", weights.huggingface_to_gguf, found.path, gguf, dtype)
-    return gguf
-
-
-def _compute(
-    work: _Work, compute: _Engine, engine: str, found: Reference, gguf: Path, reader: Path, made: prompt.Prompt
-) -> tuple[dict[str, Any], KV, KV, dict[str, Any]]:
-    """(model description, K, V, the manifest's "engine"). gguf: the reference's; reader: of the model for the prefix."""
-    tokens, n_ctx = made.tokens, max(compute.n_ctx, len(made.tokens) + 1)
-    if engine == "torch":
-        model = work.run("describe model", llama_engine.describe, reader, n_ctx)
-        K, V, versions = work.run(
-            "compute prefix", _compute_with_torch, found.path, tokens, model, counted=True,
-            device=compute.device, dtype=compute.dtype, offload_dir=compute.offload_dir,
-        )  # fmt: skip
-        dtype = {None: "f32", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(compute.dtype, "auto")
-        return model, K, V, {"name": engine, "dtype": dtype, "versions": versions}
-
-    source = gguf
-    if compute.dtype != "auto" and found.dtype != "F32":
-        source = work.directory / "f32.gguf"
-        settings = {"allow_requantize": found.quantized, "n_threads": compute.n_threads}
-        work.run("widen to F32", weights.quantize, gguf, source, "F32", counted=True, **settings)
-    own, K, V = work.run(
-        "compute prefix", llama_engine.compute, source, tokens, counted=True, n_threads=compute.n_threads, n_ctx=n_ctx
-    )
-    if source != gguf:
-        source.unlink()
-    model = own if reader == gguf else work.run("describe model", llama_engine.describe, reader, n_ctx)
-    _check_same_model(own, model, found.path, reader)
-    dtype = found.dtype.lower() if compute.dtype == "auto" else "f32"
-    return model, K, V, {"name": engine, "dtype": dtype, "versions": llama_engine.versions()}
-
-
-def _compute_with_torch(*args: Any, **kwargs: Any) -> tuple[KV, KV, dict[str, str]]:
-    return *torch_engine.compute(*args, **kwargs), torch_engine.versions()
-
-
-def _build(
-    model: dict[str, Any], K: KV, V: KV, engine: dict[str, Any], made: prompt.Prompt, found: Reference, identity: str
-) -> prefix_file.Prefix:
-    manifest = {
-        "text": made.text,
-        "messages": made.messages,
-        "bos_only": made.bos_only,
-        "chat_template_sha256": made.chat_template_sha256,
-        "reference": {
-            "sha256": identity, "dtype": found.dtype, "name": found.name, "quantized": found.quantized,
-        },
-        "engine": engine,
-        "calibrated": None,
-        "created_by": f"intactkv-export {intactkv_export.__version__}",
-    }  # fmt: skip
-    return prefix_file.read(prefix_file.build(model, made.tokens, K, V, manifest))
 
 
 def _prompt(gguf: Path, system_prompt: str | None, bos_only: bool) -> prompt.Prompt:
@@ -389,36 +271,26 @@ def _check_space(directory: Path, found: Reference, types: Sequence[str], widen:
         )
 
 
-def _check_same_model(own: dict[str, Any], described: dict[str, Any], reference: Path, reader: Path) -> None:
-    for key, value in own.items():
-        if key != "n_ctx_train" and described.get(key) != value:
-            raise IntactKVError(
-                f"{reader} is not a quantization of {reference}: {key} is {_short(described.get(key))} in the one and "
-                f"{_short(value)} in the other: give the reference it was quantized from"
-            )
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 100 else text[:97] + "..."
+def _embed(gguf: Path, ikv: Path, out: Path) -> None:
+    prefix_file.embed(gguf, prefix_file.read(ikv), out)
 
 
 def _keep(gguf: Path, found: Reference, identity: str, out: Path) -> float:
     """Copy the reference GGUF, noting which Hugging Face model it is; returns its bits per weight."""
     header = gguf_file.read(gguf)
-    own = references.identity(Reference(gguf, True, [gguf], found.dtype, found.quantized, None))
+    own = references.identity(Reference(gguf.name, gguf, True, [gguf], found.dtype, found.quantized, None))
     changes = {prefix_file.KEY_REFERENCE: identity, references.KEY_CONVERTED: own}
     prefix_file.rewrite(gguf, changes, out)
     return ggml_types.bits_per_weight(header)
 
 
 def _result(
-    outputs: list[Output], ikv: Path, prefix: prefix_file.Prefix, embedded: bool, work: _Work
+    outputs: list[Output], ikv: Path, prefix: prefix_file.Prefix, embedded: bool, work: Stages
 ) -> ConvertResult:
     manifest = prefix.manifest
     return ConvertResult(
         outputs, ikv, len(prefix.data), len(prefix.tokens), manifest["text"], manifest["engine"]["name"],
-        manifest["reference"]["sha256"], embedded, work.stages,
+        manifest["reference"]["sha256"], embedded, work.done,
     )
 
 

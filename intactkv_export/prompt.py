@@ -8,6 +8,7 @@ themselves.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -114,9 +115,10 @@ def _bos(vocabulary: Vocabulary, template: str | None, names: tuple[str, str]) -
     token = vocabulary.bos
     sha256 = None
     if template and not vocabulary.adds_bos:
-        chat = Template(template, *names)
-        tokens = _common([vocabulary.tokenize(text, special=True) for text in chat.conversations(None)])
-        token, sha256 = (tokens or [token])[0], chat.sha256
+        with contextlib.suppress(UsageError):  # a template that is of no use is as good as none
+            chat = Template(template, *names)
+            tokens = _common([vocabulary.tokenize(text, special=True) for text in chat.conversations(None)])
+            token, sha256 = (tokens or [token])[0], chat.sha256
     if token < 0:
         raise UsageError("the model has no BOS token and no chat template, so its texts have no common beginning: "
                          "there is no prefix to keep intact")

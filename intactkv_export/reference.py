@@ -29,18 +29,15 @@ _HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 
 @dataclass(frozen=True)
 class Reference:
-    """A model that was found. files: its weights; n_bytes: their size on disk."""
+    """A model that was found. name: for people; files: its weights; n_bytes: their size on disk."""
 
+    name: str
     path: Path  # the directory, or the (first) GGUF
     is_gguf: bool
     files: list[Path]
     dtype: str  # most of its weights': "F16", "BF16", "F32", or a quantized type
     quantized: bool
     chat_template: str | None
-
-    @property
-    def name(self) -> str:
-        return self.path.name
 
     @property
     def n_bytes(self) -> int:
@@ -70,7 +67,7 @@ def locate(reference: str | os.PathLike[str], allow_requantize: bool = False) ->
     elif path.exists():
         found = _gguf(path)
     elif _HUB_ID.fullmatch(str(reference)) and path.suffix != ".gguf":
-        found = _huggingface(_download(str(reference)))
+        found = _huggingface(_download(str(reference)), str(reference))
     else:
         raise UsageError(
             f"there is no reference model at {reference}: give a Hugging Face directory, a hub id such as "
@@ -113,10 +110,11 @@ def _gguf(path: Path) -> Reference:
     quantized = {kind: n for kind, n in kinds.items() if kind not in ggml_types.PLAIN}
     dtype = max(quantized or kinds, key=lambda kind: kinds[kind])
     template = gguf_file.read(files[0]).values.get("tokenizer.chat_template")
-    return Reference(path, True, files, dtype, bool(quantized), template if isinstance(template, str) else None)
+    template = template if isinstance(template, str) else None
+    return Reference(path.name, path, True, files, dtype, bool(quantized), template)
 
 
-def _huggingface(path: Path) -> Reference:
+def _huggingface(path: Path, name: str | None = None) -> Reference:
     config = _json(path / "config.json")
     files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
     index = path / "model.safetensors.index.json"
@@ -135,7 +133,7 @@ def _huggingface(path: Path) -> Reference:
     dtype = kinds.most_common(1)[0][0]
     if method:
         dtype = str(method.get("quant_method", dtype)) if isinstance(method, dict) else dtype
-    return Reference(path, False, files, dtype, bool(method), _huggingface_template(path))
+    return Reference(name or path.resolve().name, path, False, files, dtype, bool(method), _huggingface_template(path))
 
 
 def _huggingface_template(path: Path) -> str | None:

@@ -52,15 +52,19 @@ def least_bits(name: str) -> float:
     return float(re.findall(r"\d+", name)[0])
 
 
-def huggingface_to_gguf(directory: Path, out: Path, dtype: str = "F16", *, vocab_only: bool = False) -> None:
+def huggingface_to_gguf(
+    directory: Path, out: Path, dtype: str = "F16", *, name: str | None = None, vocab_only: bool = False
+) -> None:
     """Convert a Hugging Face directory to a GGUF of type F32, F16 or BF16; vocab_only: its header without tensors.
+
+    name: of the model, in the GGUF; None: upstream finds one.
 
     Upstream's convert_hf_to_gguf.py, with the gguf package it brings. Takes over this process: its modules shadow
     others of the same names. Raises IntactKVError with the converter's own reason.
     """
     script = Path(os.environ.get(CONVERTER_VARIABLE) or library.converter_path())
     arguments = [str(script), str(directory), "--outfile", str(out), "--outtype", dtype.lower()]
-    sys.argv = arguments + (["--vocab-only"] if vocab_only else [])
+    sys.argv = arguments + (["--model-name", name] if name else []) + (["--vocab-only"] if vocab_only else [])
     sys.path.insert(0, str(script.parent))
     said = _Said()
     logging.getLogger().addHandler(said)

@@ -60,7 +60,8 @@ def test_is_a_prefix_of_what_the_runtime_evaluates(model, vocabulary, template):
 def test_bos_only(vocabulary, template):
     """A model whose texts begin without a BOS of their own: the first token of its template, else its BOS."""
     assert prompt.make(vocabulary, template, None, bos_only=True).tokens == [1]
-    assert prompt.make(vocabulary, None, None, bos_only=True).tokens == [1]
+    for template in (None, "{% for", "{{ raise_exception('no') }}"):
+        assert prompt.make(vocabulary, template, None, bos_only=True).tokens == [1]
     made = prompt.make(vocabulary, PLAIN, None, bos_only=True)
     assert made.tokens == vocabulary.tokenize("user", special=False) and made.bos_only
 

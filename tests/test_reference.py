@@ -159,7 +159,8 @@ def test_hub(monkeypatch, hf_dir):
 
     monkeypatch.setattr(hub, "HfApi", Api)
     monkeypatch.setattr(hub, "snapshot_download", download)
-    assert reference.locate("organization/model").path == hf_dir
+    found = reference.locate("organization/model")
+    assert (found.path, found.name) == (hf_dir, "organization/model")
     assert asked["name"] == "organization/model" and "*.safetensors" in asked["allow_patterns"]
 
     def offline(*_, **__):
