@@ -9,7 +9,7 @@
 
 constexpr int      TILE_FLOATS  = 8192;                    // cells x head size of a tile
 constexpr uint16_t F16_NEG_INF  = 0xfc00;
-constexpr int      NARROW_MAX   = W >= 8 ? 12 : 4;         // rows; measured
+constexpr int      NARROW_MAX   = W >= 8 ? 12 : 4;         // rows that are always computed narrow; measured
 constexpr int      VALUE_ROWS   = INTACTKV_X86 >= 3 ? 4 : 2; // rows that share an expansion of V in registers
 
 // Cells that are processed together: all intact or all ordinary.
@@ -788,8 +788,8 @@ inline item make_item(const fused_call & call, int i, int nth) {
     it.heads    = n_group - it.head        < p.heads       ? n_group - it.head        : p.heads;
     it.tokens   = call.n_tokens - it.token < p.tokens      ? call.n_tokens - it.token : p.tokens;
     it.rows     = it.heads * it.tokens;
-    it.wide     = it.rows > NARROW_MAX && it.kv_heads == 1;
     it.rows_pad = round_up(it.rows, W);
+    it.wide     = it.rows > NARROW_MAX && it.kv_heads == 1 && 2 * it.rows_pad <= 3 * it.rows;
     return it;
 }
 

@@ -8,8 +8,9 @@
 namespace intactkv {
 
 constexpr int CHUNK_MIN  = 256; // cells: below, starting and merging a chunk costs more than it spreads
+constexpr int FEW_ROWS   = 12;  // query rows up to which an item takes several KV heads: whole cache lines of a cell
 constexpr int ITEMS_WANT = 64;  // enough for every thread of a large machine, and to even out uneven chunks
-constexpr int ITEMS_MIN  = 16;  // an item takes several KV heads (whole cache lines) if so many remain
+constexpr int ITEMS_MIN  = 16;  // and only if so many items remain
 
 static int div_up(int a, int b) {
     return (a + b - 1) / b;
@@ -29,7 +30,7 @@ fused_plan fused_make_plan(int dim_k, int dim_v, int n_kv, int n_tokens, int n_h
     const int n_chunk_max = div_up(n_kv, CHUNK_MIN);
 
     const int rows = p.heads * p.tokens;
-    p.kv_heads = std::min(n_head_kv, rows_max / (rows <= 4 ? rows : div_up(rows, 16) * 16));
+    p.kv_heads = rows > FEW_ROWS ? 1 : std::min(n_head_kv, rows_max / rows);
     while (p.kv_heads > 1 && n_base * div_up(n_head_kv, p.kv_heads) * n_chunk_max < ITEMS_MIN) {
         p.kv_heads--;
     }
