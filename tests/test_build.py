@@ -30,7 +30,7 @@ def get_source(*arguments: object, native: Path = NATIVE, **env: object) -> subp
         capture_output=True,
         text=True,
         env={**os.environ, **{name: str(value) for name, value in env.items()}},
-        timeout=300,
+        timeout=900,
     )
 
 
@@ -223,7 +223,7 @@ def configure(build: Path, **env: object) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         env={**os.environ, "PATH": search, **{name: str(value) for name, value in env.items()}},
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -249,7 +249,7 @@ def test_cmake_says_why_there_is_no_source(tmp_path: Path) -> None:
 def python(code: str, **env: object) -> subprocess.CompletedProcess[str]:
     full = {name: value for name, value in os.environ.items() if name != library.VARIABLE}
     full.update({name: str(value) for name, value in env.items()})
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=full, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=full, timeout=600)
 
 
 def test_installed_files() -> None:

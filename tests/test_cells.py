@@ -269,7 +269,7 @@ def run(code: str, lib: Path | None = None, **env: str) -> subprocess.CompletedP
     full = {**os.environ, **env, "PYTHONPATH": str(HERE)}
     if lib:
         full["LLAMA_CPP_LIB_PATH"] = str(lib)
-    return subprocess.run([sys.executable, "-c", code], env=full, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-c", code], env=full, capture_output=True, text=True, timeout=900)
 
 
 def test_attention_override(model: Any, state: bytes, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from intactkv_export import __version__, cli, prefix_file
 
 def run(*arguments: Any, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "intactkv_export", *map(str, arguments)]
-    return subprocess.run(command, **{"capture_output": True, "text": True, "timeout": 300, **kwargs})
+    return subprocess.run(command, **{"capture_output": True, "text": True, "timeout": 900, **kwargs})
 
 
 def said(done: subprocess.CompletedProcess[str], code: int) -> str:
@@ -179,7 +179,7 @@ def test_ctrl_c_during_convert_leaves_nothing(smol: Smol, tmp_path: Path) -> Non
                 break
         time.sleep(0.3)
         child.send_signal(signal.SIGINT)
-        assert child.wait(60) == 130
+        assert child.wait(600) == 130
         assert "Traceback" not in child.stderr.read()
     assert list(tmp_path.iterdir()) == []
 

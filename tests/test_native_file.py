@@ -117,7 +117,7 @@ def run(*command: Any, timeout: float) -> subprocess.CompletedProcess[str]:
 
 def check(programs: Path, *paths: Path) -> list[tuple[bool, str]]:
     """What read_bytes() and parse() say of each file: (True, its tokens) or (False, the sentence)."""
-    done = run(programs / "test_file", "--check", *paths, timeout=60)
+    done = run(programs / "test_file", "--check", *paths, timeout=600)
     assert done.returncode == 0 and not done.stderr, done.stderr
     lines = [line.partition(" ") for line in done.stdout.splitlines()]
     assert len(lines) == len(paths)
@@ -125,7 +125,7 @@ def check(programs: Path, *paths: Path) -> list[tuple[bool, str]]:
 
 
 def test_parser(programs: Path, tmp_path: Path) -> None:
-    done = run(programs / "test_file", tmp_path, timeout=120)
+    done = run(programs / "test_file", tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr
     n_checks = int(done.stdout.split()[0])
     assert n_checks > 70_000, "a part of the tests did not run"
@@ -133,7 +133,7 @@ def test_parser(programs: Path, tmp_path: Path) -> None:
 
 def test_mutated_files(programs: Path) -> None:
     n = 15_000
-    done = run(programs / "mutate", n, timeout=120)
+    done = run(programs / "mutate", n, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{n} mutated files\n"
 
