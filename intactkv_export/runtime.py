@@ -84,6 +84,11 @@ class IntactLlama(Llama):
 
     def _take_prefix(self, path: Path, chosen_format: bool) -> None:
         prefix = prefix_file.read(path)
+        if len(prefix.tokens) >= len(self.input_ids):
+            raise IntactKVError(
+                f"the prefix {path} has {len(prefix.tokens)} tokens and the context only n_ctx = {len(self.input_ids)}: "
+                "use a larger n_ctx"
+            )
         if self.lora_path is not None:
             raise UsageError(
                 f"the prefix {path} was computed without the LoRA {self.lora_path}: use one of them, or prefix=None"
