@@ -86,8 +86,8 @@ class IntactLlama(Llama):
         prefix = prefix_file.read(path)
         if len(prefix.tokens) >= len(self.input_ids):
             raise IntactKVError(
-                f"the prefix {path} has {len(prefix.tokens)} tokens and the context only n_ctx = {len(self.input_ids)}: "
-                "use a larger n_ctx"
+                f"the prefix in {path} has {len(prefix.tokens)} tokens, the context only n_ctx = "
+                f"{len(self.input_ids)}: use a larger n_ctx"
             )
         if self.lora_path is not None:
             raise UsageError(
