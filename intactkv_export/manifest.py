@@ -130,7 +130,7 @@ class _Field:
 
 
 def _check(root: _Field) -> None:
-    if root["format"].value != FORMAT:
+    if type(root["format"].value) is not int or root["format"].value != FORMAT:  # true == 1 in Python
         raise IntactKVError(
             f"the manifest's format is {ascii(root['format'].value)[:100]} and this version reads format {FORMAT}: "
             "use the version of intactkv-export that made the prefix, or make it again"
