@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,9 @@ import pytest
 from intactkv_export import library
 
 REPO = Path(__file__).resolve().parent.parent
+
+# A shell that starts the suite in the background has it ignore Ctrl-C, and every process it starts inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports llama_cpp, and so for every test module: the patched libraries.
 llama_cpp = library.load()
