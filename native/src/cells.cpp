@@ -99,13 +99,23 @@ const arena_layer & arena::layer(int32_t il) const {
     return layers[kv.map_layer_ids.at(il)];
 }
 
-uint32_t arena::n_cells(int32_t seq_id) const {
-    uint32_t res = 0;
-    for (const auto & cells : kv.v_cells) {
-        for (uint32_t i = 0; n_rows > 0 && i < cells.used_max_p1(); ++i) {
-            res += !cells.is_empty(i) && cells.ext_get(i).intact >= 0 && (seq_id < 0 || cells.seq_has(i, seq_id));
+template <typename F> void arena::each_intact(F && f) const {
+    for (uint32_t s = 0; n_rows > 0 && s < kv.v_cells.size(); ++s) {
+        const auto & cells = kv.v_cells[s];
+        const uint32_t n = cells.used_max_p1();
+        for (uint32_t i = 0; i < n; ++i) {
+            if (!cells.is_empty(i) && cells.ext_get(i).intact >= 0) {
+                f(s, i, cells.ext_get(i).intact);
+            }
         }
     }
+}
+
+uint32_t arena::n_cells(int32_t seq_id) const {
+    uint32_t res = 0;
+    each_intact([&](uint32_t s, uint32_t i, int32_t) {
+        res += seq_id < 0 || kv.v_cells[s].seq_has(i, seq_id);
+    });
     return res;
 }
 
@@ -154,15 +164,10 @@ void arena::mark(uint32_t strm, uint32_t cell, int32_t row) {
 std::vector<uint32_t> arena::take_rows(uint32_t n) {
     std::vector<bool> used(n_rows, false);
     uint32_t n_used = 0;
-    for (const auto & cells : kv.v_cells) {
-        for (uint32_t i = 0; i < cells.used_max_p1(); ++i) {
-            const int32_t row = cells.is_empty(i) ? -1 : cells.ext_get(i).intact;
-            if (row >= 0 && !used[row]) {
-                used[row] = true;
-                n_used++;
-            }
-        }
-    }
+    each_intact([&](uint32_t, uint32_t, int32_t row) {
+        n_used += !used[row];
+        used[row] = true;
+    });
 
     if (n_used + n > n_rows) {
         grow(n_used + n);
@@ -233,15 +238,15 @@ void arena::grow(uint32_t n_rows_new) {
 // saving
 //
 
-// positions, within the state's list of cells, of the intact ones
-std::vector<uint32_t> arena::intact_in(uint32_t strm, const ranges_t & ranges) const {
+arena::saved_cells arena::intact_in(uint32_t strm, const ranges_t & ranges) const {
     const auto & cells = kv.v_cells[strm];
-    std::vector<uint32_t> res;
+    saved_cells res;
     uint32_t n = 0;
     for (const auto & range : ranges) {
         for (uint32_t i = range.first; i < range.second; ++i, ++n) {
             if (cells.ext_get(i).intact >= 0) {
-                res.push_back(n);
+                res.which.push_back(n);
+                res.rows .push_back(cells.ext_get(i).intact);
             }
         }
     }
@@ -249,23 +254,13 @@ std::vector<uint32_t> arena::intact_in(uint32_t strm, const ranges_t & ranges) c
 }
 
 bool arena::has_intact(uint32_t strm, const ranges_t & ranges) const {
-    return n_rows > 0 && !intact_in(strm, ranges).empty();
+    return n_rows > 0 && !intact_in(strm, ranges).rows.empty();
 }
 
 // u32 n, u32 position[n] (in the state's list of cells), then per layer K and V: u64 row size, n rows
 // (row size 0: that side of the cache is exact)
 void arena::write_state(llama_io_write_i & io, uint32_t strm, const ranges_t & ranges) const {
-    const std::vector<uint32_t> which = intact_in(strm, ranges);
-
-    std::vector<int32_t> rows;
-    const auto & cells = kv.v_cells[strm];
-    for (const auto & range : ranges) {
-        for (uint32_t i = range.first; i < range.second; ++i) {
-            if (cells.ext_get(i).intact >= 0) {
-                rows.push_back(cells.ext_get(i).intact);
-            }
-        }
-    }
+    const auto [which, rows] = intact_in(strm, ranges);
 
     const uint32_t n = which.size();
     io.write(&n, sizeof(n));
@@ -292,19 +287,10 @@ void arena::write_state(llama_io_write_i & io, uint32_t strm, const ranges_t & r
 //
 
 void arena::before_shift() {
-    if (n_rows == 0) {
-        return;
-    }
-
     std::map<int32_t, std::map<llama_pos, std::vector<std::pair<uint32_t, uint32_t>>>> by_row; // row -> shift -> cells
-    for (uint32_t s = 0; s < kv.v_cells.size(); ++s) {
-        const auto & cells = kv.v_cells[s];
-        for (uint32_t i = 0; i < cells.used_max_p1(); ++i) {
-            if (!cells.is_empty(i) && cells.ext_get(i).intact >= 0) {
-                by_row[cells.ext_get(i).intact][cells.get_shift(i)].emplace_back(s, i);
-            }
-        }
-    }
+    each_intact([&](uint32_t s, uint32_t i, int32_t row) {
+        by_row[row][kv.v_cells[s].get_shift(i)].emplace_back(s, i);
+    });
 
     std::vector<uint8_t> buf;
     for (const auto & [row, by_shift] : by_row) {
@@ -341,13 +327,9 @@ void arena::set_input_shift(ggml_tensor * shift) const {
     GGML_ASSERT(ggml_backend_buffer_is_host(shift->buffer));
     int32_t * data = (int32_t *) shift->data;
     std::fill(data, data + n_rows, 0);
-    for (const auto & cells : kv.v_cells) {
-        for (uint32_t i = 0; i < cells.used_max_p1(); ++i) {
-            if (!cells.is_empty(i) && cells.ext_get(i).intact >= 0) {
-                data[cells.ext_get(i).intact] = cells.get_shift(i);
-            }
-        }
-    }
+    each_intact([&](uint32_t s, uint32_t i, int32_t row) {
+        data[row] = kv.v_cells[s].get_shift(i);
+    });
 }
 
 void arena::build_shift(ggml_cgraph * gf, ggml_context * ctx, int32_t il, ggml_tensor * rot, const rope_fn & rope) const {

@@ -106,7 +106,16 @@ private:
     void grow(uint32_t n_rows_new);
     void mark(uint32_t strm, uint32_t cell, int32_t row);
 
-    std::vector<uint32_t> intact_in(uint32_t strm, const ranges_t & ranges) const;
+    // f(stream, cell, row) for every intact cell
+    template <typename F> void each_intact(F && f) const;
+
+    // the intact cells among those of a state: their positions in its list of cells, and their rows
+    struct saved_cells {
+        std::vector<uint32_t> which;
+        std::vector<int32_t>  rows;
+    };
+
+    saved_cells intact_in(uint32_t strm, const ranges_t & ranges) const;
 };
 
 // Reads a KV state into one stream: F16 rows into a quantized cache, and the section write_state() appended.
