@@ -266,8 +266,8 @@ def test_offloaded_to_disk_is_the_same(changed, tmp_path, monkeypatch):
     tokens = random_tokens(24)
     plain = engine.compute_float32(directory, tokens, None)
     placed = []
-    load = engine._load
-    monkeypatch.setattr(engine, "_load", lambda *a: placed.append(load(*a)) or placed[0])
+    load = engine.load
+    monkeypatch.setattr(engine, "load", lambda *a: placed.append(load(*a)) or placed[0])
     disk = engine.compute_float32(
         directory, tokens, None, offload_dir=tmp_path / "offload", max_memory={"cpu": "4MB"}
     )

@@ -159,8 +159,8 @@ def compute_float32(
         )
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    with _quiet():
-        config = _config(hf_dir)
+    with quiet():
+        config = read_config(hf_dir)
     text = config.get_text_config(decoder=True)
     bad = next((t for t in tokens if not 0 <= t < text.vocab_size), None)
     if bad is not None:
@@ -169,11 +169,11 @@ def compute_float32(
             "tokenize the prefix with this model's tokenizer"
         )
     if model is not None:
-        _check(text, model, len(tokens), str(hf_dir))
+        check(text, model, len(tokens), str(hf_dir))
     _fix_longrope(text, model, len(tokens), str(hf_dir))
 
-    with _quiet():
-        net = _load(hf_dir, config, device, dtype, offload_dir, max_memory)
+    with quiet():
+        net = load(hf_dir, config, device, dtype, offload_dir, max_memory)
     # Without a config this cache keeps every position of every layer; with one, sliding layers would crop
     # theirs.
     cache = DynamicCache()
@@ -209,7 +209,7 @@ def interleave(k: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers without its progress bars and notes: what matters to a user is raised as an error."""
     from transformers.utils import logging
 
@@ -224,7 +224,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _config(hf_dir: str | Path) -> Any:
+def read_config(hf_dir: str | Path) -> Any:
     from transformers import AutoConfig
 
     path = Path(hf_dir) / "config.json"
@@ -245,13 +245,14 @@ def _config(hf_dir: str | Path) -> Any:
     return config
 
 
-def _load(
+def load(
     hf_dir: str | Path,
     config: Any,
     device: str,
     dtype: str | None,
-    offload_dir: str | Path | None,
-    max_memory: Mapping[int | str, int | str] | None,
+    offload_dir: str | Path | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    attention: str = "eager",
 ) -> Any:
     """The model in evaluation mode; every weight comes from the checkpoint."""
     import torch
@@ -264,13 +265,13 @@ def _load(
     elif device != "cpu":
         place = {"device_map": {"": device}}
     try:
-        # eager: the only attention of transformers that applies Gemma 2's soft cap, and softmax stays in
-        # float32
+        # The default, eager: the only attention of transformers that applies Gemma 2's soft cap, and softmax
+        # stays in float32
         net, report = AutoModelForCausalLM.from_pretrained(
             hf_dir,
             config=config,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype or "float32"),
-            attn_implementation="eager",
+            attn_implementation=attention,
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
@@ -291,7 +292,7 @@ def _load(
     return net.eval()
 
 
-def _check(text: Any, model: Mapping[str, Any], n_tokens: int, hf_dir: str) -> None:
+def check(text: Any, model: Mapping[str, Any], n_tokens: int, hf_dir: str) -> None:
     """The checkpoint and the description of the model that will use the prefix must mean the same rows."""
 
     def same(what: str, checkpoint: Any, described: Any) -> None:
