@@ -65,6 +65,7 @@ def convert(
     quant: str | Sequence[str] = ("Q4_K_M",),
     system_prompt: str | None = None,
     bos_only: bool = False,
+    prefix_tokens: int | str | None = None,
     imatrix: str | os.PathLike[str] | None = None,
     embed: bool = True,
     keep_reference: bool = False,
@@ -84,6 +85,7 @@ def convert(
     out: "dir/name": writes name.gguf, or name-TYPE.gguf of each if there are several types, and name.ikv.
     quant: types upstream quantizes to (weights.TYPES), a sequence or comma-separated. They share one prefix.
     system_prompt: the text; None: the chat template's own. bos_only: keep only the first token intact.
+    prefix_tokens: keep the first so many tokens of the prefix; None: all.
     imatrix: importance matrix of upstream's llama-imatrix, GGUF or .dat.
     embed: store the prefix in each GGUF too; else only note which reference it belongs to.
     engine: "llama" computes the prefix with llama.cpp, "torch" with transformers; "auto": torch for Hugging Face
@@ -107,6 +109,7 @@ def convert(
     keep_reference = keep_reference and not found.is_gguf
     _check_targets([*targets.values(), ikv, *([kept] if keep_reference else [])], found)
     matrix = None if imatrix is None else imatrices.read(imatrix)
+    _check_prefix_tokens(prefix_tokens, bos_only)
     _check_prompt(found, system_prompt, bos_only)
 
     with atomic.work_directory(base) as directory:
@@ -116,25 +119,30 @@ def convert(
         if not found.is_gguf:
             header = directory / "vocabulary.gguf"
             work.run("read vocabulary", weights.huggingface_to_gguf, found.path, header, vocab_only=True)
-        made = _prompt(header, system_prompt, bos_only)
+        made = _prompt(header, system_prompt, bos_only, prefix_tokens)
         gguf = compute.reference_gguf(work, found)
         identity = work.run("hash reference", references.identity, found)
         prefix = compute.compute(work, settings, found, gguf, made, identity)
         prefix_file.write(directory / ikv.name, prefix.data)
 
+        quantized = {name: directory / f"quantized-{name}.gguf" for name in targets}
+        bits_per_weight = {
+            name: work.run(
+                f"quantize {name}", weights.quantize, gguf, path, name, counted=True,
+                imatrix=matrix, allow_requantize=allow_requantize, n_threads=n_threads,
+            )
+            for name, path in quantized.items()
+        }  # fmt: skip
+
         finished: list[tuple[Path, Path, str, float]] = []
         for name, target in targets.items():
-            quantized, final = directory / "quantized.gguf", directory / target.name
-            bits = work.run(
-                f"quantize {name}", weights.quantize, gguf, quantized, name, counted=True,
-                imatrix=matrix, allow_requantize=allow_requantize, n_threads=n_threads,
-            )  # fmt: skip
+            final = directory / target.name
             if embed:
-                work.run(f"embed in {name}", _embed, quantized, directory / ikv.name, final)
+                work.run(f"embed in {name}", _embed, quantized[name], directory / ikv.name, final)
             else:
-                work.run(f"stamp {name}", prefix_file.stamp, quantized, identity, final)
-            quantized.unlink()
-            finished.append((final, target, name, bits))
+                work.run(f"stamp {name}", prefix_file.stamp, quantized[name], identity, final)
+            quantized[name].unlink()
+            finished.append((final, target, name, bits_per_weight[name]))
         if keep_reference:
             final = directory / kept.name
             bits = work.run("keep reference", _keep, gguf, found, identity, final)
@@ -154,6 +162,7 @@ def prefix(
     out: str | os.PathLike[str] | None = None,
     system_prompt: str | None = None,
     bos_only: bool = False,
+    prefix_tokens: int | str | None = None,
     embed: bool | None = None,
     allow_requantize: bool = False,
     engine: str = "auto",
@@ -180,7 +189,8 @@ def prefix(
     found = references.locate(reference, allow_requantize)
     engine = settings.chosen(found)
     _check_targets([target], found)
-    made = _prompt(model, system_prompt, bos_only)
+    _check_prefix_tokens(prefix_tokens, bos_only)
+    made = _prompt(model, system_prompt, bos_only, prefix_tokens)
     with atomic.work_directory(target) as directory:
         work = Stages(directory, progress)
         _check_space(directory, found, [], widen=engine == "llama" and settings.widens(found))
@@ -200,7 +210,9 @@ def prefix(
     return _result([], target, new, embed, work)
 
 
-def _prompt(gguf: Path, system_prompt: str | None, bos_only: bool) -> prompt.Prompt:
+def _prompt(
+    gguf: Path, system_prompt: str | None, bos_only: bool, prefix_tokens: int | str | None
+) -> prompt.Prompt:
     """Prefix tokens by the GGUF's tokenizer; refused if its header tells that the model can have no prefix."""
     values = gguf_file.read(gguf).values
     arch = values.get("general.architecture")
@@ -209,10 +221,19 @@ def _prompt(gguf: Path, system_prompt: str | None, bos_only: bool) -> prompt.Pro
         if why_not:
             raise IntactKVError(f"a model of architecture {arch!r} cannot carry a prefix: {why_not}")
         made = prompt.make(vocabulary, values.get("tokenizer.chat_template"), system_prompt, bos_only)
+        if isinstance(prefix_tokens, int):
+            made = prompt.first(made, prefix_tokens, vocabulary)
     limit = values.get(f"{arch}.context_length")
     if isinstance(limit, int) and len(made.tokens) >= limit:
         raise UsageError(f"the prefix has {len(made.tokens)} tokens, the model's context {limit}: shorten the prompt")
     return made
+
+
+def _check_prefix_tokens(prefix_tokens: int | str | None, bos_only: bool) -> None:
+    if isinstance(prefix_tokens, str) and prefix_tokens != "auto":
+        raise UsageError(f"--prefix-tokens is {prefix_tokens!r}: give a number of tokens, or auto")
+    if bos_only and prefix_tokens is not None:
+        raise UsageError(f"--bos-only keeps one token and --prefix-tokens says {prefix_tokens}: give one of both")
 
 
 def _check_prompt(found: Reference, system_prompt: str | None, bos_only: bool) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import takewhile
 from typing import Any
@@ -36,7 +36,11 @@ _BOS_ONLY = "use --bos-only"
 
 @dataclass(frozen=True)
 class Prompt:
-    """Prefix tokens and where they come from. messages: None if no system prompt was given."""
+    """Prefix tokens and where they come from.
+
+    text: that of the tokens. messages: what a conversation has to begin with, so that its tokens begin with these;
+    None if no system prompt was given. The tokens may be only the first of what these messages render (first()).
+    """
 
     tokens: list[int]
     text: str
@@ -67,6 +71,16 @@ def make(vocabulary: Vocabulary, template: str | None, system_prompt: str | None
         raise UsageError(f"conversations of this chat template have no token in common at their beginning: {_BOS_ONLY}")
     messages = None if system_prompt is None else _messages(system_prompt)
     return Prompt(tokens, vocabulary.text(tokens), messages, False, chat.sha256)
+
+
+def first(made: Prompt, n: int, vocabulary: Vocabulary) -> Prompt:
+    """The first n tokens of a prefix: a shorter prefix of the same conversations. Raises UsageError."""
+    if not 1 <= n <= len(made.tokens):
+        raise UsageError(
+            f"--prefix-tokens is {n}, and the conversations of this prompt begin with {len(made.tokens)} tokens that "
+            f"are always the same: give 1 to {len(made.tokens)}"
+        )
+    return replace(made, tokens=made.tokens[:n], text=vocabulary.text(made.tokens[:n]))
 
 
 class Template:

@@ -87,7 +87,7 @@ def test_report(made):
     result, seen = made
     stages = {stage.name: stage for stage in result.stages}
     assert list(stages) == [
-        "hash reference", "widen to F32", "compute prefix", "quantize Q4_0", "embed in Q4_0", "quantize Q2_K",
+        "hash reference", "widen to F32", "compute prefix", "quantize Q4_0", "quantize Q2_K", "embed in Q4_0",
         "embed in Q2_K",
     ]  # fmt: skip
     assert all(stage.seconds > 0 and 10e6 < stage.peak_bytes < 2e9 for stage in stages.values())
