@@ -60,6 +60,10 @@ class Vocabulary:
     def is_control(self, token: int) -> bool:
         return bool(self._llama_cpp.llama_vocab_is_control(self._vocab, token))
 
+    def ends_reply(self, token: int) -> bool:
+        """Whether generation ends with this token: end of turn, of message, of text (llama_vocab_is_eog)."""
+        return bool(self._llama_cpp.llama_vocab_is_eog(self._vocab, token))
+
     @property
     def bos(self) -> int:
         """-1: the model has none."""

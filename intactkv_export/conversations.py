@@ -1,0 +1,151 @@
+"""Conversations that the reference writes itself behind a prefix: what it is calibrated on when there is no other data.
+
+Every sequence is exactly n_tokens long and follows the prefix's last token as it would in a conversation, rendered by
+the model's own chat template. All sequences of a batch grow by a token at a time, so none needs padding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from intactkv_export.data_file import read
+from intactkv_export.prefix_file import Prefix
+from intactkv_export.questions import FOLLOW_UPS, QUESTIONS
+from intactkv_export.turns import Turns
+from intactkv_export.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from intactkv_export.student import TorchModel
+
+__all__ = ["QUESTIONS", "data_hash", "read", "sample"]
+
+TOP_P = 0.95  # at temperature 1: what the reference would say, less the tail that derails a long text
+_BATCH = 64  # sequences sampled at a time
+_CHUNK = 512  # tokens of the prefix in one forward pass
+
+
+def sample(
+    model: TorchModel,
+    prefix: Prefix,
+    vocabulary: Vocabulary,
+    chat_template: str | None,
+    *,
+    n: int,
+    n_tokens: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """n conversations of n_tokens tokens behind the prefix, sampled by the model (the reference) itself.
+
+    The first message is one of QUESTIONS; each reply is sampled; the next message is one of FOLLOW_UPS or, every
+    second time, written by the model too, as in Magpie (arXiv 2406.08464). The same for a seed on one device.
+    progress(done, total) counts tokens.
+    """
+    import torch
+
+    turns = Turns(prefix, vocabulary, chat_template)
+    choose = random.Random(seed)
+    questions: list[str] = []
+    while len(questions) < n:
+        questions += choose.sample(QUESTIONS, len(QUESTIONS))
+    rows = [_Row(turns, random.Random(choose.random()), deque(turns.first(question))) for question in questions[:n]]
+    ends = {token for token in range(model.n_vocab) if vocabulary.ends_reply(token)}
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, n, _BATCH):
+        batch = rows[start : start + _BATCH]
+        logits = _Logits(model, prefix.tokens, len(batch))
+        for i in range(n_tokens):
+            drawn = _draw(logits.last, generator).tolist()
+            column = [row.take(token, token in ends) for row, token in zip(batch, drawn, strict=True)]
+            if i + 1 < n_tokens:
+                logits.advance([[token] for token in column])
+            if progress is not None:
+                progress(start * n_tokens + (i + 1) * len(batch), n * n_tokens)
+    return [row.tokens for row in rows]
+
+
+@dataclass
+class _Row:
+    """A conversation that is being written. forced: tokens that come next whatever the model says."""
+
+    turns: Turns
+    choose: random.Random
+    forced: deque[int]
+    tokens: list[int] = field(default_factory=list)
+    user: bool = False  # the model writes the user's turn
+    n_turns: int = 0
+
+    def take(self, drawn: int, ends: bool) -> int:
+        """The next token: a forced one, or the one that was drawn, unless it ends the turn."""
+        if not self.forced and (ends or (self.user and drawn == self.turns.to_reply[0])):
+            self.forced.extend(self._between())
+        token = self.forced.popleft() if self.forced else drawn
+        self.tokens.append(token)
+        return token
+
+    def _between(self) -> list[int]:
+        if self.user:
+            self.user = False
+            return self.turns.to_reply
+        self.n_turns += 1
+        self.user = self.n_turns % 2 == 0
+        return self.turns.to_user if self.user else self.turns.next(self.choose.choice(FOLLOW_UPS))
+
+
+class _Logits:
+    """The model behind its own prefix, for several sequences that grow by a token at a time."""
+
+    def __init__(self, model: TorchModel, prefix: Sequence[int], n: int) -> None:
+        from transformers import DynamicCache
+
+        self._model, self._cache = model, DynamicCache()
+        self.last: Any = None
+        for start in range(0, len(prefix), _CHUNK):
+            self.advance([prefix[start : start + _CHUNK]])
+        self._cache.batch_repeat_interleave(n)
+        self.last = self.last.expand(n, -1)
+
+    def advance(self, tokens: Sequence[Sequence[int]]) -> None:
+        """Append tokens, [n, some]; last: logits [n, n_vocab] after the last of them."""
+        import torch
+
+        with torch.inference_mode():
+            self.last = self._model.forward(tokens, self._cache)[:, -1]
+
+
+def _draw(logits: Any, generator: Any) -> Any:
+    """One token a row, [n], from the nucleus of TOP_P of logits [n, n_vocab]."""
+    import torch
+
+    p = torch.softmax(logits, -1)
+    return _draw_from(p, p.cumsum(-1), generator)
+
+
+def _draw_from(p: Any, sums: Any, generator: Any) -> Any:
+    """Without sorting: a token drawn from all of them is in the nucleus if those likelier than it weigh less than
+    TOP_P; else another is drawn."""
+    import torch
+
+    uniform = torch.rand(len(p), 1, generator=generator).to(p.device) * sums[:, -1:]
+    drawn = torch.searchsorted(sums, uniform).clamp(max=p.shape[-1] - 1)
+    above = torch.where(p > p.gather(-1, drawn), p, 0).sum(-1)
+    again = (above >= TOP_P).nonzero()[:, 0]
+    drawn = drawn[:, 0]
+    if len(again):
+        drawn[again] = _draw_from(p[again], sums[again], generator)
+    return drawn
+
+
+def data_hash(sequences: Sequence[Sequence[int]]) -> str:
+    """SHA-256, hex, of the sequences: for each its length and its tokens, 32 bit little endian."""
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(np.asarray([len(sequence), *sequence], "<i4").tobytes())
+    return digest.hexdigest()
