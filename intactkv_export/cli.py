@@ -58,6 +58,15 @@ SystemPrompt = Annotated[
     typer.Option("--system-prompt", "-s", help="TEXT or @FILE. Default: the chat template's own.", show_default=False),
 ]
 BosOnly = Annotated[bool, typer.Option("--bos-only", help="Keep only the first token intact; for base models.")]
+PrefixTokens = Annotated[
+    str | None,
+    typer.Option(
+        "--prefix-tokens",
+        metavar="N|auto",
+        help="Keep only the first N tokens of the prefix; auto: as many as help (needs torch).",
+        show_default=False,
+    ),
+]
 Requantize = Annotated[
     bool, typer.Option("--allow-requantize", help="Take a quantized reference; the prefix file says so.")
 ]
@@ -82,6 +91,7 @@ def convert(
     quant: Annotated[str, typer.Option("--quant", "-q", help="Types of llama.cpp, comma-separated.")] = "Q4_K_M",
     system_prompt: SystemPrompt = None,
     bos_only: BosOnly = False,
+    prefix_tokens: PrefixTokens = None,
     imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix (llama-imatrix).")] = None,
     engine: Engine = "auto",
     embed: Annotated[bool, typer.Option("--embed/--no-embed", help="Store the prefix in the GGUF too.")] = True,
@@ -109,7 +119,8 @@ def convert(
     prompt = None if system_prompt is None else _text_or_file(system_prompt)
     with Progress(quiet=as_json) as progress:
         result = run(
-            reference, out, quant=quant, system_prompt=prompt, bos_only=bos_only, imatrix=imatrix, embed=embed,
+            reference, out, quant=quant, system_prompt=prompt, bos_only=bos_only,
+            prefix_tokens=_number_or_word(prefix_tokens), imatrix=imatrix, embed=embed,
             keep_reference=keep_reference, allow_requantize=allow_requantize, engine=engine, dtype=dtype,
             device=device, offload_dir=offload_dir, n_threads=threads, n_ctx=ctx_size, progress=progress,
         )  # fmt: skip
@@ -122,6 +133,7 @@ def prefix(
     model: Annotated[Path, typer.Option("--model", "-m", help="A GGUF quantized from it.", show_default=False)],
     system_prompt: SystemPrompt = None,
     bos_only: BosOnly = False,
+    prefix_tokens: PrefixTokens = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: MODEL with .ikv.")] = None,
     embed: Annotated[
         bool | None,
@@ -147,7 +159,8 @@ def prefix(
     prompt = None if system_prompt is None else _text_or_file(system_prompt)
     with Progress(quiet=as_json) as progress:
         result = run(
-            reference, model, out=out, system_prompt=prompt, bos_only=bos_only, embed=embed, engine=engine,
+            reference, model, out=out, system_prompt=prompt, bos_only=bos_only,
+            prefix_tokens=_number_or_word(prefix_tokens), embed=embed, engine=engine,
             allow_requantize=allow_requantize, dtype=dtype, device=device, offload_dir=offload_dir,
             n_threads=threads, n_ctx=ctx_size, progress=progress,
         )  # fmt: skip
@@ -381,6 +394,10 @@ def _text_or_file(value: str) -> str:
         raise UsageError(f"cannot read the text in {value[1:]} ({error}): check the path after @") from error
 
 
+def _number_or_word(value: str | None) -> int | str | None:
+    return int(value) if value is not None and value.lstrip("-").isdecimal() else value
+
+
 def _print_result(result: Any, as_json: bool) -> None:
     """What convert or prefix made: files, then what each stage took."""
     if as_json:
@@ -390,11 +407,21 @@ def _print_result(result: Any, as_json: bool) -> None:
     for made in result.outputs:
         print(f"{_short(made.path):40} {_megabytes(made.n_bytes):>12} {made.bits_per_weight:12.2f}")
     print(f"{_short(result.prefix):40} {_megabytes(result.prefix_bytes):>12}")
+    for name, curve in result.curves.items():
+        _print_curve(name, curve)
     where = " and embedded" if result.embedded else ""
     print(f"\nprefix: {result.n_tokens} tokens at F16, by the {result.engine} engine, in a file of its own{where}")
     print(f"\n{'stage':24} {'time':>9} {'peak memory':>14}")
     for stage in result.stages:
         print(f"{stage.name:24} {stage.seconds:7.1f} s {_megabytes(stage.peak_bytes):>14}")
+
+
+def _print_curve(name: str, curve: Any) -> None:
+    """What --prefix-tokens auto went by."""
+    print(f"\n{name}: {curve.chosen} of {curve.counts[-1]} tokens have to be intact: the layers' mean squared error is")
+    print(f"{'intact tokens':>14}  relative to none")
+    for count, error in zip(curve.counts, curve.relative, strict=True):
+        print(f"{count:14}  {error:.3f}{'  flat from here' if count == curve.chosen else ''}")
 
 
 def _megabytes(n_bytes: int) -> str:

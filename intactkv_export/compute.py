@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import intactkv_export
-from intactkv_export import engines, prefix_file, weights
+from intactkv_export import curve, engines, prefix_file, weights
+from intactkv_export import prompt as prompts
+from intactkv_export.curve import Curve
 from intactkv_export.engines import llama, torch
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.prefix_file import Prefix
 from intactkv_export.prompt import Prompt
+from intactkv_export.questions import QUESTIONS
 from intactkv_export.reference import Reference
 from intactkv_export.stages import Stages
+from intactkv_export.vocabulary import Vocabulary
 
 KV = llama.KV
 _Computed = tuple[dict[str, Any], KV, KV, str, dict[str, str]]  # model description, K, V, dtype, versions
@@ -61,6 +66,28 @@ def reference_gguf(work: Stages, reference: Reference) -> Path:
     name = None if reference.name == reference.path.resolve().name else reference.name
     work.run("convert to GGUF", weights.huggingface_to_gguf, reference.path, gguf, dtype, name=name)
     return gguf
+
+
+def shortest(
+    work: Stages, reference: Reference, models: Mapping[str, Path], made: Prompt, device: str
+) -> tuple[Prompt, dict[str, Curve]]:
+    """The shortest beginning of a prompt that does for each of the quantized models what all of it does.
+
+    models: by name; returned with the curve that each was judged by (curve.choose), behind a q8_0 cache, on questions
+    of our own. Raises IntactKVError if a model cannot be run in torch.
+    """
+    with Vocabulary(next(iter(models.values()))) as vocabulary:
+        apart = len(QUESTIONS) // curve.N_CHUNKS
+        starts = (vocabulary.tokenize("\n".join(QUESTIONS[i * apart :]), False) for i in range(curve.N_CHUNKS))
+        chunks = [tokens[: curve.N_TOKENS] for tokens in starts]
+        curves = {
+            name: work.run(
+                f"choose tokens {name}", curve.for_prompt, reference.path, path, made.tokens, chunks, "q8_0", device,
+                counted=True,
+            )
+            for name, path in models.items()
+        }  # fmt: skip
+        return prompts.first(made, max(made_for.chosen for made_for in curves.values()), vocabulary), curves
 
 
 def compute(

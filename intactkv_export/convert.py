@@ -17,10 +17,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from intactkv_export import atomic, compute, ggml_types, gguf_file, prefix_file, prompt, weights
+from intactkv_export import atomic, compute, engines, ggml_types, gguf_file, prefix_file, prompt, weights
 from intactkv_export import imatrix as imatrices
 from intactkv_export import reference as references
 from intactkv_export.compute import Engine
+from intactkv_export.curve import Curve
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.reference import Reference
 from intactkv_export.stages import Progress, Stage, Stages
@@ -41,7 +42,10 @@ class Output:
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """What came out, and what it took. outputs: the GGUFs; prefix: the `.ikv`."""
+    """What came out, and what it took.
+
+    outputs: the GGUFs; prefix: the `.ikv`. curves: by type, or by the model's name, what prefix_tokens="auto" chose by.
+    """
 
     outputs: list[Output]
     prefix: Path
@@ -51,6 +55,7 @@ class ConvertResult:
     engine: str
     reference_sha256: str
     embedded: bool
+    curves: dict[str, Curve]
     stages: list[Stage]
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,7 +90,8 @@ def convert(
     out: "dir/name": writes name.gguf, or name-TYPE.gguf of each if there are several types, and name.ikv.
     quant: types upstream quantizes to (weights.TYPES), a sequence or comma-separated. They share one prefix.
     system_prompt: the text; None: the chat template's own. bos_only: keep only the first token intact.
-    prefix_tokens: keep the first so many tokens of the prefix; None: all.
+    prefix_tokens: keep the first so many tokens of the prefix; None: all; "auto": the fewest after which the layers'
+        error no longer falls for any of the types (curve.choose; needs torch), behind a q8_0 cache.
     imatrix: importance matrix of upstream's llama-imatrix, GGUF or .dat.
     embed: store the prefix in each GGUF too; else only note which reference it belongs to.
     engine: "llama" computes the prefix with llama.cpp, "torch" with transformers; "auto": torch for Hugging Face
@@ -122,9 +128,6 @@ def convert(
         made = _prompt(header, system_prompt, bos_only, prefix_tokens)
         gguf = compute.reference_gguf(work, found)
         identity = work.run("hash reference", references.identity, found)
-        prefix = compute.compute(work, settings, found, gguf, made, identity)
-        prefix_file.write(directory / ikv.name, prefix.data)
-
         quantized = {name: directory / f"quantized-{name}.gguf" for name in targets}
         bits_per_weight = {
             name: work.run(
@@ -133,6 +136,12 @@ def convert(
             )
             for name, path in quantized.items()
         }  # fmt: skip
+
+        curves: dict[str, Curve] = {}
+        if prefix_tokens == "auto":
+            made, curves = compute.shortest(work, found, quantized, made, device)
+        prefix = compute.compute(work, settings, found, gguf, made, identity)
+        prefix_file.write(directory / ikv.name, prefix.data)
 
         finished: list[tuple[Path, Path, str, float]] = []
         for name, target in targets.items():
@@ -152,7 +161,7 @@ def convert(
         atomic.publish(directory / ikv.name, ikv)
 
     outputs = [Output(target, name, target.stat().st_size, bits) for _, target, name, bits in finished]
-    return _result(outputs, ikv, prefix, embed, work)
+    return _result(outputs, ikv, prefix, embed, curves, work)
 
 
 def prefix(
@@ -201,18 +210,19 @@ def prefix(
                 f"{model} was quantized from the reference model {theirs} and {found.path} is {identity}: give the "
                 "reference it was quantized from"
             )
+        curves: dict[str, Curve] = {}
+        if prefix_tokens == "auto":
+            made, curves = compute.shortest(work, found, {model.name: model}, made, device)
         gguf = compute.reference_gguf(work, found) if engine == "llama" else None
         new = compute.compute(work, settings, found, gguf, made, identity, reader=model)
         prefix_file.write(directory / target.name, new.data)
         if embed:
             work.run("embed", _embed, model, directory / target.name, model)
         atomic.publish(directory / target.name, target)
-    return _result([], target, new, embed, work)
+    return _result([], target, new, embed, curves, work)
 
 
-def _prompt(
-    gguf: Path, system_prompt: str | None, bos_only: bool, prefix_tokens: int | str | None
-) -> prompt.Prompt:
+def _prompt(gguf: Path, system_prompt: str | None, bos_only: bool, prefix_tokens: int | str | None) -> prompt.Prompt:
     """Prefix tokens by the GGUF's tokenizer; refused if its header tells that the model can have no prefix."""
     values = gguf_file.read(gguf).values
     arch = values.get("general.architecture")
@@ -232,6 +242,11 @@ def _prompt(
 def _check_prefix_tokens(prefix_tokens: int | str | None, bos_only: bool) -> None:
     if isinstance(prefix_tokens, str) and prefix_tokens != "auto":
         raise UsageError(f"--prefix-tokens is {prefix_tokens!r}: give a number of tokens, or auto")
+    if prefix_tokens == "auto" and (missing := engines.missing_for_torch()):
+        raise UsageError(
+            f"--prefix-tokens auto runs the quantized model in torch, and {missing} is not installed: "
+            "pip install 'intactkv-export[convert]', or give a number of tokens"
+        )
     if bos_only and prefix_tokens is not None:
         raise UsageError(f"--bos-only keeps one token and --prefix-tokens says {prefix_tokens}: give one of both")
 
@@ -283,7 +298,7 @@ def _check_space(directory: Path, found: Reference, types: Sequence[str], widen:
     sizes = [int(n_weights * weights.least_bits(name) / 8) for name in types]
     converted = 0 if found.is_gguf else 2 * n_weights
     widened = 4 * n_weights if widen and found.dtype != "F32" else 0
-    need = converted + max(widened, sum(sizes) + max(sizes, default=0))
+    need = converted + sum(sizes) + max(widened, max(sizes, default=0))
     free = shutil.disk_usage(directory).free
     if need > free:
         raise IntactKVError(
@@ -306,13 +321,18 @@ def _keep(gguf: Path, found: Reference, identity: str, out: Path) -> float:
 
 
 def _result(
-    outputs: list[Output], ikv: Path, prefix: prefix_file.Prefix, embedded: bool, work: Stages
+    outputs: list[Output],
+    ikv: Path,
+    prefix: prefix_file.Prefix,
+    embedded: bool,
+    curves: dict[str, Curve],
+    work: Stages,
 ) -> ConvertResult:
     manifest = prefix.manifest
     return ConvertResult(
         outputs, ikv, len(prefix.data), len(prefix.tokens), manifest["text"], manifest["engine"]["name"],
-        manifest["reference"]["sha256"], embedded, work.done,
-    )
+        manifest["reference"]["sha256"], embedded, curves, work.done,
+    )  # fmt: skip
 
 
 def _plain(value: Any) -> Any:

@@ -40,10 +40,14 @@ def _why_not_torch(reference: Reference) -> str:
 
     if reference.is_gguf:
         return f"{reference.path} is a GGUF, and it reads Hugging Face directories"
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        return f"{missing[0]} is not installed (pip install 'intactkv-export[convert]')"
+    if missing := missing_for_torch():
+        return f"{missing} is not installed (pip install 'intactkv-export[convert]')"
     config = json.loads(Path(reference.path, "config.json").read_text(encoding="utf-8"))
     if not engine.supports(config):
         return f"the K/V layout of {reference.path} (model type {config.get('model_type')!r}) is not proven for it"
     return ""
+
+
+def missing_for_torch() -> str:
+    """The first package that torch models need and that is not installed; "" if all are."""
+    return next((name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None), "")
