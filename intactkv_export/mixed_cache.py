@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from intactkv_export.kv_rounding import StraightThrough, rotate, rotation, rounded
+from intactkv_export.rounding import rotate, rotation, rounded, straight
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Layout:
             back = rotate(rounded(rows.flatten(-2), kv_type).view_as(rows), size)
             return self.to_cache(back, kind).to(x.dtype)
 
-        return states if kv_type == "f32" else StraightThrough.apply(states, round_trip)
+        return states if kv_type == "f32" else straight(states, round_trip)
 
 
 class MixedLayer(DynamicLayer):

@@ -114,11 +114,18 @@ class TorchModel:
         return (logits, outputs) if hidden else logits
 
 
-def load(path: str | Path, *, device: str = "cpu", dtype: str = "float32", attention: str = "sdpa") -> TorchModel:
+def load(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    round_activations: bool = False,
+) -> TorchModel:
     """A Hugging Face directory, or a GGUF of any type that gguf-py can dequantize.
 
     device: "cpu", "cuda", "cuda:1", "mps". dtype: of weights and arithmetic, "float32", "float16" or "bfloat16".
-    attention: "sdpa", or "eager" (what Gemma 2 gets in any case).
+    attention: "sdpa", or "eager" (what Gemma 2 gets in any case). round_activations: of a GGUF, see gguf_model.load().
 
     Raises UsageError for an unknown dtype or attention, IntactKVError if the architecture is not proven
     (engines/torch.py) or the weights cannot be loaded.
@@ -131,7 +138,7 @@ def load(path: str | Path, *, device: str = "cpu", dtype: str = "float32", atten
         if gguf_file.is_gguf(Path(path)):
             from intactkv_export import gguf_model
 
-            net = gguf_model.load(path, device, dtype, attention)
+            net = gguf_model.load(path, device, dtype, attention, round_activations)
         else:
             config = engine.read_config(path)
             if config.get_text_config(decoder=True).model_type in _EAGER_ONLY:

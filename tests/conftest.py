@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import random_models
 
 from intactkv_export import library
 
@@ -91,6 +92,16 @@ def hf_dir(models_dir: Path, model: Callable[[str], Path]) -> Path:
     tokenizer.save_pretrained(partial)
     partial.rename(target)
     return target
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """{name: Hugging Face directory} of the random-weight models, each with its F32 GGUF beside it as NAME.gguf."""
+    pytest.importorskip("torch")
+    root = tmp_path_factory.mktemp("random")
+    made = {name: random_models.build(name, root / name) for name in random_models.MODELS}
+    random_models.to_gguf(made.values())
+    return made
 
 
 @pytest.fixture(scope="session")

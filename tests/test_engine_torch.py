@@ -142,33 +142,6 @@ def random_tokens(n=N_TOKENS, n_vocab=random_models.VOCAB - 16):
     return [1, *(int(t) for t in np.random.default_rng(0).integers(6, n_vocab, n - 1))]
 
 
-def to_gguf(directories):
-    """Upstream's converter, --outtype f32, in one process: most of its time goes into what it imports."""
-    code = (
-        "import runpy, sys\n"
-        "converter, *dirs = sys.argv[1:]\n"
-        "sys.path.insert(0, converter.rpartition('/')[0])\n"
-        "for d in dirs:\n"
-        "    sys.argv = [converter, d, '--outtype', 'f32', '--outfile', d + '.gguf']\n"
-        "    runpy.run_path(converter, run_name='__main__')\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(library.converter_path()), *map(str, directories)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """{name: Hugging Face directory}, each with its F32 GGUF beside it as NAME.gguf."""
-    root = tmp_path_factory.mktemp("random")
-    made = {name: random_models.build(name, root / name) for name in random_models.MODELS}
-    to_gguf(made.values())
-    return made
-
-
 def gguf(directory):
     return Llama(directory.with_name(directory.name + ".gguf"))
 

@@ -1,4 +1,4 @@
-"""What a KV cache of llama.cpp makes of the rows written to it: rounded to the KV type and read back, in torch.
+"""What llama.cpp makes of rows it rounds, in torch: those written to a KV cache, and those that meet quantized weights.
 
 Each function of ggml that quantizes a row (`quantize_row_q8_0_ref`, ... of ggml-quants.c) maps 32 values, a block, to
 integers and an F16 scale. The values here are those that reading the blocks back gives, bit for bit. Two freedoms that
@@ -17,20 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 32
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # kvalues_iq4nl
 
 
 def rounded(x: Tensor, kv_type: str) -> Tensor:
-    """Rows as the KV type holds them: float32 [..., n], n a multiple of 32 unless the type is f32, f16 or bf16.
+    """Rows as the type holds them: float32 [..., n], n a multiple of its block: 32, 256 for q8_K, 1 for f16 and bf16.
 
-    Raises KeyError for an unknown type (runtime.KV_TYPES has them all).
+    kv_type: one of runtime.KV_TYPES, or q8_K, what the CPU rounds activations to before it multiplies them with
+    K-quants. Raises KeyError for any other.
     """
     if kv_type == "f32":
         return x
     if kv_type in _FLOATS:
         return x.to(_FLOATS[kv_type]).float()
-    return _BLOCKS[kv_type](x.reshape(*x.shape[:-1], -1, BLOCK)).reshape(x.shape)
+    block = 256 if kv_type == "q8_K" else 32
+    return _BLOCKS[kv_type](x.reshape(*x.shape[:-1], -1, block)).reshape(x.shape)
+
+
+def straight(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """function(x), a rounding, which gradients pass as if it were not there."""
+    return _Straight.apply(x, function)
 
 
 def rotation(kv_type: str, head_dim: int, is_v: bool) -> int:
@@ -52,17 +58,13 @@ def rotate(x: Tensor, size: int) -> Tensor:
     return (x.reshape(*x.shape[:-1], -1, size) @ matrix).reshape(x.shape)
 
 
-class StraightThrough(torch.autograd.Function):
-    """Rounding that gradients pass as if it were not there."""
-
+class _Straight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """function(x), which has the shape and dtype of x."""
         return function(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        """The gradient, unchanged; none for the function."""
         return gradients[0], None
 
 
@@ -89,6 +91,13 @@ def _q8_0(x: Tensor) -> Tensor:
     y = x * _inverse(d)
     q = torch.copysign((y.abs() + 0.5).floor(), y)  # roundf: ties away from zero
     return q * _half(d)
+
+
+def _q8_k(x: Tensor) -> Tensor:
+    """The scale stays in float32."""
+    inverse = _inverse(x.gather(-1, x.abs().argmax(-1, keepdim=True)) / -127)
+    q = (x * inverse).round().clamp(max=127)
+    return q * _inverse(inverse)
 
 
 def _symmetric(x: Tensor, zero: int) -> Tensor:
@@ -137,4 +146,5 @@ _BLOCKS: dict[str, Callable[[Tensor], Tensor]] = {
     "q4_1": lambda x: _with_minimum(x, 15),
     "q4_0": lambda x: _symmetric(x, 8),
     "iq4_nl": _iq4_nl,
+    "q8_K": _q8_k,
 }
