@@ -168,6 +168,49 @@ def prefix(
 
 
 @app.command()
+def analyze(
+    reference: Reference,
+    model: Annotated[Path, typer.Option("--model", "-m", help="A GGUF quantized from it.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the figures.", show_default=False)],
+    prefix_path: Annotated[
+        Path | None, typer.Option("--prefix", help="Prefix file. Default: the one embedded or beside the model.")
+    ] = None,
+    html: Annotated[bool, typer.Option("--html/--no-html", help="Write report.html, one file with everything.")] = True,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="UTF-8 text to measure on. Default: Python's language reference.")
+    ] = None,
+    kv_type: Annotated[str, typer.Option("--kv-type", help=f"Type of the KV cache: {_KV_TYPES}.")] = "q8_0",
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Draw what quantization does to a model and what its prefix undoes, as in the paper.
+
+    Five figures, each as PNG and SVG with its data as JSON: activations of the reference, its attention, the error of
+    the layers against the number of intact tokens, the error of K and V by layer, the KL divergence by position.
+    report.html explains them for this model. Needs the extras convert and plot.
+
+    \b
+    intactkv-export analyze ./SmolLM2 -m smol.gguf -o analysis
+    intactkv-export analyze smol-f16.gguf -m smol-Q4_0.gguf --prefix smol.ikv --text novel.txt -o analysis
+    """
+    from intactkv_export import analyze as analysis
+    from intactkv_export import report
+
+    with Progress(quiet=as_json) as progress:
+        made = analysis.analyze(
+            reference, model, out, prefix=prefix_path, text=text, kv_type=kv_type, device=device, html=html,
+            progress=progress,
+        )  # fmt: skip
+    if as_json:
+        files = [str(path) for path in made.files]
+        _print_json({"files": files, "facts": made.facts, "headlines": report.headlines(made.data)})
+    else:
+        for line in report.summary(made.data):
+            print(line)
+        print(f"\n{len(made.files)} files in {_short(made.directory)}, beginning with {made.files[-1].name}")
+
+
+@app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="An .ikv file, or a GGUF with a prefix.", show_default=False)],
     model: Annotated[
@@ -261,6 +304,85 @@ def extract(
     out = out or model.with_suffix(".ikv")
     found = prefix_file.extract(model, out)
     print(f"{out}: {len(found.tokens)} tokens, {len(found.data):,} bytes")
+
+
+@app.command("eval")
+def evaluate(
+    reference: Reference,
+    models: Annotated[list[Path], typer.Argument(help="GGUFs quantized from it.", show_default=False)],
+    prefix_path: Annotated[
+        Path | None, typer.Option("--prefix", help="Prefix file. Default: the one embedded or beside each model.")
+    ] = None,
+    calibrated: Annotated[Path | None, typer.Option("--calibrated", help="A prefix calibrated for the model.")] = None,
+    kv_type: Annotated[str, typer.Option("--kv-type", help=f"Types of the KV cache, comma-separated: {_KV_TYPES}.")] = (
+        "f16,q8_0,q4_0"
+    ),
+    modes: Annotated[
+        str | None,
+        typer.Option(
+            "--modes",
+            help="Comma-separated. Default: reference, plain, rounded, bos, prompt and, if there is one, calibrated.",
+            show_default=False,
+        ),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text",
+            metavar="FILE|self",
+            help="UTF-8 text; self: conversations that the reference writes (needs torch). "
+            "Default: Python's language reference.",
+            show_default=False,
+        ),
+    ] = None,
+    task_file: Annotated[Path | None, typer.Option("--tasks", help="Multiple-choice questions, JSONL.")] = None,
+    chunks: Annotated[int, typer.Option("--chunks", min=1, help="Texts, each right behind the prefix.")] = 12,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of a text.")] = 256,
+    allow_requantize: Requantize = False,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how far quantized models are from their reference, through llama.cpp as the runtime uses it.
+
+    KL divergence from the reference's next-token distributions in nats (mean and standard error, median, 99th
+    percentile, maximum), how often both rank the same token first, perplexity of the text. What the rows differ in:
+
+    \b
+    reference   the full-precision model itself, F16 cache
+    plain       the quantized model computes the prefix's tokens itself
+    rounded     it is given the reference's prefix, rounded to the KV type with the rest
+    bos         it is given the first token of it, intact
+    prompt      it is given all of it, intact
+    calibrated  it is given the calibrated one, intact
+
+    A line of --tasks is a question: its text as question, question_stem, query, ctx or goal; choices (a list, or an
+    object of text and label), endings, or sol1 and sol2; the right one as answer, answerKey, gold or label: its index
+    or label. acc: the likeliest choice is right; acc_norm: the likeliest per byte is.
+
+    \b
+    intactkv-export eval ./SmolLM2 smol.gguf
+    intactkv-export eval smol-f16.gguf smol-Q4_0.gguf smol-Q2_K.gguf --kv-type q8_0 --modes plain,prompt
+    intactkv-export eval smol-f16.gguf smol.gguf --calibrated tuned.ikv --text self --tasks arc.jsonl --json
+    """
+    from intactkv_export import evaluate as evaluation
+    from intactkv_export import figures, scoreboard, tasks
+
+    with Progress(quiet=as_json) as progress:
+        results = list(
+            evaluation.evaluate(
+                reference, models, prefix_path, calibrated=calibrated, kv_types=_words(kv_type),
+                modes=None if modes is None else _words(modes),
+                text=text if text in (None, evaluation.SELF) else _text_or_file(f"@{text}"),
+                questions=tasks.read(task_file) if task_file else (), n_chunks=chunks, n_tokens=tokens,
+                n_threads=threads, allow_requantize=allow_requantize, progress=progress,
+            )
+        )  # fmt: skip
+    if as_json:
+        _print_json({"reference": reference, "chunks": chunks, "tokens": tokens, **figures.as_json(results)})
+        return
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
+    for part in scoreboard.tables(results):
+        console.print(part)
 
 
 @app.command()
@@ -391,11 +513,15 @@ def _text_or_file(value: str) -> str:
     try:
         return Path(value[1:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the text in {value[1:]} ({error}): check the path after @") from error
+        raise UsageError(f"cannot read the text in {value[1:]} ({error}): check the path") from error
 
 
 def _number_or_word(value: str | None) -> int | str | None:
     return int(value) if value is not None and value.lstrip("-").isdecimal() else value
+
+
+def _words(value: str) -> list[str]:
+    return [word.strip() for word in value.split(",")]
 
 
 def _print_result(result: Any, as_json: bool) -> None:

@@ -51,13 +51,13 @@ _STYLE: dict[str, Any] = {
     "axes.labelcolor": INK,
     "xtick.color": INK,
     "ytick.color": INK,
-    "text.parse_math": False,  # a token may be "$"
     "svg.fonttype": "path",
     "svg.hashsalt": "intactkv",  # the same data, the same bytes
 }
 _WIDTH = 7.2  # inches: two columns of a paper
 _DPI = 200
 _COLORS = "cividis"
+_METADATA = {".svg": ("Date", "Creator", "Format", "Type"), ".png": ("Software",)}  # what is left out
 
 
 def save(name: str, data: Data, directory: Path) -> list[Path]:
@@ -70,8 +70,7 @@ def save(name: str, data: Data, directory: Path) -> list[Path]:
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
         figure = FIGURES[name](data)
         for path in paths:
-            metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-            figure.savefig(path, dpi=_DPI, metadata=metadata)
+            figure.savefig(path, dpi=_DPI, metadata=dict.fromkeys(_METADATA[path.suffix]))
     return paths
 
 
@@ -114,13 +113,13 @@ def attention(data: Data) -> Figure:
     from matplotlib.colors import LogNorm, Normalize
 
     maps = data["maps"]
-    figure = _figure(5.4)
-    grid = figure.add_gridspec(2, 1, height_ratios=[1, 1])
+    figure = _figure(4.9)
+    grid = figure.add_gridspec(2, 1, height_ratios=[1, 1.1])
     upper = grid[0].subgridspec(1, len(maps))
     axes = [figure.add_subplot(upper[0, i]) for i in range(len(maps))]
     for ax, view in zip(axes, maps, strict=True):
         values = [[x or float("nan") for x in row] for row in view["values"]]  # 0: a token does not see later ones
-        image = ax.imshow(values, cmap=_COLORS, norm=LogNorm(1e-3, 1), interpolation="nearest")
+        image = ax.imshow(values, aspect="auto", cmap=_COLORS, norm=LogNorm(1e-3, 1), interpolation="nearest")
         ax.set_title(f"layer {view['il']}")
         ax.set_xlabel("attended token")
         _prefix_ends(ax, data, both=True)
@@ -135,7 +134,7 @@ def attention(data: Data) -> Figure:
     names = ("first token", f"whole prefix ({data['n_prefix']} tokens)")
     for ax, key, name in zip(axes, ("first", "prefix"), names, strict=True):
         image = _heat(ax, list(zip(*data[key], strict=True)), Normalize(0, 1))
-        ax.set_title(f"share of the text's attention: {name}")
+        ax.set_title(f"attention of the text: {name}")
         ax.set_xlabel("layer")
         _whole_numbers(ax)
     axes[0].set_ylabel("head")
@@ -172,13 +171,16 @@ def curve(data: Data) -> Figure:
 def kv_error(data: Data) -> Figure:
     """Relative error of K and V by layer: without the intact prefix, and with it."""
     figure = _figure(4.6)
-    axes = figure.subplots(2, 2, sharex=True, sharey=True)
+    axes = figure.subplots(2, 2, sharex=True)
     for row, name in zip(axes, ("K", "V"), strict=True):
         for ax, where in zip(row, ("prefix", "text"), strict=True):
             for key in ("plain", data["with_prefix"]):
                 color, style, label = CONFIGURATIONS[key]
                 ax.plot(data[where][name][key], color=color, linestyle=style, label=label)
-            ax.set_yscale("log")
+            if where == "prefix":
+                ax.set_yscale("log")
+            else:
+                ax.set_ylim(bottom=0)
             ax.set_title(f"{name} of the {'prefix' if where == 'prefix' else 'text behind it'}")
             ax.grid(axis="y", color=_FAINT, alpha=0.25, linewidth=0.5)
             _whole_numbers(ax, y=False)
@@ -202,7 +204,7 @@ def divergence(data: Data) -> Figure:
     ax.set_xlim(0, data["n_tokens"])
     ax.set_ylim(bottom=0)
     ax.set_xlabel("position in the text, tokens behind the prefix")
-    ax.set_ylabel("KL divergence from the reference, nats a token")
+    ax.set_ylabel("KL divergence, nats a token")
     ax.grid(axis="y", color=_FAINT, alpha=0.25, linewidth=0.5)
     figure.legend(loc="outside upper center", ncols=2)
     return figure
@@ -251,7 +253,7 @@ def _token_axis(ax: Axes, tokens: Sequence[str]) -> None:
 
     font = get_font(fontManager.findfont("DejaVu Sans"))
     shown = ["".join(c if font.get_char_index(ord(c)) else "□" for c in label(token)) for token in tokens]
-    ax.set_xticks(range(len(shown)), shown, rotation=90, fontsize=6.5)
+    ax.set_xticks(range(len(shown)), shown, rotation=90, fontsize=6.5, parse_math=False)
 
 
 def label(token: str) -> str:
