@@ -11,10 +11,12 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from intactkv_export import gguf_file, prefix_file
 from intactkv_export.data_file import read
 from intactkv_export.prefix_file import Prefix
 from intactkv_export.questions import FOLLOW_UPS, QUESTIONS
@@ -24,7 +26,7 @@ from intactkv_export.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from intactkv_export.student import TorchModel
 
-__all__ = ["QUESTIONS", "data_hash", "read", "sample"]
+__all__ = ["QUESTIONS", "data_hash", "read", "sample", "sample_from"]
 
 TOP_P = 0.95  # at temperature 1: what the reference would say, less the tail that derails a long text
 _BATCH = 64  # sequences sampled at a time
@@ -71,6 +73,27 @@ def sample(
     return [row.tokens for row in rows]
 
 
+def sample_from(
+    reference: Path,
+    gguf: Path,
+    prefix: bytes,
+    *,
+    n: int,
+    n_tokens: int,
+    seed: int,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """As sample(), from files: a stage of its own (stages.py). gguf: the reference as one, for its tokenizer."""
+    from intactkv_export import student
+
+    template = gguf_file.read(gguf).values.get("tokenizer.chat_template")
+    model = student.load(reference, device=device)
+    with Vocabulary(gguf) as vocabulary:
+        behind = prefix_file.read(prefix)
+        return sample(model, behind, vocabulary, template, n=n, n_tokens=n_tokens, seed=seed, progress=progress)
+
+
 @dataclass
 class _Row:
     """A conversation that is being written. forced: tokens that come next whatever the model says."""
@@ -110,7 +133,7 @@ class _Logits:
         for start in range(0, len(prefix), _CHUNK):
             self.advance([prefix[start : start + _CHUNK]])
         self._cache.batch_repeat_interleave(n)
-        self.last = self.last.expand(n, -1)
+        self.last = self.last.expand(n, -1)  # type: ignore[attr-defined]
 
     def advance(self, tokens: Sequence[Sequence[int]]) -> None:
         """Append tokens, [n, some]; last: logits [n, n_vocab] after the last of them."""

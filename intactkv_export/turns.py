@@ -48,6 +48,14 @@ class Turns:
         text = self._template.conversation(self._system, *messages, _MARKS[0])
         return self._behind_prefix(text.rpartition(_MARKS[0])[0])
 
+    def answer(self, question: str, reply: str, asked: bool) -> tuple[list[int], list[int]]:
+        """A question behind the prefix, and a reply to it. asked: for a model without a template, "Question: ..."."""
+        before, after = self._head + question + self._to_reply, reply
+        if self._template is None:
+            before, after = (f"Question: {question}\nAnswer:" if asked else question), f" {reply}"
+        context = self._behind_prefix(before)
+        return context, self._behind_prefix(before + after)[len(context) :]
+
     def _behind_prefix(self, text: str) -> list[int]:
         tokens, prefix = self._tokens(text), self._prefix.tokens
         if tokens[: len(prefix)] == prefix:
