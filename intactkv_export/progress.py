@@ -6,18 +6,22 @@ import sys
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 
 class Progress:
-    """Called with (stage, done, total); total 0: unknown. A context manager."""
+    """Called with (stage, done, total, note); total 0: unknown; note: what it has come to. A context manager."""
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
         self._stage: str | None = None
         self._task: TaskID | None = None
-        columns = (TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn())
+        self._note = ""
+        columns = (
+            TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn(), TextColumn("ETA"),
+            TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        )  # fmt: skip
         self._bars = Bars(*columns, console=Console(stderr=True), disable=quiet or not sys.stderr.isatty())
 
     def __enter__(self) -> Progress:
@@ -29,14 +33,18 @@ class Progress:
             self._finish()
         self._bars.stop()
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        lines = self._bars.disable and not self._quiet
         if stage != self._stage:
             self._finish()
-            self._stage, self._task = stage, self._bars.add_task(stage, total=None)
-            if self._bars.disable and not self._quiet:
+            self._stage, self._task = stage, self._bars.add_task(stage, total=None, note=note)
+            if lines:
                 print(f"{stage} ...", file=sys.stderr, flush=True)
+        if lines and note and note != self._note:
+            print(f"{stage} {done}/{total}: {note}", file=sys.stderr, flush=True)
+        self._note = note
         if self._task is not None:
-            self._bars.update(self._task, completed=done, total=total or None)
+            self._bars.update(self._task, completed=done, total=total or None, note=note)
 
     def _finish(self) -> None:
         if self._task is not None:
