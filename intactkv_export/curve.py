@@ -31,14 +31,15 @@ class Curve:
     """counts: numbers of intact tokens, ascending, from 0 to the whole prefix.
 
     mse: [len(counts)][n_layer], mean squared error of a layer's outputs for the text. relative: for each count their
-    mean over the layers, divided by that with no intact token. quartiles: first and third of the layers, each layer
-    relative to itself. chosen: the smallest prefix from which on the curve is flat (choose()); flat_below: the bound.
+    mean over the layers, divided by that with no intact token. median: that of the layers, each relative to itself
+    (layers of large outputs, the last ones, weigh most in the mean). chosen: the smallest prefix from which on the
+    curve is flat (choose()); flat_below: the bound.
     """
 
     counts: list[int]
     mse: list[list[float]]
     relative: list[float]
-    quartiles: list[tuple[float, float]]
+    median: list[float]
     chosen: int
     flat_below: float
 
@@ -70,9 +71,8 @@ def make(counts: Sequence[int], mse: Sequence[Sequence[float]]) -> Curve:
     errors = np.asarray(mse, dtype=float)
     relative = (errors.mean(1) / (errors[0].mean() or 1.0)).tolist()
     by_layer = errors / np.where(errors[0] > 0, errors[0], 1.0)
-    low, high = np.percentile(by_layer, [25, 75], axis=1).tolist()
     chosen, bound = choose(counts, relative)
-    return Curve(list(counts), errors.tolist(), relative, list(zip(low, high, strict=True)), chosen, bound)
+    return Curve(list(counts), errors.tolist(), relative, np.median(by_layer, axis=1).tolist(), chosen, bound)
 
 
 def choose(counts: Sequence[int], error: Sequence[float], tolerance: float = FLAT) -> tuple[int, float]:

@@ -56,7 +56,7 @@ _STYLE: dict[str, Any] = {
 }
 _WIDTH = 7.2  # inches: two columns of a paper
 _DPI = 200
-_COLORS = "cividis"
+_COLORS = "viridis"
 _METADATA = {".svg": ("Date", "Creator", "Format", "Type"), ".png": ("Software",)}  # what is left out
 
 
@@ -145,20 +145,20 @@ def attention(data: Data) -> Figure:
 
 def curve(data: Data) -> Figure:
     """Layer error against the number of intact tokens (figure 2 of the paper)."""
-    figure = _figure(3.1, 0.72)
+    figure = _figure(3.2)
     ax = figure.add_subplot()
     color = CONFIGURATIONS["prompt"][0]
     counts, error = data["counts"], data["relative"]
-    low, high = zip(*data["quartiles"], strict=True)
-    ax.fill_between(counts, low, high, color=color, alpha=0.16, linewidth=0, label="middle half of the layers")
+    ax.plot(counts, data["median"], color=color, linewidth=0.9, linestyle=(0, (4, 2)), label="median layer")
     ax.plot(counts, error, color=color, marker="o", markersize=3.5, label="mean over the layers", clip_on=False)
-    ax.axhline(data["flat_below"], color=_FAINT, linewidth=0.8, linestyle=(0, (3, 2)), label="flat below this line")
+    ax.axhline(data["flat_below"], color=_FAINT, linewidth=0.8, linestyle=(0, (1, 1.5)), label="flat below this line")
     chosen = data["chosen"]
     at = counts.index(chosen)
-    ax.plot([chosen], [error[at]], "o", markersize=8, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1,
-            linestyle="none", label=f"smallest flat prefix: {chosen} of {counts[-1]}", clip_on=False)  # fmt: skip
+    ring = {"markersize": 8, "markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1}
+    name = f"smallest flat prefix: {chosen} of {counts[-1]} tokens"
+    ax.plot([chosen], [error[at]], "o", **ring, linestyle="none", label=name, clip_on=False)
     ax.set_xlim(0, counts[-1])
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.04 * max(1, *error, *data["median"]))
     ax.set_xlabel("intact tokens at the beginning of the prefix")
     ax.set_ylabel("mean squared error of layer outputs,\nrelative to no intact token")
     if counts[-1] > 64:
@@ -232,10 +232,10 @@ def _matplotlib() -> Any:
     return matplotlib
 
 
-def _figure(height: float, width: float = 1.0) -> Figure:
+def _figure(height: float) -> Figure:
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(_WIDTH * width, height), layout="constrained")
+    return Figure(figsize=(_WIDTH, height), layout="constrained")
 
 
 def _heat(ax: Axes, values: Sequence[Sequence[float]], norm: Any) -> Any:

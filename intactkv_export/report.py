@@ -98,7 +98,8 @@ def summary(data: Mapping[str, Data]) -> list[str]:
     )
     lines.append(
         f"layer error: -{percent(said['layer_error']['first'])} with the first token intact, "
-        f"-{percent(said['layer_error']['all'])} with all {curve['counts'][-1]}; flat from {curve['chosen']} on"
+        f"-{percent(said['layer_error']['all'])} with all {curve['counts'][-1]}; "
+        f"--prefix-tokens auto would keep {curve['chosen']}"
     )
     return lines
 
@@ -121,8 +122,8 @@ def number(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as a percentage."""
-    return f"{100 * share:.0f} %" if abs(share) >= 0.1 else f"{100 * share:.1f} %"
+    """A share as a percentage, two digits that count: 48 %, 7.1 %, 0.31 %."""
+    return f"{100 * share:.0f} %" if abs(share) >= 0.095 else f"{100 * share:.2g} %"
 
 
 def _bin_gain(plain: Data, other: Data, i: int) -> float:
