@@ -10,12 +10,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 import numpy as np
 
-from intactkv_export import bindings, compute, conversations, gguf_file, given, tasks
+from intactkv_export import bindings, compute, conversations, gguf_file, given, runtime, tasks
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.evaluated import Evaluated
 from intactkv_export.figures import Estimate, Figures, difference, summary
@@ -23,7 +25,6 @@ from intactkv_export.given import MODES, Given
 from intactkv_export.llama_log import errors_logged
 from intactkv_export.prefix_file import Prefix
 from intactkv_export.reference import Reference, locate
-from intactkv_export.runtime import EXACT
 from intactkv_export.stages import Stages
 from intactkv_export.turns import Turns
 from intactkv_export.vocabulary import Vocabulary
@@ -79,16 +80,19 @@ def evaluate(
     if n_chunks < 1 or n_tokens < 2:
         raise UsageError(f"{n_chunks} chunks of {n_tokens} tokens measure nothing: give one or more, of two or more")
     report = progress or (lambda name, done, total: None)
+    for kv_type in kv_types:
+        runtime.kv_types(kv_type)
     located = locate(reference, allow_requantize)
     with tempfile.TemporaryDirectory() as folder:
         work = Stages(Path(folder), progress)
         gguf = compute.reference_gguf(work, located)
-        target: _Target | None = None
-        for model in models:
-            found = given.find(model, prefix, calibrated, work, located, gguf)
-            missing = set(modes or ()) - {"reference", *found.data}
-            if missing:
+        # Whatever is wrong with one of the models is said before the long work.
+        each = [(model, given.find(model, prefix, calibrated, work, located, gguf)) for model in models]
+        for model, found in each:
+            if missing := set(modes or ()) - {"reference", *found.data}:
                 raise IntactKVError(f"{model} cannot be evaluated in mode {missing.pop()!r}: there is no such prefix")
+        target: _Target | None = None
+        for model, found in each:
             if target is None or target.found.tokens != found.tokens:
                 if chunks is not None:
                     ids = chunks(found.prefix)
@@ -103,7 +107,7 @@ def evaluate(
             for kv_type in kv_types:
                 student = Evaluated(model, kv_type, found.tokens, target.settings)
                 for mode in (mode for mode in MODES if mode in found.data and (modes is None or mode in modes)):
-                    if mode == "rounded" and kv_type in EXACT:
+                    if mode == "rounded" and kv_type in runtime.EXACT:
                         continue
                     student.begin(found.data[mode], rounded=mode == "rounded")
                     yield target.compare(student, Path(model).stem, kv_type, mode, report)
@@ -147,7 +151,7 @@ class _Target:
         with errors_logged():
             bindings.verify(found.prefix.data, model.llama.ctx)
         model.begin(None)
-        log_probs = np.memmap(folder / "targets", np.float32, "w+", shape=(*tokens.shape, model.llama.n_vocab()))
+        log_probs = _room(folder / "targets", (*tokens.shape, model.llama.n_vocab()))
         total = len(tokens) + len(items)
         for i, chunk in enumerate(tokens.tolist()):
             report(f"{name} reference", i, total)
@@ -177,6 +181,17 @@ class _Target:
         answers = _answers(model, self.items, lambda done: report(stage, len(self.chunks) + done, total))
         report(stage, total, total)
         return Figures(name, kv_type, mode, kld, same_top, nll[:, :-1], answers)
+
+
+def _room(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A float32 array in a file. Raises IntactKVError if the disk is too small for it, now instead of by a crash."""
+    wanted, free = 4 * prod(shape), disk_usage(path.parent).free
+    if wanted > free:
+        raise IntactKVError(
+            f"what the reference says of {shape[0]} texts of {shape[1]} tokens needs {wanted / 1e9:.1f} GB in "
+            f"{path.parent} and {free / 1e9:.1f} GB are free: give fewer or shorter texts, or set TMPDIR"
+        )
+    return np.memmap(path, np.float32, "w+", shape=shape)
 
 
 def _conversations(

@@ -33,8 +33,13 @@ class Estimate:
     mean: float
     error: float
 
+    def __format__(self, spec: str) -> str:
+        """Both numbers as spec says: "+.3f" gives +0.012 ± 0.001."""
+        error = "" if math.isnan(self.error) else f" ± {self.error:{spec.lstrip('+')}}"
+        return f"{self.mean:{spec}}{error}"
+
     def __str__(self) -> str:
-        return f"{self.mean:.4f} ± {self.error:.4f}"
+        return f"{self:.4f}"
 
     @property
     def within_noise(self) -> bool:

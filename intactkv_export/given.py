@@ -46,6 +46,8 @@ def find(
 
     Raises IntactKVError if there is no prefix, or the two are not of the same tokens.
     """
+    if not Path(model).is_file():
+        raise IntactKVError(f"no model at {model}: give the path of a GGUF file")
     path = prefix or prefix_file.find(model)
     if path is None:
         raise IntactKVError(

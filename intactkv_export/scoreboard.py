@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 from rich.console import RenderableType
@@ -46,8 +45,8 @@ def _configurations(rows: Sequence[Figures]) -> Table:
         kld = ["", "", "", ""] if r.mode == "reference" else [str(summary(r.kld))]
         if len(kld) == 1:
             kld += [f"{r.percentile(50):.4f}", f"{r.percentile(99):.3f}", f"{r.percentile(100):.2f}"]
-        top1 = "" if r.mode == "reference" else _percent(summary(r.top1))
-        table.add_row(r.kv_type, r.mode, *kld, top1, f"{r.perplexity.mean:.2f} ± {r.perplexity.error:.2f}")
+        top1 = "" if r.mode == "reference" else f"{_percent(summary(r.top1)):.1f}"
+        table.add_row(r.kv_type, r.mode, *kld, top1, f"{r.perplexity:.2f}")
     return table
 
 
@@ -58,9 +57,9 @@ def _differences(rows: Sequence[Difference]) -> Table:
         table.add_row(
             d.a.kv_type,
             f"{d.a.mode} - {d.b.mode}",
-            f"{kld.mean:+.4f} ± {kld.error:.4f}{_mark(kld)}",
-            f"{_percent(top1, '+')}{_mark(top1)}",
-            f"{log_perplexity.mean:+.4f} ± {log_perplexity.error:.4f}{_mark(log_perplexity)}",
+            f"{kld:+.4f}{_mark(kld)}",
+            f"{_percent(top1):+.1f}{_mark(top1)}",
+            f"{log_perplexity:+.4f}{_mark(log_perplexity)}",
         )
     return table
 
@@ -76,7 +75,7 @@ def _questions(rows: Sequence[Figures], compared: Sequence[Difference]) -> Table
         against = r.answers.against(d.b.answers) if d is not None and d.b.answers is not None else {}
         cells = []
         for name in ("acc", "acc_norm"):
-            cells.append(_percent(Estimate(*r.answers.accuracy(name))))
+            cells.append(f"{_percent(Estimate(*r.answers.accuracy(name))):.1f}")
             gain = against.get(name)
             noise = _NOISE if gain and gain["within_noise"] else ""
             cells.append(f"{100 * gain['difference']:+.1f} (p {gain['mcnemar_p']:.2g}){noise}" if gain else "")
@@ -84,9 +83,8 @@ def _questions(rows: Sequence[Figures], compared: Sequence[Difference]) -> Table
     return table
 
 
-def _percent(x: Estimate, sign: str = "") -> str:
-    error = "" if math.isnan(x.error) else f" ± {100 * x.error:.1f}"
-    return f"{100 * x.mean:{sign}.1f}{error}"
+def _percent(x: Estimate) -> Estimate:
+    return Estimate(100 * x.mean, 100 * x.error)
 
 
 def _mark(x: Estimate) -> str:

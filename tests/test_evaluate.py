@@ -52,6 +52,7 @@ def test_mean_and_paired_difference() -> None:
     assert found.mean == 2 and found.error == pytest.approx(1 / np.sqrt(3))
     paired = evaluate.difference([1.1, 2.1, 3.1], [1.0, 2.0, 3.0])
     assert paired.mean == pytest.approx(0.1) and paired.error < 1e-9, "the chunks' own spread does not count"
+    assert f"{paired:+.2f}" == "+0.10 ± 0.00" and str(figures.summary([0.5])) == "0.5000"
     assert not paired.within_noise and figures.Estimate(-0.19, 0.1).within_noise
     assert not figures.Estimate(0.21, 0.1).within_noise and figures.summary([0.1]).within_noise, "one chunk: unknown"
 
@@ -198,9 +199,24 @@ def test_text_that_the_reference_writes(smol: Smol) -> None:
     assert "sample conversations" in stages and "smol q8_0 prompt" in stages
 
 
+def test_a_hugging_face_reference(smol: Smol, hf_dir: Path) -> None:
+    stages: list[str] = []
+    source, found = evaluate.evaluate(
+        hf_dir, [smol.gguf], smol.ikv, modes=["reference", "prompt"], **SETTINGS,
+        progress=lambda name, done, total: stages.append(name),
+    )  # fmt: skip
+    (same,) = evaluate.evaluate(smol.reference, [smol.gguf], smol.ikv, modes=["prompt"], **SETTINGS)
+    assert stages[0] == "convert to GGUF" and source.model == "hf"
+    np.testing.assert_allclose(found.kld, same.kld, rtol=0.02)
+
+
 def test_what_cannot_be_evaluated(smol: Smol, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="sideways"):
         next(evaluate.evaluate(smol.reference, [smol.gguf], smol.ikv, modes=["sideways"]))
+    with pytest.raises(IntactKVError, match="no model at nowhere.gguf"):
+        next(evaluate.evaluate(smol.reference, [smol.gguf, "nowhere.gguf"], smol.ikv))
+    with pytest.raises(IntactKVError, match="needs 19660.8 GB .* TMPDIR"):
+        evaluate._room(smol.ikv, (100000, 1000, 49152))
     with pytest.raises(UsageError, match="measure nothing"):
         next(evaluate.evaluate(smol.reference, [smol.gguf], smol.ikv, n_tokens=1))
     with pytest.raises(IntactKVError, match="need 3072"):
