@@ -92,6 +92,7 @@ def magnitudes(data: Data) -> Figure:
         )  # fmt: skip
         ax.set_title(f"output of layer {view['il']}")
         ax.set_xlabel("token")
+        _positions(ax.xaxis, data)
         _prefix_ends(ax, data)
     axes[0].set_ylabel("channel")
     for ax in axes[1:]:
@@ -122,6 +123,8 @@ def attention(data: Data) -> Figure:
         image = ax.imshow(values, aspect="auto", cmap=_COLORS, norm=LogNorm(1e-3, 1), interpolation="nearest")
         ax.set_title(f"layer {view['il']}")
         ax.set_xlabel("attended token")
+        _positions(ax.xaxis, data)
+        _positions(ax.yaxis, data)
         _prefix_ends(ax, data, both=True)
     axes[0].set_ylabel("attending token")
     for ax in axes[1:]:
@@ -131,7 +134,8 @@ def attention(data: Data) -> Figure:
 
     lower = grid[1].subgridspec(1, 2)
     axes = [figure.add_subplot(lower[0, i]) for i in range(2)]
-    names = ("first token", f"whole prefix ({data['n_prefix']} tokens)")
+    n_prefix = data["n_prefix"]
+    names = ("first token", f"whole prefix ({n_prefix} token{'' if n_prefix == 1 else 's'})")
     for ax, key, name in zip(axes, ("first", "prefix"), names, strict=True):
         image = _heat(ax, list(zip(*data[key], strict=True)), Normalize(0, 1))
         ax.set_title(f"attention of the text: {name}")
@@ -269,11 +273,23 @@ def _whole_numbers(ax: Axes, y: bool = True) -> None:
         axis.set_major_locator(MaxNLocator(integer=True, nbins=7))
 
 
+def _positions(axis: Any, data: Data) -> None:
+    """Positions of the tokens shown; behind the first of a long prefix come those of the text."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    at = data["positions"]
+    axis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: str(at[int(x)]) if 0 <= x < len(at) else ""))
+
+
 def _plain_numbers(ax: Axes, counts: Sequence[int]) -> None:
     """Ticks at the counts that were measured, as far as they have room."""
     last, ticks = counts[-1], [counts[0]]
-    for count in counts[1:]:
-        if count - ticks[-1] >= last / 16 or (last > 64 and count >= 1.4 * ticks[-1]):
+    for count in counts[1:-1]:
+        nearest = min(count - ticks[-1], last - count)
+        room = last >= 1.6 * count >= 3.2 * ticks[-1] or count <= 3 if last > 64 else nearest >= last / 16
+        if room:
             ticks.append(count)
+    ticks.append(last)
     ax.set_xticks(ticks, [str(count) for count in ticks], minor=False)
     ax.set_xticks([], minor=True)

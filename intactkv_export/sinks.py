@@ -106,8 +106,13 @@ def attention(model: TorchModel, tokens: Sequence[int], n_prefix: int) -> dict[s
     }
 
 
-def _tokens(n_prefix: int, n_tokens: int) -> dict[str, int]:
-    return {"n_prefix": n_prefix, "n_prefix_shown": min(n_prefix, _SHOWN[0]), "n_tokens": n_tokens}
+def _tokens(n_prefix: int, n_tokens: int) -> dict[str, Any]:
+    return {
+        "n_prefix": n_prefix,
+        "n_prefix_shown": min(n_prefix, _SHOWN[0]),
+        "n_tokens": n_tokens,
+        "positions": _shown(n_prefix, n_tokens),
+    }
 
 
 def _shown(n_prefix: int, n_tokens: int) -> list[int]:

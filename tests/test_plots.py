@@ -27,6 +27,7 @@ def made_up(n_prefix: int = 24, n_layer: int = 30) -> dict[str, dict[str, Any]]:
     shown = min(n_prefix, 32)
     n = shown + 16
     tokens = [HOSTILE[i % len(HOSTILE)] for i in range(n)]
+    positions = [*range(shown), *range(n_prefix, n_prefix + 16)]
     counts = [i for i in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384) if i < n_prefix]
     counts.append(n_prefix)
     falling = 0.6 + 0.4 * np.exp(-np.array(counts) / 2.0)
@@ -37,6 +38,7 @@ def made_up(n_prefix: int = 24, n_layer: int = 30) -> dict[str, dict[str, Any]]:
         "magnitudes": {
             "tokens": tokens,
             "n_prefix_shown": shown,
+            "positions": positions,
             "maximum": rng.lognormal(1, 2, (n_layer, n)).tolist(),
             "layers": [
                 {"il": il, "channels_per_row": 6, "values": rng.lognormal(0, 1, (96, n)).tolist()} for il in (0, 14, 29)
@@ -45,6 +47,7 @@ def made_up(n_prefix: int = 24, n_layer: int = 30) -> dict[str, dict[str, Any]]:
         "attention": {
             "n_prefix": n_prefix,
             "n_prefix_shown": shown,
+            "positions": positions,
             "maps": [
                 {"il": il, "values": (triangle / triangle.sum(1, keepdims=True)).tolist()} for il in (0, 10, 19, 29)
             ],
