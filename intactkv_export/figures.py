@@ -44,7 +44,7 @@ class Estimate:
     @property
     def within_noise(self) -> bool:
         """Of a difference: it is below two standard errors, or there is no error to judge by."""
-        return not abs(self.mean) >= 2 * self.error
+        return not abs(self.mean) > 2 * self.error
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import pytest
 from smol import SYSTEM_PROMPT, Smol, smol  # noqa: F401
 
 from intactkv_export import conversations, gguf_file, prefix_file
+from intactkv_export import prompt as prompts
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.questions import FOLLOW_UPS, QUESTIONS
 from intactkv_export.turns import Turns
@@ -122,6 +123,32 @@ def test_turns_are_those_of_the_rendered_conversation(
     pieces = turns.first("Hello!") + vocabulary.tokenize("Hi.", special=False) + turns.next("2 + 2?")
     assert pieces == whole[: len(pieces)]
     assert SYSTEM_PROMPT in vocabulary.text([*prefix.tokens, *pieces])
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "to_user"),
+    [
+        (  # no system role, the reply's role has another name
+            "{{ bos_token }}{% for m in messages %}<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+            "{{ m.content | trim }}<end>\n{% endfor %}<turn>model{{ '\n' }}",
+            "Hi<end>\n<turn>model\n",
+            "<end>\n<turn>user\n",
+        ),
+        (  # what ends a reply is not what ends a question
+            "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+            "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
+            "Hi [/INST]",
+            "<|im_end|>[INST] ",
+        ),
+    ],
+)
+def test_other_templates(vocabulary: Vocabulary, text: str, first: str, to_user: str) -> None:
+    prompt = prompts.make(vocabulary, text, None)
+    manifest = {"messages": prompt.messages, "bos_only": False}
+    turns = Turns(prefix_file.Prefix(prompt.tokens, manifest, [], "", None, False, b""), vocabulary, text)
+    assert (prompt.text + vocabulary.text(turns.first("Hi"))).endswith(first)
+    assert vocabulary.text(turns.to_user) == to_user
+    assert vocabulary.text(turns.next("Why?")) == to_user + first.replace("Hi", "Why?")
 
 
 def test_a_base_model_gets_paragraphs(smol: Smol, vocabulary: Vocabulary) -> None:

@@ -55,6 +55,7 @@ def test_mean_and_paired_difference() -> None:
     assert f"{paired:+.2f}" == "+0.10 ± 0.00" and str(figures.summary([0.5])) == "0.5000"
     assert not paired.within_noise and figures.Estimate(-0.19, 0.1).within_noise
     assert not figures.Estimate(0.21, 0.1).within_noise and figures.summary([0.1]).within_noise, "one chunk: unknown"
+    assert figures.Estimate(0.0, 0.0).within_noise
 
 
 def test_statistics_against_numpy() -> None:
