@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 Progress = Callable[..., None]  # stage, done, total, note
 # objective -> steps, lr, batch, seq_len: for mse the paper's, for kl what measured best
 DEFAULTS = {"kl": (120, 1e-2, 4, 256), "mse": (160, 2e-4, 16, 1024), "kl+mse": (120, 1e-2, 4, 256)}
+PHASES = ("data", "targets", "train")
 SEQUENCES = 128
 _HELD_OUT = 8  # one of so many sequences is not trained on
 
@@ -328,7 +329,7 @@ def _prefix(model: Path, given: str | os.PathLike[str] | None) -> Prefix:
 
 def _build(start: Prefix, trained: Result, about: dict[str, Any]) -> bytes:
     """The prefix file: as before but for K, V and how they came about."""
-    manifest = {key: start.manifest[key] for key in start.manifest.keys() - {"format", "tokens", "model"}}
+    manifest = {key: value for key, value in start.manifest.items() if key not in ("format", "tokens", "model")}
     manifest |= {"calibrated": about, "created_by": f"intactkv-export {intactkv_export.__version__}"}
     layers = sorted(layer.il for layer in start.layers)
     K, V = (dict(zip(layers, rows, strict=True)) for rows in (trained.K, trained.V))

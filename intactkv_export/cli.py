@@ -93,6 +93,9 @@ def convert(
     bos_only: BosOnly = False,
     prefix_tokens: PrefixTokens = None,
     imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix (llama-imatrix).")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Train the prefix for each type, as the command calibrate does.")
+    ] = False,
     engine: Engine = "auto",
     embed: Annotated[bool, typer.Option("--embed/--no-embed", help="Store the prefix in the GGUF too.")] = True,
     keep_reference: Annotated[bool, typer.Option("--keep-reference", help="Keep OUT.reference.gguf.")] = False,
@@ -107,11 +110,12 @@ def convert(
     """Quantize a model and compute its prefix: OUT.gguf, ready to chat with, and OUT.ikv.
 
     The system prompt is rendered by the model's own chat template; the prefix is what every conversation with it
-    begins with. With several types, OUT-TYPE.gguf share one OUT.ikv.
+    begins with. With several types, OUT-TYPE.gguf share one OUT.ikv; calibrated, each has its own OUT-TYPE.ikv.
 
     \b
     intactkv-export convert ./SmolLM2 -o smol.gguf --system-prompt @prompt.txt
     intactkv-export convert HuggingFaceTB/SmolLM2-135M-Instruct -o smol.gguf --quant Q4_0,Q4_K_M,Q2_K
+    intactkv-export convert smol-f16.gguf -o smol.gguf --quant Q3_K_M --calibrate
     intactkv-export convert smol-f16.gguf -o smol.gguf --bos-only --no-embed
     """
     from intactkv_export.convert import convert as run
@@ -120,7 +124,7 @@ def convert(
     with Progress(quiet=as_json) as progress:
         result = run(
             reference, out, quant=quant, system_prompt=prompt, bos_only=bos_only,
-            prefix_tokens=_number_or_word(prefix_tokens), imatrix=imatrix, embed=embed,
+            prefix_tokens=_number_or_word(prefix_tokens), imatrix=imatrix, calibrate=calibrate, embed=embed,
             keep_reference=keep_reference, allow_requantize=allow_requantize, engine=engine, dtype=dtype,
             device=device, offload_dir=offload_dir, n_threads=threads, n_ctx=ctx_size, progress=progress,
         )  # fmt: skip
@@ -596,10 +600,13 @@ def _print_result(result: Any, as_json: bool) -> None:
     print(f"\n{'file':40} {'size':>12} {'bits/weight':>12}")
     for made in result.outputs:
         print(f"{_short(made.path):40} {_megabytes(made.n_bytes):>12} {made.bits_per_weight:12.2f}")
-    print(f"{_short(result.prefix):40} {_megabytes(result.prefix_bytes):>12}")
+    for path in [made["prefix"] for made in result.calibrated.values()] or [result.prefix]:
+        print(f"{_short(path):40} {_megabytes(path.stat().st_size):>12}")
     for name, curve in result.curves.items():
         _print_curve(name, curve)
     where = " and embedded" if result.embedded else ""
+    for name, made in result.calibrated.items():
+        print(f"\n{name}: held-out KL divergence {made['before']:.4f}, calibrated {made['after']:.4f}")
     print(f"\nprefix: {result.n_tokens} tokens at F16, by the {result.engine} engine, in a file of its own{where}")
     print(f"\n{'stage':24} {'time':>9} {'peak memory':>14}")
     for stage in result.stages:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -45,6 +45,7 @@ class ConvertResult:
     """What came out, and what it took.
 
     outputs: the GGUFs; prefix: the `.ikv`. curves: by type, or by the model's name, what prefix_tokens="auto" chose by.
+    calibrated: by type, {"prefix": its `.ikv`, "before", "after": held-out KL divergence}; prefix is the first of them.
     """
 
     outputs: list[Output]
@@ -56,6 +57,7 @@ class ConvertResult:
     reference_sha256: str
     embedded: bool
     curves: dict[str, Curve]
+    calibrated: dict[str, dict[str, Any]]
     stages: list[Stage]
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,6 +74,7 @@ def convert(
     bos_only: bool = False,
     prefix_tokens: int | str | None = None,
     imatrix: str | os.PathLike[str] | None = None,
+    calibrate: bool | Mapping[str, Any] = False,
     embed: bool = True,
     keep_reference: bool = False,
     allow_requantize: bool = False,
@@ -93,6 +96,9 @@ def convert(
     prefix_tokens: keep the first so many tokens of the prefix; None: all; "auto": the fewest after which the layers'
         error no longer falls for any of the types (curve.choose; needs torch), behind a q8_0 cache.
     imatrix: importance matrix of upstream's llama-imatrix, GGUF or .dat.
+    calibrate: train the prefix for each type: True, or arguments of calibrate.calibrate() other than its defaults (for
+        a q8_0 cache, on conversations of the reference's own). Each has its own then, name-TYPE.ikv if there are
+        several. Needs torch.
     embed: store the prefix in each GGUF too; else only note which reference it belongs to.
     engine: "llama" computes the prefix with llama.cpp, "torch" with transformers; "auto": torch for Hugging Face
         directories of an architecture whose layout is proven, else llama.
@@ -111,12 +117,15 @@ def convert(
     found = references.locate(reference, allow_requantize)
     engine = settings.chosen(found)
     targets = {t: base.with_name(f"{base.name}.gguf" if len(types) == 1 else f"{base.name}-{t}.gguf") for t in types}
-    ikv, kept = base.with_name(f"{base.name}.ikv"), base.with_name(f"{base.name}.reference.gguf")
+    shared, kept = base.with_name(f"{base.name}.ikv"), base.with_name(f"{base.name}.reference.gguf")
+    ikvs = {t: target.with_suffix(".ikv") if calibrate else shared for t, target in targets.items()}
     keep_reference = keep_reference and not found.is_gguf
-    _check_targets([*targets.values(), ikv, *([kept] if keep_reference else [])], found)
+    _check_targets([*targets.values(), *ikvs.values(), *([kept] if keep_reference else [])], found)
     matrix = None if imatrix is None else imatrices.read(imatrix)
     _check_prefix_tokens(prefix_tokens, bos_only)
     _check_prompt(found, system_prompt, bos_only)
+    if calibrate and (missing := engines.missing_for_torch()):
+        raise UsageError(f"--calibrate needs {missing}, not installed: pip install 'intactkv-export[convert]'")
 
     with atomic.work_directory(base) as directory:
         work = Stages(directory, progress)
@@ -141,13 +150,23 @@ def convert(
         if prefix_tokens == "auto":
             made, curves = compute.shortest(work, found, quantized, made, device)
         prefix = compute.compute(work, settings, found, gguf, made, identity)
-        prefix_file.write(directory / ikv.name, prefix.data)
+        original = directory / "prefix.ikv"
+        prefix_file.write(original, prefix.data)
+        prefixes = dict.fromkeys(targets, original)
+        if calibrate:
+            for name, path in quantized.items():
+                prefixes[name] = directory / f"calibrated-{name}.ikv"
+                work.run(
+                    f"calibrate {name}", _calibrate, found.path, path, original, prefixes[name],
+                    directory / "calibration", allow_requantize, device,
+                    {} if calibrate is True else dict(calibrate), counted=True,
+                )  # fmt: skip
 
         finished: list[tuple[Path, Path, str, float]] = []
         for name, target in targets.items():
             final = directory / target.name
             if embed:
-                work.run(f"embed in {name}", _embed, quantized[name], directory / ikv.name, final)
+                work.run(f"embed in {name}", _embed, quantized[name], prefixes[name], final)
             else:
                 work.run(f"stamp {name}", prefix_file.stamp, quantized[name], identity, final)
             quantized[name].unlink()
@@ -158,10 +177,13 @@ def convert(
             finished.append((final, kept, "reference", bits))
         for final, target, _, _ in finished:
             atomic.publish(final, target)
-        atomic.publish(directory / ikv.name, ikv)
+        for target, final in {ikvs[name]: prefixes[name] for name in targets}.items():
+            atomic.publish(final, target)
 
     outputs = [Output(target, name, target.stat().st_size, bits) for _, target, name, bits in finished]
-    return _result(outputs, ikv, prefix, embed, curves, work)
+    made_of = {name: prefix_file.read(path).manifest["calibrated"] for name, path in ikvs.items()} if calibrate else {}
+    calibrated = {name: {"prefix": ikvs[name], **about["held_out"]} for name, about in made_of.items()}
+    return _result(outputs, next(iter(ikvs.values())), prefix, embed, curves, calibrated, work)
 
 
 def prefix(
@@ -219,7 +241,7 @@ def prefix(
         if embed:
             work.run("embed", _embed, model, directory / target.name, model)
         atomic.publish(directory / target.name, target)
-    return _result([], target, new, embed, curves, work)
+    return _result([], target, new, embed, curves, {}, work)
 
 
 def _prompt(gguf: Path, system_prompt: str | None, bos_only: bool, prefix_tokens: int | str | None) -> prompt.Prompt:
@@ -307,6 +329,29 @@ def _check_space(directory: Path, found: Reference, types: Sequence[str], widen:
         )
 
 
+def _calibrate(
+    reference: Path,
+    model: Path,
+    prefix: Path,
+    out: Path,
+    directory: Path,
+    allow_requantize: bool,
+    device: str,
+    settings: dict[str, Any],
+    progress: Callable[[int, int], None],
+) -> None:
+    from intactkv_export.calibrate import PHASES, calibrate
+
+    def report(stage: str, done: int, total: int, note: str) -> None:
+        if stage in PHASES:  # each of which gets a third of the bar
+            progress(1000 * PHASES.index(stage) + 1000 * done // max(total, 1), 1000 * len(PHASES))
+
+    calibrate(
+        reference, model, prefix=prefix, out=out, directory=directory, allow_requantize=allow_requantize,
+        progress=report, **{"device": device, **settings},
+    )  # fmt: skip
+
+
 def _embed(gguf: Path, ikv: Path, out: Path) -> None:
     prefix_file.embed(gguf, prefix_file.read(ikv), out)
 
@@ -326,12 +371,13 @@ def _result(
     prefix: prefix_file.Prefix,
     embedded: bool,
     curves: dict[str, Curve],
+    calibrated: dict[str, dict[str, Any]],
     work: Stages,
 ) -> ConvertResult:
     manifest = prefix.manifest
     return ConvertResult(
-        outputs, ikv, len(prefix.data), len(prefix.tokens), manifest["text"], manifest["engine"]["name"],
-        manifest["reference"]["sha256"], embedded, curves, work.done,
+        outputs, ikv, ikv.stat().st_size, len(prefix.tokens), manifest["text"], manifest["engine"]["name"],
+        manifest["reference"]["sha256"], embedded, curves, calibrated, work.done,
     )  # fmt: skip
 
 

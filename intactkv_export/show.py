@@ -113,7 +113,7 @@ def _facts(prefix: Prefix, fits: str | None) -> list[Text]:
                  f"factors {str(rope['factors'])[:16]}"),
         *(("layers", text) for text in _layer_groups(prefix)),
         ("SHA-256", f"{prefix.sha256} (checked)"),
-        ("calibrated", "no" if m["calibrated"] is None else str(m["calibrated"])),
+        ("calibrated", _calibration(m["calibrated"])),
         ("made by", m["created_by"]),
     ]  # fmt: skip
     if fits is not None:
@@ -123,6 +123,21 @@ def _facts(prefix: Prefix, fits: str | None) -> list[Text]:
         for i, part in enumerate(_wrap(value, WIDTH - 12)):
             lines.append(Text(f"{name if i == 0 else '':11} ", style="dim") + Text(part, style="default"))
     return lines
+
+
+def _calibration(made: dict[str, Any] | None) -> str:
+    """In a sentence: how, for which model, and what came of it. A file of another make may lack any of it."""
+    if made is None:
+        return "no"
+    try:
+        held_out = made["held_out"]
+        return (
+            f"{made['objective']}, step {made['best_step']} of {made['steps']}, {made['data']['n_tokens']:,} tokens of "
+            f"{made['data']['kind']}, for {made['model']['type']} behind a {made['kv_type']} cache: held-out KL "
+            f"divergence {held_out['before']:.4f} -> {held_out['after']:.4f}"
+        )
+    except (KeyError, TypeError, ValueError):
+        return str(made)
 
 
 def _layer_groups(prefix: Prefix) -> list[str]:

@@ -1,0 +1,297 @@
+"""Calibration: what is minimized, what is kept, what survives a kill, and that the result is an ordinary prefix file.
+
+Random-weight models where structure is what counts; SmolLM2 for the gain, measured by the real runtime.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="the extra [convert] is not installed")
+
+import torch
+from smol import smol  # noqa: F401  (a fixture)
+from test_student import divergence, llama_log_probs
+
+from intactkv_export import calibrate as calibration
+from intactkv_export import conversations, prefix_file, show, student, targets, training
+from intactkv_export.convert import convert
+from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.runtime import IntactLlama
+from intactkv_export.training import Data, Settings
+from intactkv_export.vocabulary import Vocabulary
+
+N_TOKENS = 24
+TEXT = " ".join(question for question in conversations.QUESTIONS[:40])
+
+
+@pytest.fixture(scope="module")
+def pair(models, tmp_path_factory):
+    """(reference directory, Q4_0 GGUF, `.ikv`): a random-weight Llama, converted."""
+    root = tmp_path_factory.mktemp("pair")
+    result = convert(models["llama-gqa"], root / "tiny.gguf", quant="Q4_0", system_prompt="Be brief.", embed=False)
+    return models["llama-gqa"], result.outputs[0].path, result.prefix
+
+
+@pytest.fixture(scope="module")
+def task(pair):
+    """Arguments of train() for the random model: 12 sequences, 3 of them held out."""
+    directory, gguf, ikv = pair
+    prefix = prefix_file.read(ikv)
+    reference = student.load(directory)
+    sequences = np.random.default_rng(1).integers(6, 490, (12, N_TOKENS)).astype(np.int32)
+    wanted = targets.make(lambda: reference, prefix.tokens, sequences.tolist(), top_k=64)
+    return student.load(gguf), *student.prefix_rows(prefix), Data(sequences, wanted, 3), reference, prefix.tokens
+
+
+def run(task, state=None, progress=None, **settings):
+    model, K, V, data, reference, prefix = task
+    chosen = Settings(**{"steps": 8, "every": 2, "batch": 3, **settings})
+    return training.train(model, K, V, data, chosen, reference=reference, prefix=prefix, state=state, progress=progress)
+
+
+def test_divergence_of_everything_is_the_kl_divergence():
+    generator = torch.Generator().manual_seed(0)
+    p, q = (3 * torch.randn(5, 7, 300, generator=generator) for _ in range(2))
+    exact = (torch.softmax(p, -1) * (torch.log_softmax(p, -1) - torch.log_softmax(q, -1))).sum(-1)
+
+    def top(k):
+        log_p, ids = torch.log_softmax(p, -1).topk(k)
+        rest = torch.logsumexp(torch.log_softmax(p, -1).scatter(-1, ids, -torch.inf), -1)
+        return ids, log_p, rest
+
+    assert torch.allclose(targets.divergence(q, *top(300)), exact, rtol=1e-4)
+    bounds = [targets.divergence(q, *top(k)) for k in (1, 10, 100, 300)]
+    for low, high in zip(bounds, bounds[1:], strict=False):
+        assert (low <= high + 1e-5).all() and (low >= 0).all()
+    assert targets.divergence(p, *top(20)).abs().max() < 1e-5
+
+
+def test_divergence_has_the_gradient_of_finite_differences():
+    generator = torch.Generator().manual_seed(0)
+    p, q = (2 * torch.randn(4, 50, generator=generator, dtype=torch.float64) for _ in range(2))
+    log_p, ids = torch.log_softmax(p, -1).topk(8)
+    rest = torch.logsumexp(torch.log_softmax(p, -1).scatter(-1, ids, -torch.inf), -1)
+    assert torch.autograd.gradcheck(lambda x: targets.divergence(x, ids, log_p, rest), q.requires_grad_())
+
+
+def test_targets_are_the_references(task):
+    _, _, _, data, reference, prefix = task
+    with torch.no_grad():
+        logits = reference.forward([[*prefix, *data.sequences[4]]])[0, len(prefix) :]
+    log_p = torch.log_softmax(logits, -1).numpy()
+    assert np.allclose(np.take_along_axis(log_p, data.targets.ids[4], -1), data.targets.log_p[4], atol=1e-4)
+    mass = np.exp(data.targets.log_p).sum(-1) + np.exp(data.targets.log_rest)
+    assert np.allclose(mass, 1, atol=1e-5)
+
+
+def test_targets_go_on_where_they_were(task, tmp_path, monkeypatch):
+    _, _, _, data, reference, prefix = task
+    monkeypatch.setattr(targets, "_PART", 5)
+    calls = []
+
+    def model():
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return reference
+
+    with pytest.raises(KeyboardInterrupt):
+        targets.make(model, prefix, data.sequences.tolist(), top_k=64, directory=tmp_path)
+    whole = targets.make(model, prefix, data.sequences.tolist(), top_k=64, directory=tmp_path)
+    assert len(calls) == 4  # two parts, the interruption, the last part
+    assert np.array_equal(whole.ids, data.targets.ids) and np.allclose(whole.log_p, data.targets.log_p, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", training.OBJECTIVES)
+def test_objectives_lower_the_held_out_divergence(task, objective):
+    lr = 3e-2 if "kl" in objective else 3e-3
+    result = run(task, objective=objective, steps=24, every=4, lr=lr, patience=9)
+    assert result.after < 0.97 * result.before and result.best_step > 0
+    assert result.after == min(value for _, value in result.history)
+    assert all(x.dtype == np.float16 for x in (*result.K, *result.V))
+
+
+def test_held_out_is_what_the_result_gives(task):
+    model, _, _, data, _, _ = task
+    result = run(task, lr=3e-2)
+    with torch.no_grad():
+        logits = model.forward(data.sequences[:3].tolist(), model.cache(result.K, result.V, "q8_0", batch=3))
+    again = float(targets.divergence(logits, *data.targets.of(range(3), model.device)).mean())
+    assert again == pytest.approx(result.after, rel=1e-5)
+
+
+def test_what_only_gets_worse_is_not_kept(task):
+    """A learning rate that destroys the prefix: the result is what it began with, bit for bit, and it ends early."""
+    result = run(task, lr=50.0, steps=40, patience=3)
+    assert result.best_step == 0 and result.after == result.before and result.steps == 8
+    for rows, original in ((result.K, task[1]), (result.V, task[2])):
+        assert all(np.array_equal(a, b) for a, b in zip(rows, original, strict=True))
+
+
+def test_rows_that_a_rotated_cache_cannot_hold_are_no_candidates(task):
+    """Each value is below F16's 65504, their sum in the Hadamard basis is not."""
+    model = task[0]
+    rows = torch.full((1, 2, model.n_head_kv, model.head_dim), 1e4).half()
+    assert not training._storable(model, rows, "K", ("q8_0", "q8_0"))
+    assert training._storable(model, rows / 2, "K", ("q8_0", "q8_0"))
+
+
+def test_activations_computed_twice_give_the_same(task, monkeypatch):
+    kept = run(task)
+    monkeypatch.setattr(training, "_ACTIVATIONS", 0)
+    for objective in ("kl", "mse"):
+        checkpointed = run(task, objective=objective)
+        if objective == "kl":
+            assert np.allclose(kept.history, checkpointed.history, rtol=1e-5)
+    assert all("forward" not in vars(layer) for layer in task[0].decoder_layers)
+
+
+def test_several_passes_give_one_gradient(task, monkeypatch):
+    one = run(task)
+    monkeypatch.setattr(training, "_PASS", N_TOKENS)
+    assert np.allclose(one.history, run(task).history, rtol=1e-4)
+
+
+def same(a, b):
+    return a.history == b.history and all(np.array_equal(x, y) for x, y in zip([*a.K, *a.V], [*b.K, *b.V], strict=True))
+
+
+def test_a_seed_decides(task):
+    assert same(run(task, seed=3), run(task, seed=3))
+    assert not same(run(task, seed=3), run(task, seed=4))
+
+
+def test_interrupted_training_goes_on_bit_for_bit(task, tmp_path):
+    whole = run(task)
+    state = tmp_path / "state.pt"
+    for stop in (1, 3, 5):
+
+        def interrupt(step, steps, held_out, stop=stop):
+            if step == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(task, state=state, progress=interrupt)
+    assert same(run(task, state=state), whole)
+    with pytest.raises(UsageError, match=r"other settings \(lr is 0.01 there and 0.02 here\)"):
+        run(task, state=state, lr=0.02)
+
+
+def command(pair, out, *more):
+    directory, gguf, ikv = pair
+    text = out.with_name("text.txt")
+    text.write_text(TEXT)
+    return [
+        *(sys.executable, "-m", "intactkv_export", "calibrate", str(directory), "-m", str(gguf), "--prefix", str(ikv)),
+        *("-o", str(out), "--data", str(text), "--seq-len", str(N_TOKENS), "--sequences", "16", "--steps", "24"),
+        *more,
+    ]
+
+
+def test_killed_and_started_again(pair, tmp_path):
+    """kill -9 in the middle of training; the same command then ends with the file of a run that was left alone."""
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole, killed = (tmp_path / name / "out.ikv" for name in ("whole", "killed"))
+    assert subprocess.run(command(pair, whole), capture_output=True).returncode == 0
+    process = subprocess.Popen(command(pair, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    work = tmp_path / "killed" / "out.ikv.calibrating"
+    deadline = time.monotonic() + 120
+    while not (work / "tiny.pt").is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and (work / "tiny.pt").is_file() and not killed.exists()
+    other = subprocess.run(command(pair, killed, "--lr", "0.5"), capture_output=True, text=True)
+    assert other.returncode == 2 and "lr is 0.01 there and 0.5 here" in other.stderr and other.stderr.count("\n") < 8
+    done = subprocess.run(command(pair, killed, "--json"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert killed.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in killed.parent.iterdir()) == ["out.ikv", "text.txt"]
+    summary = json.loads(done.stdout)
+    assert summary["manifest"] == prefix_file.read(killed).manifest["calibrated"]
+    assert summary["manifest"]["held_out"]["after"] <= summary["manifest"]["held_out"]["before"]
+
+
+@pytest.fixture(scope="module")
+def calibrated(smol, tmp_path_factory):  # noqa: F811
+    """SmolLM2 Q4_0, 8 steps on what the reference itself writes."""
+    out = tmp_path_factory.mktemp("calibrated") / "smol.ikv"
+    return calibration.calibrate(
+        smol.reference, smol.gguf, prefix=smol.ikv, out=out, steps=8, batch=3, seq_len=32, sequences=16, seed=1
+    )
+
+
+def test_calibrated_is_closer_to_the_reference_in_llama_cpp(calibrated, smol):  # noqa: F811
+    """On text it was not trained on, through the runtime, with the KV type it was trained for."""
+    with Vocabulary(smol.reference) as vocabulary:
+        tokens = vocabulary.tokenize(TEXT, special=False)
+    chunks = [tokens[i * 128 : (i + 1) * 128] for i in range(3)]
+    reference = llama_log_probs(smol.reference, None, "f16", smol.tokens, chunks)
+    before, after = (
+        divergence(reference, llama_log_probs(smol.gguf, ikv, "q8_0", smol.tokens, chunks))
+        for ikv in (smol.ikv, calibrated.out)
+    )
+    assert after < 0.99 * before
+    assert calibrated.after < 0.97 * calibrated.before
+
+
+def test_the_result_is_an_ordinary_prefix_file(calibrated, smol, tmp_path):  # noqa: F811
+    original, made = prefix_file.read(smol.ikv), prefix_file.read(calibrated.out)
+    assert made.tokens == original.tokens and made.manifest["calibrated"] == calibrated.manifest
+    unchanged = made.manifest.keys() - {"calibrated", "created_by"}
+    assert all(made.manifest[key] == original.manifest[key] for key in unchanged)
+    about = calibrated.manifest
+    assert (about["objective"], about["data"]["kind"], about["kv_type"]) == ("kl", "self", "q8_0")
+    assert about["model"]["type"] == "Q4_0" and about["held_out"]["n_tokens"] == 2 * 32
+    assert {"data", "targets", "train"} == set(calibrated.seconds) and calibrated.peak_bytes > 1e8
+    embedded = prefix_file.embed(smol.gguf, made, tmp_path / "smol.gguf")
+    llama = IntactLlama(embedded, n_ctx=64)
+    llama.eval([*made.tokens, 100])
+    assert llama.intact_cells == len(made.tokens)
+    llama.close()
+    line = next(line for line in map(str, show.report(made, None, None)) if line.startswith("calibrated"))
+    assert f"kl, step {about['best_step']} of {about['steps']}" in line
+
+
+def refusal(pair, tmp_path, error=IntactKVError, **changes):
+    directory, gguf, ikv = pair
+    arguments = {"reference": directory, "model": gguf, "prefix": ikv, "out": tmp_path / "out.ikv", **changes}
+    with pytest.raises(error) as e:
+        calibration.calibrate(arguments.pop("reference"), arguments.pop("model"), **arguments)
+    assert "\n" not in str(e.value) and not (tmp_path / "out.ikv").exists()
+    return str(e.value)
+
+
+def test_refuses_what_makes_no_sense(pair, models, smol, tmp_path):  # noqa: F811
+    assert "'hinge'" in refusal(pair, tmp_path, UsageError, objective="hinge")
+    assert "0 sequences" in refusal(pair, tmp_path, UsageError, batch=0)
+    assert "q3_0" in refusal(pair, tmp_path, UsageError, kv_type="q3_0")
+    assert "prefix" in refusal(pair, tmp_path, UsageError, model=models["qwen2"].with_suffix(".gguf"), prefix=None)
+    assert "belong together" in refusal(pair, tmp_path, reference=models["qwen2"])
+    assert "belong together" in refusal(pair, tmp_path, prefix=smol.ikv)
+
+
+def test_convert_calibrates_each_type(models, tmp_path):
+    """Two types: each GGUF has its own prefix, embedded or beside it, and none that was not calibrated."""
+    settings = {"steps": 2, "batch": 2, "seq_len": 16, "sequences": 8}
+    result = convert(
+        models["llama-gqa"].with_suffix(".gguf"), tmp_path / "tiny", quant="Q4_0,Q2_K", system_prompt="Be brief.",
+        calibrate=settings,
+    )  # fmt: skip
+    for name in ("Q4_0", "Q2_K"):
+        gguf, ikv = tmp_path / f"tiny-{name}.gguf", tmp_path / f"tiny-{name}.ikv"
+        prefix = prefix_file.read(ikv)
+        assert prefix_file.read(gguf).data == prefix.data
+        about = prefix.manifest["calibrated"]
+        assert about["steps"] == 2 and about["model"]["type"] == name
+        assert result.calibrated[name] == {"prefix": ikv, **about["held_out"]}
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".gguf", ".gguf", ".ikv", ".ikv"]
