@@ -5,8 +5,9 @@
     llama.cpp                   KL divergence at every token of a text (evaluate.py)         divergence
 
 Each line is a process of its own, so one model is in memory at a time, at float32 4 bytes a weight: 28 GB for 7B.
-Beside it lie the reference's outputs and its K and V for 4 x 64 tokens of text, at most 12 bytes x n_layer x n_embd a
-token (0.4 GB for 7B), and one layer's attention for 256 tokens, 4 bytes x n_head x 256 x tokens of prefix and text.
+Beside it, for 4 texts of 64 tokens, each behind its prefix: K and V, 8 bytes x n_layer x n_embd_kv a token, and the
+outputs of the layers, 4 bytes x n_layer x n_embd a token of text. Llama 2 7B, a prefix of 100 tokens: 0.7 + 0.13 GB.
+Attention is held of one layer and 256 tokens: 4 bytes x n_head x 256 x tokens, 5 MB. SmolLM2: 1.1 GB in all.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ def curve(data: Data) -> Figure:
     ax.axhline(data["flat_below"], color=_FAINT, linewidth=0.8, linestyle=(0, (1, 1.5)), label="flat below this line")
     chosen = data["chosen"]
     at = counts.index(chosen)
-    ring = {"markersize": 8, "markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1}
+    ring: dict[str, Any] = {"markersize": 8, "markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1}
     name = f"smallest flat prefix: {chosen} of {counts[-1]} tokens"
     ax.plot([chosen], [error[at]], "o", **ring, linestyle="none", label=name, clip_on=False)
     ax.set_xlim(0, counts[-1])

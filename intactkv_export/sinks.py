@@ -26,24 +26,22 @@ _QUERIES = 256  # tokens whose attention is held at a time
 
 def magnitudes(outputs: Sequence[np.ndarray], n_prefix: int, pieces: Sequence[str]) -> dict[str, Any]:
     """outputs: by layer, [n_tokens, n_embd], of the prefix and a text behind it; pieces: the text of each token."""
-    size = np.stack([np.abs(x) for x in outputs])  # [n_layer, n_tokens, n_embd]
-    maximum = size.max(2)
+    maximum = np.stack([np.abs(x).max(1) for x in outputs])  # [n_layer, n_tokens]
     peak = maximum.max(0)
     ratio = peak / np.median(peak)
     shown = _shown(n_prefix, len(pieces))
-    n_layer, _, n_embd = size.shape
+    n_layer, n_embd = len(outputs), outputs[0].shape[1]
     together = -(-n_embd // _ROWS)
-    padded = np.pad(size[:, shown], ((0, 0), (0, 0), (0, -n_embd % together)))
-    pooled = padded.reshape(n_layer, len(shown), -1, together).max(3)
     at = [int(i) for i in np.argsort(-peak, kind="stable") if ratio[i] >= PIVOT]
     return {
         **_tokens(n_prefix, len(pieces)),
         "tokens": [pieces[i] for i in shown],
         "n_embd": n_embd,
         "maximum": short(maximum[:, shown]),
-        "median": short(np.median(size, axis=(1, 2))),
+        "median": short([np.median(np.abs(x)) for x in outputs]),
         "layers": [
-            {"il": il, "channels_per_row": together, "values": short(pooled[il].T)} for il in _spread(n_layer, 3)
+            {"il": il, "channels_per_row": together, "values": short(_pooled(outputs[il][shown], together))}
+            for il in _spread(n_layer, 3)
         ],
         "pivots": [
             {
@@ -51,8 +49,8 @@ def magnitudes(outputs: Sequence[np.ndarray], n_prefix: int, pieces: Sequence[st
                 "text": pieces[i],
                 "maximum": short(peak[i]),
                 "times_median": short(ratio[i]),
-                "layer": int(maximum[:, i].argmax()),
-                "channel": int(size[maximum[:, i].argmax(), i].argmax()),
+                "layer": (il := int(maximum[:, i].argmax())),
+                "channel": int(np.abs(outputs[il][i]).argmax()),
             }
             for i in at
         ],
@@ -104,6 +102,12 @@ def attention(model: TorchModel, tokens: Sequence[int], n_prefix: int) -> dict[s
         "first": short(first / n_text),
         "prefix": short(prefix / n_text),
     }
+
+
+def _pooled(outputs: np.ndarray, together: int) -> np.ndarray:
+    """[n_tokens, n_embd] -> [rows, n_tokens]: the largest magnitude of each `together` neighbouring channels."""
+    padded = np.pad(np.abs(outputs), ((0, 0), (0, -outputs.shape[1] % together)))
+    return padded.reshape(len(outputs), -1, together).max(2).T
 
 
 def _tokens(n_prefix: int, n_tokens: int) -> dict[str, Any]:

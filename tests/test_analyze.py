@@ -104,13 +104,17 @@ def test_first_tokens_of_a_prompt(smol: Smol, tmp_path: Path, capsys: pytest.Cap
     assert sorted(path.name for path in tmp_path.iterdir()) == ["five.ikv"]
 
 
-def test_as_many_tokens_as_help(smol: Smol, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_as_many_tokens_as_help(
+    smol: Smol, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(curve, "N_CHUNKS", 2)
+    monkeypatch.setattr(curve, "N_TOKENS", 24)
     arguments = ["prefix", str(smol.reference), "-m", str(smol.gguf), "-s", "Be brief.", "-t", "2"]
     assert cli.main([*arguments, "-o", str(tmp_path / "auto.ikv"), "--prefix-tokens", "auto"]) == 0
     said = capsys.readouterr().out
     made = prefix_file.read(tmp_path / "auto.ikv")
     chosen = len(made.tokens)
-    assert f"{chosen} of 12 tokens" in said and re.search(rf"{chosen}  0\.\d+  flat from here", said)
+    assert f"{chosen} of 11 tokens" in said and re.search(rf"{chosen}  0\.\d+  flat from here", said)
     llama = IntactLlama(smol.gguf, tmp_path / "auto.ikv", "q8_0", n_ctx=256, n_threads=2)
     llama.create_chat_completion([*made.manifest["messages"], {"role": "user", "content": "Hi"}], max_tokens=1)
     assert llama.intact_cells == chosen
