@@ -406,7 +406,7 @@ def evaluate(
     task_file: Annotated[Path | None, typer.Option("--tasks", help="Multiple-choice questions, JSONL.")] = None,
     chunks: Annotated[int, typer.Option("--chunks", min=1, help="Texts, each right behind the prefix.")] = 12,
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of a text.")] = 256,
-    allow_requantize: Requantize = False,
+    allow_requantize: Annotated[bool, typer.Option("--allow-requantize", help="Take a quantized reference.")] = False,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
