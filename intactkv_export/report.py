@@ -28,12 +28,13 @@ def render(facts: Data, data: Mapping[str, Data], svgs: Mapping[str, str]) -> st
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {
+    filters: dict[str, Any] = {
         "number": number,
         "percent": lambda share: percent(share).replace(" ", "\u00a0"),  # not broken across lines
         "token": plots.label,
         "megabytes": _megabytes,
     }
+    environment.filters |= filters
     figures = {name: Markup(inline(svg, name)) for name, svg in svgs.items()}
     return environment.get_template("report.html.jinja").render(
         facts=facts, data=data, figures=figures, said=headlines(data), configurations=plots.CONFIGURATIONS
