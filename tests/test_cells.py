@@ -55,23 +55,25 @@ def intact(f16: Any, state: bytes, kv: str = "q8_0", seq: int = 0, **params: Any
 @pytest.mark.parametrize("kv", QUANTIZED)
 def test_f16_state_becomes_intact(f16: Any, prefix: list[int], state: bytes, kv: str) -> None:
     ctx = Context(f16, kv)
-    assert (ctx.n_intact(), ctx.arena_bytes(), ctx.attention()) == (0, 0, "stock")
+    assert (ctx.n_intact(), ctx.arena_bytes(), ctx.attention()) == (0, 0, "fused")
     assert ctx.restore(state)
     n_layer, n_embd_gqa = 30, 192
     assert ctx.n_intact() == ctx.n_intact(0) == len(prefix)
     assert ctx.arena_bytes() == len(prefix) * n_layer * 2 * n_embd_gqa * 2
-    assert ctx.attention() != "stock"
+    assert ctx.attention() == "fused"
 
 
 @pytest.mark.parametrize("kv", ["f16", "f32"])
 def test_exact_cache_takes_ordinary_cells(f16: Any, prefix: list[int], text: list[int], state: bytes, kv: str) -> None:
     ctx = intact(f16, state, kv)
-    assert (ctx.n_intact(), ctx.arena_bytes(), ctx.attention()) == (0, 0, "stock")
-    ref = intact(f16, state, "f16")
-    np.testing.assert_array_equal(ctx.decode(text[:8], len(prefix)), ref.decode(text[:8], len(prefix)))
+    assert (ctx.n_intact(), ctx.arena_bytes()) == (0, 0)
+    assert ctx.attention() == ("fused" if kv == "f16" else "stock")  # the kernel does not read F32
+    ref = Context(f16, "f16")
+    ref.decode(prefix, 0)
+    assert kl(ref.decode(text[:8], len(prefix)), ctx.decode(text[:8], len(prefix))) < 1e-4
 
 
-@pytest.mark.parametrize("kv", ["q8_0", "q5_0"])
+@pytest.mark.parametrize("kv", ["q5_0", "q4_0"])  # with q8_0 it shows right behind the prefix only: the next test
 def test_closer_to_f16_than_a_quantized_prefix(
     f16: Any, prefix: list[int], text: list[int], state: bytes, kv: str
 ) -> None:
@@ -155,7 +157,7 @@ def test_every_way_a_cell_is_freed_takes_its_mark(
     L.llama_memory_seq_rm(ctx.memory, -1, 0, 2)
     assert ctx.n_intact() == n - 6
     L.llama_memory_clear(ctx.memory, False)
-    assert (ctx.n_intact(), ctx.attention()) == (0, "stock")
+    assert ctx.n_intact() == 0
 
     fresh = Context(f16, "q8_0")
     np.testing.assert_array_equal(ctx.decode(text[:50], 0), fresh.decode(text[:50], 0))
@@ -239,7 +241,8 @@ def test_shift_in_one_stream_leaves_the_other(
     shifted = ctx.decode(text[:1], n + 50, seq=1)
     assert ctx.arena_bytes() == 2 * before  # the shared rows were parted
     alone = intact(f16, state).decode(text[:20], n)
-    np.testing.assert_array_equal(ctx.decode(text[:20], n, seq=0), alone)
+    # a shift by 0 rotates there and back: exact but for values far below the largest of their block
+    assert kl(alone, ctx.decode(text[:20], n, seq=0)) < 1e-4
     assert kl(alone[:1], shifted) < 1e-3
 
 
@@ -302,11 +305,30 @@ for kv in ("f16", "q8_0", "q4_0"):
 
 
 @pytest.mark.parametrize("weights", ["F16", "Q4_K_M"])
-def test_without_a_prefix_bit_identical_to_unpatched(model: Any, stock_lib: Path, weights: str) -> None:
+def test_with_stock_attention_bit_identical_to_unpatched(model: Any, stock_lib: Path, weights: str) -> None:
     code = BITS.format(path=str(model(weights)))
-    ours, stock = run(code), run(code, lib=stock_lib)
+    ours, stock = run(code, INTACTKV_ATTN="stock"), run(code, lib=stock_lib)
     assert ours.returncode == stock.returncode == 0, ours.stderr + stock.stderr
     assert ours.stdout.count("\n") == 3 and ours.stdout == stock.stdout
+
+
+def test_without_a_prefix_fused_attention_is_as_close_to_f16_as_stock(
+    f16: Any, text: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill in two batches, then token by token. With a quantized cache the smallest difference flips roundings of
+    later layers' cells, so the two are compared by their distance from an F16 cache."""
+    logits = {}
+    for attention in ("stock", "fused"):
+        monkeypatch.setenv("INTACTKV_ATTN", attention)
+        for kv in ("f16", "q8_0", "q4_0"):
+            ctx = Context(f16, kv)
+            assert ctx.attention() == attention
+            parts = [ctx.decode(text[:150], 0), ctx.decode(text[150:180], 150)]
+            logits[kv, attention] = np.concatenate(parts + [ctx.decode([text[i]], i) for i in range(180, 190)])
+    exact = logits["f16", "stock"]
+    assert kl(exact, logits["f16", "fused"]) < 1e-4
+    for kv in ("q8_0", "q4_0"):
+        assert kl(exact, logits[kv, "fused"]) < 1.3 * kl(exact, logits[kv, "stock"])
 
 
 def test_stock_refuses_a_mixed_state(

@@ -1,9 +1,10 @@
 """Fused attention against float64 numpy and against upstream's op.
 
 The bound, everywhere below: with e(x) the largest deviation from float64 attention over the values the cache holds,
-relative to the largest value, e(fused) <= 1.1 * e(stock) + 3e-6. Both ops round a query to 8 bits per block of 32
-where K is quantized, and that rounding is nearly all of either's error; 3e-6 is for float32 sums in another order
-where stock is as good as exact.
+relative to the largest value, e(fused) <= 1.1 * e(stock) + 3e-6, or + 2^-16 where V is quantized. Both ops round a
+query to 8 bits per block of 32 where K is quantized, and that rounding is nearly all of either's error. The rest shows
+where stock is as good as exact: 3e-6 for float32 sums in another order, 2^-16 for the weights of a few queries, which
+meet a quantized V as 16-bit integers.
 """
 
 from __future__ import annotations
@@ -164,7 +165,8 @@ def check(kernel: K.Kernel, case: K.Case) -> None:
     stock = error(kernel.run(stock_case, fused=False)[0], stock_truth)
     for isa in each_isa(kernel):
         fused = error(kernel.run(case, fused=True)[0], truth)
-        assert fused <= 1.1 * stock + 3e-6, f"{isa}: fused {fused:.3g}, stock {stock:.3g}"
+        rest = 3e-6 if case.type_v in ("f16", "bf16") else 2**-16
+        assert fused <= 1.1 * stock + rest, f"{isa}: fused {fused:.3g}, stock {stock:.3g}"
 
 
 @pytest.mark.parametrize("n_tokens", [1, 5, 40])

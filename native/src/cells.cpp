@@ -76,23 +76,14 @@ arena::arena(llama_kv_cache & kv) :
     kind(choose_attention(std::all_of(kv.layers.begin(), kv.layers.end(), [](const auto & layer) {
         return ggml_backend_buffer_get_type(layer.k->buffer) == ggml_backend_cpu_buffer_type();
     }))),
-    is_forced(getenv("INTACTKV_ATTN") && *getenv("INTACTKV_ATTN")),
     layers(kv.layers.size()) {
 }
 
-bool arena::fused(bool intact) const {
-    return kind == attention_kind::fused && (intact || is_forced);
-}
-
 const char * arena::attention_now() const {
-    const bool quantized = std::any_of(kv.layers.begin(), kv.layers.end(), [](const auto & layer) {
-        return !is_exact(layer.k->type) || !is_exact(layer.v->type);
+    const bool f32 = std::any_of(kv.layers.begin(), kv.layers.end(), [](const auto & layer) {
+        return layer.k->type == GGML_TYPE_F32 || layer.v->type == GGML_TYPE_F32;
     });
-    const bool intact = n_cells(-1) > 0;
-    if (quantized && fused(intact)) {
-        return "fused";
-    }
-    return intact ? "portable" : "stock";
+    return fused() && !f32 ? "fused" : n_cells(-1) > 0 ? "portable" : "stock";
 }
 
 const arena_layer & arena::layer(int32_t il) const {
@@ -548,9 +539,7 @@ ggml_tensor * graph_cells::attend(
         return nullptr;
     }
 
-    const bool quantized = !is_exact(k->type) || !is_exact(v->type);
-
-    if (a->fused(n_intact > 0) && flash_attn && quantized && fused_supported(q, k, v, mask, sinks)) {
+    if (a->fused() && flash_attn && fused_supported(q, k, v, mask, sinks)) {
         const intact_rows intact = { a->layer(il).k, a->layer(il).v, row_of_cell };
 
         ggml_tensor * res = fused_attention(ctx, q, k, v, mask, sinks, n_intact > 0 ? &intact : nullptr, scale, max_bias, logit_softcap);

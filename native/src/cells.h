@@ -33,6 +33,10 @@ struct arena_layer {
     ggml_tensor * v = nullptr;
 };
 
+// Asks the system for huge pages under a new cache in CPU memory: attention reads all of it for every token, and with
+// small pages the look-ups of their addresses bound it before the memory does. Linux only, elsewhere nothing happens.
+void prefer_huge_pages(ggml_backend_buffer * buf);
+
 class arena {
 public:
     // gives a cache its arena; the cache owns it. A cache that borrows another's cells (drafting) gets none
@@ -48,9 +52,9 @@ public:
     // changes whenever the rows move in memory: a graph built before must not be reused
     uint64_t generation() const { return gen; }
 
-    // whether graphs use the fused kernel, with and without intact cells: without, the graph is upstream's to the
-    // bit, unless INTACTKV_ATTN=fused asks for the kernel
-    bool fused(bool intact) const;
+    // whether graphs use the fused kernel, with and without intact cells; INTACTKV_ATTN=stock keeps upstream's graph
+    // to the bit
+    bool fused() const { return kind == attention_kind::fused; }
 
     // "stock", "portable" or "fused": what the next batch will use
     const char * attention_now() const;
@@ -94,7 +98,6 @@ private:
     llama_kv_cache & kv;
 
     const attention_kind kind;
-    const bool           is_forced; // by INTACTKV_ATTN
 
     std::vector<arena_layer> layers; // by index of the layer in the cache
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;

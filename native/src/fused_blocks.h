@@ -25,10 +25,10 @@ template <ggml_type T> inline uint32_t high_bits(const uint8_t * b) {
     return load_as<uint32_t>(b + block<T>::head - 4);
 }
 
-// K: the 32 values of a block as bytes, signed, plus K_BIAS.
-template <ggml_type T> inline void unpack_k(const uint8_t * b, uint8_t * out) {
-    const uint8_t * qs = b + block<T>::head;
+// The 32 integers of a block as signed bytes, in the offset form of K if BIAS is K_BIAS.
 #if INTACTKV_X86 >= 2
+template <ggml_type T, int BIAS> inline __m256i unpacked(const uint8_t * b) {
+    const uint8_t * qs = b + block<T>::head;
     __m256i x;
     if constexpr (T == GGML_TYPE_Q8_0) {
         x = load_as<__m256i>(qs);
@@ -47,11 +47,19 @@ template <ggml_type T> inline void unpack_k(const uint8_t * b, uint8_t * out) {
             x = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_as<__m128i>(iq4_values)), x);
         }
     }
-    if constexpr (K_BIAS - block<T>::offset != 0) {
-        x = _mm256_add_epi8(x, _mm256_set1_epi8((char) (K_BIAS - block<T>::offset)));
+    if constexpr (BIAS - block<T>::offset != 0) {
+        x = _mm256_add_epi8(x, _mm256_set1_epi8((char) (BIAS - block<T>::offset)));
     }
+    return x;
+}
+#endif
+
+template <ggml_type T, int BIAS> inline void unpack(const uint8_t * b, uint8_t * out) {
+#if INTACTKV_X86 >= 2
+    const __m256i x = unpacked<T, BIAS>(b);
     memcpy(out, &x, sizeof(x));
 #else
+    const uint8_t * qs = b + block<T>::head;
     for (int i = 0; i < QK; i++) {
         int n;
         if constexpr (T == GGML_TYPE_Q8_0) {
@@ -65,12 +73,31 @@ template <ggml_type T> inline void unpack_k(const uint8_t * b, uint8_t * out) {
                 n = iq4_values[n];
             }
         }
-        out[i] = (uint8_t) (n - block<T>::offset + K_BIAS);
+        out[i] = (uint8_t) (n - block<T>::offset + BIAS);
     }
 #endif
 }
 
-// V: n of W values, values i*W..i*W+W-1 of a block; for F16 and BF16 the values themselves.
+// The same as 16-bit integers: QK of them in BLOCK_S vectors.
+constexpr int BLOCK_S = QK / (2 * W);
+
+template <ggml_type T> inline void unpack_s16(const uint8_t * b, vs * out) {
+#if INTACTKV_X86 >= 3
+    out[0] = (vs) _mm512_cvtepi8_epi16(unpacked<T, 0>(b));
+#elif INTACTKV_X86 == 2
+    const __m256i x = unpacked<T, 0>(b);
+    out[0] = (vs) _mm256_cvtepi8_epi16(_mm256_castsi256_si128(x));
+    out[1] = (vs) _mm256_cvtepi8_epi16(_mm256_extracti128_si256(x, 1));
+#else
+    uint8_t bytes[QK];
+    unpack<T, 0>(b, bytes);
+    for (int i = 0; i < BLOCK_S; i++) {
+        out[i] = __builtin_convertvector(load_as<vsb2>(bytes + i * 2 * W), vs);
+    }
+#endif
+}
+
+// V in floats: n of W values, values i*W..i*W+W-1 of a block; for F16 and BF16 the values themselves.
 template <ggml_type T> inline vf values(const uint8_t * b, int i) {
     constexpr int half = QK / 2 / W; // vectors in the low nibbles
     const uint8_t * qs = b + block<T>::head;

@@ -153,7 +153,9 @@ template <bool K_ROWS> inline void idot(const idot_args & g, int m, int n) {
     for (; m0 + MB_I <= m; m0 += MB_I) {
         idot_rows<K_ROWS, MB_I>(g, m0, n);
     }
-    for (; m0 < m; m0++) {
-        idot_rows<K_ROWS, 1>(g, m0, n);
+    switch (m - m0) {
+        case 3: idot_rows<K_ROWS, 3>(g, m0, n); break;
+        case 2: idot_rows<K_ROWS, 2>(g, m0, n); break;
+        case 1: idot_rows<K_ROWS, 1>(g, m0, n); break;
     }
 }

@@ -70,11 +70,9 @@ struct worker {
     const item       & it;
     scratch          & x;
 
-    // K and V row of cell c of the tile for the KV head in hand, and where to prefetch meanwhile.
+    // K and V row of cell c of the tile for the KV head in hand.
     const uint8_t * k_row(int h, int c) const   { return x.k_rows.base + h * x.k_rows.head + x.k_rows.offset[c]; }
     const uint8_t * v_row(int h, int c) const   { return x.v_rows.base + h * x.v_rows.head + x.v_rows.offset[c]; }
-    const uint8_t * k_ahead(int h, int c) const { return x.k_rows.ahead_base + h * x.k_rows.ahead_head + x.k_rows.ahead[c]; }
-    const uint8_t * v_ahead(int h, int c) const { return x.v_rows.ahead_base + h * x.v_rows.ahead_head + x.v_rows.ahead[c]; }
 
     const int dim_k  = call.k.dim;
     const int dim_v  = call.v.dim;
@@ -167,6 +165,10 @@ struct worker {
         for (int c = 0; c < t.n; c++) {
             r.offset[c] = r.f16 ? t.row[c] * arena_row : t.cell[c] * side.nb_cell;
         }
+        for (int c = t.n; c < round_up(t.n, W); c++) { // lanes behind the last cell repeat it
+            r.offset[c] = r.offset[t.n - 1];
+            r.ahead[c]  = 0;
+        }
         int n_ahead = 0;
         const bool ahead_f16 = next.intact && arena;
         r.ahead_base = ahead_f16 ? arena : base;
@@ -192,13 +194,13 @@ struct worker {
         }
     }
 
-    // 8 x W dwords: block of 32 bytes of W cells -> [8][W]
-    static void transpose(const uint8_t (*in)[QK], uint8_t * out, size_t ld) {
+    // 8 x W dwords: a block of each of W cells -> [8][W]
+    template <ggml_type T> static void transpose(const uint8_t * const * in, size_t offset, uint8_t * out, size_t ld) {
 #if INTACTKV_X86 >= 3
         __m512i z[8], u[8], w[8];
         for (int i = 0; i < 8; i++) {
             const int c = i < 4 ? i : i + 4; // cells c and c+4 in the halves
-            z[i] = _mm512_inserti64x4(_mm512_castsi256_si512(load_as<__m256i>(in[c])), load_as<__m256i>(in[c + 4]), 1);
+            z[i] = _mm512_inserti64x4(_mm512_castsi256_si512(unpacked<T, K_BIAS>(in[c] + offset)), unpacked<T, K_BIAS>(in[c + 4] + offset), 1);
         }
         for (int i = 0; i < 8; i += 2) {
             u[i]     = _mm512_unpacklo_epi32(z[i], z[i + 1]);
@@ -217,7 +219,7 @@ struct worker {
 #elif INTACTKV_X86 == 2
         __m256i z[8], u[8], w[8];
         for (int i = 0; i < 8; i++) {
-            z[i] = load_as<__m256i>(in[i]);
+            z[i] = unpacked<T, K_BIAS>(in[i] + offset);
         }
         for (int i = 0; i < 8; i += 2) {
             u[i]     = _mm256_unpacklo_epi32(z[i], z[i + 1]);
@@ -234,31 +236,65 @@ struct worker {
             store(out + (j + 4) * ld * 4, (vi) _mm256_permute2x128_si256(w[j], w[j + 4], 0x31));
         }
 #else
+        alignas(64) uint8_t bytes[W][QK];
+        for (int c = 0; c < W; c++) {
+            unpack<T, K_BIAS>(in[c] + offset, bytes[c]);
+        }
         for (int j = 0; j < QK / 4; j++) {
             for (int c = 0; c < W; c++) {
-                memcpy(out + (j * ld + c) * 4, in[c] + j * 4, 4);
+                memcpy(out + (j * ld + c) * 4, bytes[c] + j * 4, 4);
             }
         }
 #endif
     }
 
+    // Pointers to the rows of a tile for one KV head, and to those that will be read later.
+    struct row_list {
+        const uint8_t * here[FUSED_TILE];
+        const uint8_t * later[FUSED_TILE];
+
+        row_list(const rows & from, int h, int n) {
+            const uint8_t * base  = from.base + h * from.head;
+            const uint8_t * ahead = from.ahead_base + h * from.ahead_head;
+            for (int c = 0; c < n; c++) {
+                here[c]  = base + from.offset[c];
+                later[c] = ahead + from.ahead[c];
+            }
+        }
+
+        // Into the second cache: the first is full of the tile in hand.
+        void prefetch(int c, size_t offset) const {
+            __builtin_prefetch(later[c] + offset, 0, 2);
+        }
+    };
+
+    // F16 numbers, one from each row.
+    static void gather_f16(const uint8_t * const * p, size_t offset, int n, float * out) {
+        alignas(64) uint16_t h[FUSED_TILE];
+#pragma GCC unroll 8
+        for (int c = 0; c < n; c++) {
+            memcpy(h + c, p[c] + offset, 2);
+        }
+        for (int c = 0; c < n; c += W) {
+            store(out + c, load_f16(h + c));
+        }
+    }
+
     template <ggml_type T> void pack_k(int n, int h) const {
         const int n_block = dim_k / QK;
-        alignas(64) uint8_t bytes[W][QK];
-        for (int c0 = 0; c0 < n; c0 += W) {
-            for (int b = 0; b < n_block; b++) {
-                for (int c = 0; c < W; c++) {
-                    // lanes behind the last cell repeat it; their scores are thrown away
-                    const int i = c0 + c < n ? c0 + c : n - 1;
-                    const uint8_t * p = k_row(h, i) + b * block<T>::bytes;
-                    __builtin_prefetch(k_ahead(h, i) + b * block<T>::bytes);
-                    unpack_k<T>(p, bytes[c]);
-                    x.k_scale[b * cells_max + c0 + c] = f16(p);
-                    if constexpr (block<T>::min) {
-                        x.k_low[b * cells_max + c0 + c] = f16(p + 2);
-                    }
+        const int n_pad   = round_up(n, W);
+        const row_list rows(x.k_rows, h, n_pad);
+        for (int b = 0; b < n_block; b++) {
+            const size_t offset = b * block<T>::bytes;
+            gather_f16(rows.here, offset, n_pad, x.k_scale + b * cells_max);
+            if constexpr (block<T>::min) {
+                gather_f16(rows.here, offset + 2, n_pad, x.k_low + b * cells_max);
+            }
+            for (int c = 0; c < n_pad; c += W) {
+                for (int i = 0; i < W; i++) {
+                    rows.prefetch(c + i, offset);
                 }
-                transpose(bytes, x.k8 + (b * (QK / 4) * cells_max + c0) * 4, cells_max);
+                transpose<T>(rows.here + c, offset, x.k8 + (b * (QK / 4) * cells_max + c) * 4, cells_max);
             }
         }
     }
@@ -276,15 +312,15 @@ struct worker {
         idot<false>(g, it.rows, round_up(n, W));
     }
 
-    template <ggml_type T, int R> void narrow_scores_float_rows(int n, int h, int r0) const {
+    template <ggml_type T, int R> void narrow_scores_float_rows(const row_list & rows, int n, int h, int r0) const {
         const int row0 = h * it.rows;
         for (int c = 0; c < n; c++) {
             vf acc[R] = {};
             for (int d = 0; d < dim_k; d += W) {
-                if (d % 32 == 0) {
-                    __builtin_prefetch(k_ahead(h, c) + d * 2);
+                if (r0 == 0 && d % 32 == 0) {
+                    rows.prefetch(c, d * 2);
                 }
-                const vf k = values<T>(k_row(h, c) + d * 2, 0);
+                const vf k = values<T>(rows.here[c] + d * 2, 0);
                 for (int r = 0; r < R; r++) {
                     acc[r] = fma(k, load(x.q + (row0 + r0 + r) * dim_k + d), acc[r]);
                 }
@@ -296,14 +332,15 @@ struct worker {
     }
 
     template <ggml_type T> void narrow_scores_float(int n, int h) const {
+        const row_list rows(x.k_rows, h, n);
         int r = 0;
         for (; r + 4 <= it.rows; r += 4) {
-            narrow_scores_float_rows<T, 4>(n, h, r);
+            narrow_scores_float_rows<T, 4>(rows, n, h, r);
         }
         switch (it.rows - r) {
-            case 3: narrow_scores_float_rows<T, 3>(n, h, r); break;
-            case 2: narrow_scores_float_rows<T, 2>(n, h, r); break;
-            case 1: narrow_scores_float_rows<T, 1>(n, h, r); break;
+            case 3: narrow_scores_float_rows<T, 3>(rows, n, h, r); break;
+            case 2: narrow_scores_float_rows<T, 2>(rows, n, h, r); break;
+            case 1: narrow_scores_float_rows<T, 1>(rows, n, h, r); break;
         }
     }
 
@@ -312,7 +349,7 @@ struct worker {
         for (int c = 0; c < n; c++) {
             for (int b = 0; b < n_block; b++) {
                 const uint8_t * p = k_row(0, c) + b * block<T>::bytes;
-                unpack_k<T>(p, x.k8 + c * dim_k + b * QK);
+                unpack<T, K_BIAS>(p, x.k8 + c * dim_k + b * QK);
                 x.k_scale[c * n_block + b] = f16(p);
                 if constexpr (block<T>::min) {
                     x.k_low[c * n_block + b] = f16(p + 2);
@@ -434,22 +471,22 @@ struct worker {
             for (int c = n; c < n_pad; c++) {
                 s[c] = -__builtin_inff();
             }
-            vf m = set1(x.max[row0 + r]);
-            for (int c = 0; c < n_pad; c += W) {
+            vf m = load(s);
+            for (int c = W; c < n_pad; c += W) {
                 m = max(m, load(s + c));
             }
-            const float now = max_of(m);
-            const float ref = lowest(now);
-            const float beta = exp_neg(set1(lowest(x.max[row0 + r]) - ref))[0];
+            const float here = max_of(m), before = x.max[row0 + r];
+            const float now  = here > before ? here : before;
+            const float ref  = lowest(now);
             vf total = {};
             for (int c = 0; c < n_pad; c += W) {
                 const vf p = exp_neg(load(s + c) - ref);
                 total += p;
                 store(s + c, p);
             }
-            x.beta[r]       = beta;
+            x.beta[r]       = here > before ? exp_neg(set1(lowest(before) - ref))[0] : 1.0f;
             x.max[row0 + r] = now;
-            x.sum[row0 + r] = x.sum[row0 + r] * beta + sum(total);
+            x.sum[row0 + r] = x.sum[row0 + r] * x.beta[r] + sum(total);
         }
     }
 
@@ -477,88 +514,128 @@ struct worker {
 
     // --- values ---
 
-    // acc[r][d0..d0+32) of R rows; the blocks' scales go into the weights, their lows into one number per row.
-    template <ggml_type T, int R, int N> void narrow_values_block(int n, int r0, int h, int d0) const {
-        const int row0 = h * it.rows;
-        constexpr int NV = N / W;
-        const size_t offset = (size_t) (block<T>::quant ? d0 / QK * block<T>::bytes : d0 * 2);
-        constexpr bool low = block<T>::min || block<T>::offset != 0;
-        alignas(64) float w[R][FUSED_TILE];
-        vf acc[R][NV];
-        if constexpr (block<T>::quant) {
-            alignas(64) float scale[FUSED_TILE], lows[FUSED_TILE];
-            const int n_pad = round_up(n, W);
-            for (int c = 0; c < n_pad; c++) {
-                const uint8_t * p = v_row(h, c < n ? c : n - 1) + offset;
-                scale[c] = block_scale<T>(p);
-                if constexpr (low) {
-                    lows[c] = block_low<T>(p);
+    // Quantized V: acc[r][d0..d0+32) of R rows in integers, two cells at a time. A weight is multiplied by its block's
+    // scale and rounded to 16 bits of the largest such product in the tile: an error below 2^-16 of that.
+    template <ggml_type T, int R> void narrow_values_quant(const row_list & rows, int n, int r0, int h, int d0) const {
+        const int    row0   = h * it.rows + r0;
+        const size_t offset = (size_t) (d0 / QK * block<T>::bytes);
+        const int    n_pad  = round_up(n, W);
+
+        alignas(64) float scale[FUSED_TILE], low[FUSED_TILE];
+        gather_f16(rows.here, offset, n_pad, scale);
+        if constexpr (block<T>::min) {
+            gather_f16(rows.here, offset + 2, n_pad, low);
+        }
+        alignas(64) int16_t w[R][FUSED_TILE];
+        float unit[R], lows[R];
+        for (int r = 0; r < R; r++) {
+            const float * p = x.s + (r0 + r) * FUSED_TILE;
+            alignas(64) float product[FUSED_TILE];
+            vf largest = {}, total = {};
+            for (int c = 0; c < n_pad; c += W) {
+                const vf pc = load(p + c), ws = pc * load(scale + c);
+                store(product + c, ws);
+                largest = max(largest, as_float(as_int(ws) & 0x7fffffff));
+                if constexpr (block<T>::min) {
+                    total = fma(pc, load(low + c), total);
                 }
             }
-            for (int r = 0; r < R; r++) {
-                vf total = {};
-                for (int c = 0; c < n_pad; c += W) {
-                    const vf p = load(x.s + (r0 + r) * FUSED_TILE + c);
-                    store(w[r] + c, p * load(scale + c));
-                    if constexpr (low) {
-                        total = fma(p, load(lows + c), total);
-                    }
-                }
-                const float start = low ? sum(total) : 0.0f;
-                for (int v = 0; v < NV; v++) {
-                    acc[r][v] = fma(load(x.acc + (row0 + r0 + r) * dim_v + d0 + v * W), set1(x.beta[r0 + r]), set1(start));
-                }
+            const float w_max = max_of(largest);
+            const float inv   = w_max > 1.0e-30f ? 32767.0f / w_max : 0.0f;
+            for (int c = 0; c < n_pad; c += W) {
+                store_s16(w[r] + c, load(product + c) * inv);
             }
-        } else {
-            for (int r = 0; r < R; r++) {
-                memcpy(w[r], x.s + (r0 + r) * FUSED_TILE, sizeof(float) * n);
-                for (int v = 0; v < NV; v++) {
-                    acc[r][v] = load(x.acc + (row0 + r0 + r) * dim_v + d0 + v * W) * x.beta[r0 + r];
+            unit[r] = w_max * (1.0f / 32767.0f);
+            lows[r] = block<T>::min ? sum(total) : 0.0f;
+        }
+
+        vi acc[R][2 * BLOCK_S] = {};
+        for (int c = 0; c < n; c += 2) { // behind the last cell comes itself once more, with a weight of 0
+            vs v0[BLOCK_S], v1[BLOCK_S];
+            unpack_s16<T>(rows.here[c] + offset, v0);
+            unpack_s16<T>(rows.here[c + 1] + offset, v1);
+            if (r0 == 0) {
+                rows.prefetch(c, offset);
+                rows.prefetch(c + 1, offset);
+            }
+            for (int i = 0; i < BLOCK_S; i++) {
+                const cell_pair pair = make_pair(v0[i], v1[i]);
+                for (int r = 0; r < R; r++) {
+                    pair_dot(acc[r][2 * i], acc[r][2 * i + 1], pair, w[r] + c);
                 }
             }
         }
+        for (int r = 0; r < R; r++) {
+            float * out = x.acc + (row0 + r) * dim_v + d0;
+            for (int i = 0; i < 2 * BLOCK_S; i++) {
+                if (i % 2 == 0) {
+                    in_order(acc[r][i], acc[r][i + 1]);
+                }
+                const vf old = fma(load(out + i * W), set1(x.beta[r0 + r]), set1(lows[r]));
+                store(out + i * W, fma(to_float(acc[r][i]), set1(unit[r]), old));
+            }
+        }
+    }
+
+    // F16 and BF16: acc[r][d0..d0+N) of R rows.
+    template <ggml_type T, int R, int N> void narrow_values_float(const row_list & rows, int n, int r0, int h, int d0) const {
+        const int row0 = h * it.rows + r0;
+        constexpr int NV = N / W;
+        vf acc[R][NV];
+        for (int r = 0; r < R; r++) {
+            for (int v = 0; v < NV; v++) {
+                acc[r][v] = load(x.acc + (row0 + r) * dim_v + d0 + v * W) * x.beta[r0 + r];
+            }
+        }
         for (int c = 0; c < n; c++) {
-            const uint8_t * p = v_row(h, c) + offset;
-            __builtin_prefetch(v_ahead(h, c) + offset);
+            const uint8_t * p = rows.here[c] + d0 * 2;
+            if (r0 == 0) {
+                rows.prefetch(c, d0 * 2);
+            }
             for (int v = 0; v < NV; v++) {
                 const vf value = values<T>(p, v);
                 for (int r = 0; r < R; r++) {
-                    acc[r][v] = fma(value, set1(w[r][c]), acc[r][v]);
+                    acc[r][v] = fma(value, set1(x.s[(r0 + r) * FUSED_TILE + c]), acc[r][v]);
                 }
             }
         }
         for (int r = 0; r < R; r++) {
             for (int v = 0; v < NV; v++) {
-                store(x.acc + (row0 + r0 + r) * dim_v + d0 + v * W, acc[r][v]);
+                store(x.acc + (row0 + r) * dim_v + d0 + v * W, acc[r][v]);
             }
         }
     }
 
-    template <ggml_type T, int R> void narrow_values_rows(int n, int r0, int h) const {
+    template <ggml_type T, int R> void narrow_values_rows(const row_list & rows, int n, int r0, int h) const {
         int d = 0;
         for (; d + QK <= dim_v; d += QK) {
-            narrow_values_block<T, R, QK>(n, r0, h, d);
+            if constexpr (block<T>::quant) {
+                narrow_values_quant<T, R>(rows, n, r0, h, d);
+            } else {
+                narrow_values_float<T, R, QK>(rows, n, r0, h, d);
+            }
         }
         if constexpr (!block<T>::quant) {
             if (d < dim_v) {
-                narrow_values_block<T, R, 16>(n, r0, h, d);
+                narrow_values_float<T, R, 16>(rows, n, r0, h, d);
             }
         }
     }
 
     template <ggml_type T> void narrow_values(int n, int h) const {
+        const row_list rows(x.v_rows, h, round_up(n, W));
         int r = 0;
         for (; r + VALUE_ROWS <= it.rows; r += VALUE_ROWS) {
-            narrow_values_rows<T, VALUE_ROWS>(n, r, h);
+            narrow_values_rows<T, VALUE_ROWS>(rows, n, r, h);
         }
         if constexpr (VALUE_ROWS > 2) {
             switch (it.rows - r) {
-                case 3: narrow_values_rows<T, 3>(n, r, h); break;
-                case 2: narrow_values_rows<T, 2>(n, r, h); break;
+                case 3: narrow_values_rows<T, 3>(rows, n, r, h); break;
+                case 2: narrow_values_rows<T, 2>(rows, n, r, h); break;
             }
         }
         if (it.rows - r == 1) {
-            narrow_values_rows<T, 1>(n, r, h);
+            narrow_values_rows<T, 1>(rows, n, r, h);
         }
     }
 

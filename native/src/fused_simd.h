@@ -17,6 +17,8 @@ typedef int32_t  vi  __attribute__((vector_size(4 * W)));
 typedef uint16_t vh  __attribute__((vector_size(2 * W)));
 typedef uint8_t  vub __attribute__((vector_size(W)));
 typedef int8_t   vsb __attribute__((vector_size(W)));
+typedef int16_t  vs  __attribute__((vector_size(4 * W)));
+typedef int8_t   vsb2 __attribute__((vector_size(2 * W)));
 
 // K bytes are kept with this added, because x86's dot products want one side unsigned.
 constexpr int K_BIAS = INTACTKV_X86 >= 4 ? 128 : 0;
@@ -171,6 +173,76 @@ inline vi dot4(vi acc, vi k, vi q) {
     const vi k0 = (k << 24) >> 24, k1 = (k << 16) >> 24, k2 = (k << 8) >> 24, k3 = k >> 24;
     const vi q0 = (q << 24) >> 24, q1 = (q << 16) >> 24, q2 = (q << 8) >> 24, q3 = q >> 24;
     return acc + k0 * q0 + k1 * q1 + k2 * q2 + k3 * q3;
+#endif
+}
+
+// 2W values of two cells, side by side as pair_dot() wants them.
+struct cell_pair {
+    vs a, b;
+};
+
+inline cell_pair make_pair(vs v0, vs v1) {
+#if INTACTKV_X86 >= 3
+    return { (vs) _mm512_unpacklo_epi16((__m512i) v0, (__m512i) v1), (vs) _mm512_unpackhi_epi16((__m512i) v0, (__m512i) v1) };
+#elif INTACTKV_X86 == 2
+    return { (vs) _mm256_unpacklo_epi16((__m256i) v0, (__m256i) v1), (vs) _mm256_unpackhi_epi16((__m256i) v0, (__m256i) v1) };
+#else
+    return { v0, v1 };
+#endif
+}
+
+// (lo, hi) + w[0] * the first cell's values + w[1] * the second's, in an order that in_order() undoes.
+inline void pair_dot(vi & lo, vi & hi, const cell_pair & p, const int16_t * w) {
+#if INTACTKV_X86 >= 2
+    const vi both = set1(load_as<int32_t>(w));
+#endif
+#if INTACTKV_X86 >= 4
+    lo = (vi) _mm512_dpwssd_epi32((__m512i) lo, (__m512i) p.a, (__m512i) both);
+    hi = (vi) _mm512_dpwssd_epi32((__m512i) hi, (__m512i) p.b, (__m512i) both);
+#elif INTACTKV_X86 == 3
+    lo += (vi) _mm512_madd_epi16((__m512i) p.a, (__m512i) both);
+    hi += (vi) _mm512_madd_epi16((__m512i) p.b, (__m512i) both);
+#elif INTACTKV_X86 == 2
+    lo += (vi) _mm256_madd_epi16((__m256i) p.a, (__m256i) both);
+    hi += (vi) _mm256_madd_epi16((__m256i) p.b, (__m256i) both);
+#elif INTACTKV_ARM
+    const int16x8_t a = (int16x8_t) p.a, b = (int16x8_t) p.b;
+    lo = (vi) vmlal_n_s16(vmlal_n_s16((int32x4_t) lo, vget_low_s16(a), w[0]), vget_low_s16(b), w[1]);
+    hi = (vi) vmlal_n_s16(vmlal_n_s16((int32x4_t) hi, vget_high_s16(a), w[0]), vget_high_s16(b), w[1]);
+#else
+    for (int i = 0; i < W; i++) {
+        lo[i] += p.a[i] * w[0] + p.b[i] * w[1];
+        hi[i] += p.a[W + i] * w[0] + p.b[W + i] * w[1];
+    }
+#endif
+}
+
+// Sums of pair_dot() as the values were: lo the first W, hi the others.
+inline void in_order(vi & lo, vi & hi) {
+#if INTACTKV_X86 >= 3
+    const __m512i first  = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    const __m512i a = (__m512i) lo, b = (__m512i) hi;
+    lo = (vi) _mm512_permutex2var_epi32(a, first, b);
+    hi = (vi) _mm512_permutex2var_epi32(a, second, b);
+#elif INTACTKV_X86 == 2
+    const __m256i a = (__m256i) lo, b = (__m256i) hi;
+    lo = (vi) _mm256_permute2x128_si256(a, b, 0x20);
+    hi = (vi) _mm256_permute2x128_si256(a, b, 0x31);
+#else
+    (void) lo, (void) hi;
+#endif
+}
+
+// Rounded to nearest, |a| < 2^15.
+inline void store_s16(int16_t * p, vf a) {
+    const vi n = as_int(a + 12582912.0f) - 0x4b400000; // as in exp_neg()
+#if INTACTKV_X86 >= 3
+    _mm256_storeu_si256((__m256i *) p, _mm512_cvtepi32_epi16((__m512i) n));
+#else
+    for (int i = 0; i < W; i++) {
+        p[i] = (int16_t) n[i];
+    }
 #endif
 }
 
