@@ -8,6 +8,8 @@ converted from (tests/test_student.py); the rest is refused.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from gguf.quants import dequantize
 from torch import Tensor
 
-from intactkv_export import ggml_types, gguf_file
+from intactkv_export import gguf_file
 from intactkv_export.engines.torch import PROVEN
 from intactkv_export.errors import IntactKVError
 from intactkv_export.rounding import rounded, straight
@@ -54,10 +56,7 @@ def load(path: str | Path, device: str, dtype: str, attention: str, round_activa
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    files = [gguf_file.read(file) for file in gguf_file.shards(path)]
-    for file in files:
-        ggml_types.check_complete(file)
-    model = _Model(Path(path), files)
+    model = _Model(Path(path), [gguf_file.read(file) for file in gguf_file.shards(path)])
     config = AutoConfig.for_model(**model.config())
     attention = "eager" if config.model_type == "gemma2" else attention
     with init_empty_weights(include_buffers=False):
@@ -193,7 +192,7 @@ class _Model:
             if isinstance(module, torch.nn.Linear):
                 own = self._own_name(f"{name}.weight")
                 _, tensor = self.tensors[own if own in self.tensors else "token_embd.weight"]  # tied
-                kind = _ACTIVATIONS.get(ggml_types.type_name(tensor.type), "q8_K")
+                kind = _ACTIVATIONS.get(self._kind(tensor).name, "q8_K")
                 module.register_forward_pre_hook(lambda _, x, kind=kind: (_rounded(x[0], kind),))
 
     def _own_name(self, name: str) -> str | None:
@@ -216,23 +215,31 @@ class _Model:
     def _dequantized(self, name: str) -> np.ndarray:
         """float32, slowest dimension first."""
         path, tensor = self.tensors[name]
-        n_bytes = ggml_types.tensor_bytes(tensor)
-        raw = np.fromfile(path, np.uint8, n_bytes, offset=tensor.offset)
-        rows = raw.reshape(*reversed(tensor.shape[1:]), -1)
-        try:
-            return dequantize(rows, gguf.GGMLQuantizationType(tensor.type)).astype(np.float32, copy=False)
-        except (NotImplementedError, ValueError) as error:
+        kind = self._kind(tensor)
+        block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+        size = prod(tensor.shape) // block * n_bytes
+        raw = np.fromfile(path, np.uint8, size, offset=tensor.offset)
+        if len(raw) < size:
             raise IntactKVError(
-                f"{path} holds {name} as {ggml_types.type_name(tensor.type)}, which gguf-py {_version()} cannot "
-                "dequantize: use another quantization type"
-            ) from error
+                f"{path} is cut off inside {name}, {size} bytes from byte {tensor.offset}: get it again"
+            )
+        try:
+            return dequantize(raw.reshape(*reversed(tensor.shape[1:]), -1), kind).astype(np.float32, copy=False)
+        except NotImplementedError as error:
+            raise self._unknown(tensor) from error
+
+    def _kind(self, tensor: gguf_file.Tensor) -> gguf.GGMLQuantizationType:
+        try:
+            return gguf.GGMLQuantizationType(tensor.type)
+        except ValueError as error:
+            raise self._unknown(tensor) from error
+
+    def _unknown(self, tensor: gguf_file.Tensor) -> IntactKVError:
+        return IntactKVError(
+            f"{self.path} holds {tensor.name} in type {tensor.type}, and gguf-py {version('gguf')} cannot read it: "
+            "use another quantization type"
+        )
 
 
 def _rounded(x: Tensor, kind: str) -> Tensor:
     return straight(x, lambda x: rounded(x.float(), kind).to(x.dtype))
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("gguf")

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -37,6 +39,7 @@ from intactkv_export.targets import Targets, divergence
 
 OBJECTIVES = ("kl", "mse", "kl+mse")
 _CLIP = 0.3  # norm of the gradient, as in the paper
+_SAVE = 30  # seconds between two savings of the state, besides those after evaluations
 _PASS = 1024  # tokens in one forward pass of training
 _ACTIVATIONS = 6 << 30  # bytes of activations from which they are computed twice instead of kept
 
@@ -114,7 +117,7 @@ def train(
     """Train K and V (by layer, rows in llama.cpp's layout) and return the best.
 
     reference, prefix: the reference model and the prefix's tokens, for an objective with mse. state: a file in which
-    the training is kept at each evaluation, and from which it goes on if there is one; on a CPU the result is the same,
+    the training is kept as it proceeds, and from which it goes on if there is one; on a CPU the result is the same,
     bit for bit. identity: of whatever else the result depends on (model, data), so that a file of another training is
     refused. progress(step, steps, held-out divergence).
 
@@ -126,11 +129,14 @@ def train(
     if state is not None and state.is_file():
         run.restore(state, about)
     order = _order(range(data.n_held_out, len(data.sequences)), settings)
+    saved = time.monotonic()
     while True:
         if run.evaluated < run.step and (run.step % settings.every == 0 or run.step >= settings.steps):
             run.candidate(_held_out(student, run.rounded(), data, settings))
-            if state is not None:
-                run.save(state, about)
+            saved = -math.inf
+        if state is not None and time.monotonic() - saved > _SAVE:
+            run.save(state, about)
+            saved = time.monotonic()
         if progress is not None:
             progress(run.step, settings.steps, run.history[-1][1])
         if run.step >= settings.steps or run.misses > settings.patience:
@@ -207,6 +213,7 @@ class _Training:
                     "optimizer": self.optimizer.state_dict(),
                     "best": self.best,
                     "step": self.step,
+                    "evaluated": self.evaluated,
                     "best_step": self.best_step,
                     "history": self.history,
                 },
@@ -221,7 +228,7 @@ class _Training:
             self.V.copy_(kept["V"])
         self.optimizer.load_state_dict(kept["optimizer"])
         self.best = tuple(x.cpu() for x in kept["best"])
-        self.step = self.evaluated = kept["step"]
+        self.step, self.evaluated = kept["step"], kept["evaluated"]
         self.best_step, self.history = kept["best_step"], [(step, value) for step, value in kept["history"]]
 
 
