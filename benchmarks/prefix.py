@@ -134,6 +134,7 @@ def main() -> None:
     if not model:
         parser.error(f"{args.model} cannot be loaded")
     files = {n: make_prefix(args.model, n, args.threads) for n in args.prefixes}
+    api.llama_log_set(quiet, None)  # the engine has put back llama.cpp's own
     result: dict = {"machine": machine.describe(), "model": args.model.name, "threads": args.threads, "rows": []}
     result["rows"] += decoding(api, model, files, args)
     for n, file in files.items():
