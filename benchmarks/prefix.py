@@ -64,9 +64,8 @@ def rows_of(what: str, seconds: dict[str, np.ndarray], against: str) -> list[dic
         row = {"what": what, "name": name, "ms": float(np.median(values)) * 1e3}
         row |= {"times": float(median), "quartiles": [float(low), float(high)]}
         rows.append(row)
-        print(
-            f"{what:>12} {name:>32} {row['ms']:9.2f} ms  {median:.3f}x ({low:.3f} to {high:.3f}) of {against}", flush=True
-        )
+        times = f"{median:.3f}x ({low:.3f} to {high:.3f}) of {against}"
+        print(f"{what:>12} {name:>32} {row['ms']:9.2f} ms  {times}", flush=True)
     return rows
 
 
