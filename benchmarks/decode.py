@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import json
 import os
 import random
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,29 @@ from intactkv_export.runtime import KV_TYPES
 
 ROOT = Path(__file__).resolve().parent.parent
 N_BATCH = 512
+
+
+@functools.cache
+def _no_log(api: Any) -> Any:
+    return api.llama_log_callback(lambda level, text, data: None)  # kept: the library has a pointer to it
+
+
+def silence(api: Any) -> None:
+    """No log of llama.cpp on the terminal."""
+    api.llama_log_set(_no_log(api), None)
+
+
+def open_model(path: Path) -> tuple[Any, Any]:
+    """The bindings and the model, in CPU memory. Exits if it cannot be loaded."""
+    api = library.load().llama_cpp
+    api.llama_backend_init()
+    silence(api)
+    params = api.llama_model_default_params()
+    params.n_gpu_layers = 0
+    model = api.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        sys.exit(f"{path} cannot be loaded")
+    return api, model
 
 
 class Session:
@@ -233,15 +258,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "benchmarks")
     args = parser.parse_args()
 
-    api = library.load().llama_cpp
-    api.llama_backend_init()
-    quiet = api.llama_log_callback(lambda level, text, data: None)
-    api.llama_log_set(quiet, None)
-    params = api.llama_model_default_params()
-    params.n_gpu_layers = 0
-    model = api.llama_model_load_from_file(str(args.model).encode(), params)
-    if not model:
-        parser.error(f"{args.model} cannot be loaded")
+    api, model = open_model(args.model)
     result: dict = {"machine": machine.describe(), "model": args.model.name, "threads": args.threads, "rows": []}
     for kv_type in args.types:
         result["rows"] += measure_type(api, model, kv_type, args)

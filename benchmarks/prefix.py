@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine
-from benchmarks.decode import ROOT, Session
-from intactkv_export import bindings, library, prefix_file
+from benchmarks.decode import ROOT, Session, open_model, silence
+from intactkv_export import bindings, prefix_file
 from intactkv_export.engines import llama as engine
 from intactkv_export.runtime import KV_TYPES
 
@@ -123,17 +123,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "benchmarks")
     args = parser.parse_args()
 
-    api = library.load().llama_cpp
-    api.llama_backend_init()
-    quiet = api.llama_log_callback(lambda level, text, data: None)
-    api.llama_log_set(quiet, None)
-    params = api.llama_model_default_params()
-    params.n_gpu_layers = 0
-    model = api.llama_model_load_from_file(str(args.model).encode(), params)
-    if not model:
-        parser.error(f"{args.model} cannot be loaded")
+    api, model = open_model(args.model)
     files = {n: make_prefix(args.model, n, args.threads) for n in args.prefixes}
-    api.llama_log_set(quiet, None)  # the engine has put back llama.cpp's own
+    silence(api)  # the engine has put back llama.cpp's own log
     result: dict = {"machine": machine.describe(), "model": args.model.name, "threads": args.threads, "rows": []}
     result["rows"] += decoding(api, model, files, args)
     for n, file in files.items():
