@@ -50,7 +50,7 @@ def test_agrees_with_torch_to_the_rounding(model, hf_dir, f32, tokens):
     for ours, theirs in zip((K, V), truth, strict=True):
         assert len(ours) == 30 and all(x.dtype == np.float16 and x.shape == (24, 3, 64) for x in ours.values())
         assert errors(ours, theirs).max() < ROUNDING
-    for cache_dtype, k, v in (("f32", 5.1e-4, 1.0e-3), ("f16", 6.0e-4, 1.3e-3)):
+    for cache_dtype, k, v in (("f32", 5.1e-4, 1.0e-3), ("f16", 5.3e-4, 1.05e-3)):
         other, K, V = engine.compute(model("F16"), tokens, cache_dtype=cache_dtype, n_threads=2)
         assert other == about
         assert errors(K, truth[0]).mean() == pytest.approx(k, rel=0.15)
