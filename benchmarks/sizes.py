@@ -20,7 +20,7 @@ from benchmarks.kernel import ROOT
 from intactkv_export import evaluate, weights
 from intactkv_export.plots import CONFIGURATIONS
 
-TYPES = ["Q2_K", "Q3_K_S", "Q3_K_M", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_K_M", "Q6_K", "Q8_0"]
+TYPES = ["Q2_K", "Q3_K_M", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_K_M", "Q6_K", "Q8_0"]
 
 
 def rows_of(args: argparse.Namespace, models: list[Path], modes: list[str], calibrated: Path | None) -> list[dict]:
@@ -34,7 +34,7 @@ def rows_of(args: argparse.Namespace, models: list[Path], modes: list[str], cali
             kld = evaluate.summary(figures.kld)
             row = {"type": path.stem, "bytes": path.stat().st_size, "mode": figures.mode}
             rows.append({**row, "kld": kld.mean, "error": kld.error})
-            print(f"{path.stem:8} {row['bytes'] / 1e6:7.1f} MB {figures.mode:10} {kld}", flush=True)
+            print(f"{path.stem:8} {row['bytes'] / 1e6:7.1f} MB {figures.mode:10} {kld.mean:.4f} ± {kld.error:.4f}", flush=True)
     return rows
 
 
