@@ -34,7 +34,10 @@ def rows_of(args: argparse.Namespace, models: list[Path], modes: list[str], cali
             kld = evaluate.summary(figures.kld)
             row = {"type": path.stem, "bytes": path.stat().st_size, "mode": figures.mode}
             rows.append({**row, "kld": kld.mean, "error": kld.error})
-            print(f"{path.stem:8} {row['bytes'] / 1e6:7.1f} MB {figures.mode:10} {kld.mean:.4f} ± {kld.error:.4f}", flush=True)
+            print(
+                f"{path.stem:8} {row['bytes'] / 1e6:7.1f} MB {figures.mode:10} {kld.mean:.4f} ± {kld.error:.4f}",
+                flush=True,
+            )
     return rows
 
 
