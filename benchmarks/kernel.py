@@ -32,6 +32,7 @@ class _Case(C.Structure):
     _fields_ = (
         [(n, C.c_int32) for n in ("dim_k", "dim_v", "n_head", "n_head_kv", "n_tokens", "n_kv", "n_stream")]
         + [(n, C.c_int32) for n in ("type_k", "type_v", "mask_heads", "mask_streams", "mask_tokens", "n_rows")]
+        + [(n, C.c_int32) for n in ("rot_k", "rot_v")]
         + [(n, C.c_float) for n in ("scale", "max_bias", "softcap")]
         + [(n, C.c_void_p) for n in ("q", "k", "v", "mask", "sinks", "arena_k", "arena_v", "row_of_cell")]
     )
@@ -44,6 +45,8 @@ class Case:
     q [n_stream, n_tokens, n_head, dim_k], k [n_stream, n_kv, n_head_kv, dim_k], v likewise with dim_v,
     mask float16 [mask_streams, mask_heads, >= n_tokens, n_kv], sinks [n_head],
     arena_k and arena_v [n_rows, n_head_kv, dim], row_of_cell int32 [n_stream, n_kv] (-1: ordinary).
+    rot_k, rot_v: K and V are given as a rotated cache holds them, in blocks of so many values; q is not rotated, and
+    the result is turned back (fused attention only).
     """
 
     q: np.ndarray
@@ -59,6 +62,8 @@ class Case:
     scale: float = 1.0
     max_bias: float = 0.0
     softcap: float = 0.0
+    rot_k: int = 0
+    rot_v: int = 0
 
 
 def compiler() -> str | None:
@@ -189,9 +194,10 @@ class Kernel:
         mask = (0, 0, 0) if case.mask is None else case.mask.shape
         arena = case.arena_k if case.arena_k is not None else case.arena_v
         header = struct.pack(
-            "<13i3f5i",
+            "<15i3f5i",
             *(dim_k, dim_v, n_head, n_head_kv, n_tokens, n_kv, n_stream, TYPES[case.type_k], TYPES[case.type_v]),
             *(mask[1], mask[0], mask[2], 0 if arena is None else len(arena)),
+            *(case.rot_k, case.rot_v),
             *(case.scale, case.max_bias, case.softcap),
             *(len(k) // (n_stream * n_kv), len(v) // (n_stream * n_kv)),
             *(case.sinks is not None, case.arena_k is not None, case.arena_v is not None),
@@ -205,6 +211,40 @@ class Kernel:
         ]
         rest = [np.ascontiguousarray(array, dtype).tobytes() for array, dtype in arrays if array is not None]
         path.write_bytes(b"".join([header, case.q.astype("<f4").tobytes(), k, v, *rest]))
+
+    def store(
+        self,
+        k: np.ndarray,
+        v: np.ndarray,
+        types: tuple[str, str],
+        cells: np.ndarray,
+        n_cells: int,
+        rot: tuple[int, int],
+        *,
+        fused: bool,
+        n_threads: int = 1,
+    ) -> tuple[bytes, bytes]:
+        """The bytes of a cache of n_cells, zero before, after K [n_tokens, n_head_kv, dim] and V went into cells
+        (int64 [n_tokens]): by upstream's nodes or by fused_store()."""
+        n_tokens, n_head_kv, dim_k = k.shape
+        dim_v = v.shape[-1]
+        out = [
+            C.create_string_buffer(n_cells * n_head_kv * x.shape[-1] // 32 * BLOCK_BYTES[t])
+            for x, t in zip((k, v), types, strict=True)
+        ]
+        self.lib.fused_test_store(
+            int(fused), n_threads, *(TYPES[t] for t in types), dim_k, dim_v, n_head_kv, n_tokens, n_cells, *rot,
+            k.ctypes.data_as(C.c_void_p), v.ctypes.data_as(C.c_void_p), cells.ctypes.data_as(C.c_void_p), *out,
+        )  # fmt: skip
+        return out[0].raw, out[1].raw
+
+    def widened(self, values: np.ndarray) -> np.ndarray:
+        """float16 values as float32, by the chosen instruction set."""
+        out = np.empty(values.shape, np.float32)
+        self.lib.fused_test_widen(
+            values.ctypes.data_as(C.c_void_p), out.ctypes.data_as(C.c_void_p), C.c_int64(out.size)
+        )
+        return out
 
     def run(
         self, case: Case, *, fused: bool, n_threads: int = 1, repeat: int = 0, n_layer: int = 1
@@ -239,7 +279,7 @@ class Kernel:
             dim_k, dim_v, n_head, n_head_kv, n_tokens, n_kv, n_stream,
             TYPES[case.type_k], TYPES[case.type_v],
             mask[1], mask[0], mask[2], 0 if arena is None else len(arena),
-            case.scale, case.max_bias, case.softcap,
+            case.rot_k, case.rot_v, case.scale, case.max_bias, case.softcap,
             pointer(case.q, np.float32), pointer(case.k, np.float32), pointer(case.v, np.float32),
             pointer(case.mask, np.float16), pointer(case.sinks, np.float32),
             pointer(case.arena_k, np.float32), pointer(case.arena_v, np.float32),

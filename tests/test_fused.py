@@ -53,6 +53,17 @@ def alibi(max_bias: float, n_head: int) -> np.ndarray:
     return np.array([m0 ** (h + 1) if h < n else m1 ** (2 * (h - n) + 1) for h in range(n_head)])
 
 
+def hadamard(x: np.ndarray, n: int) -> np.ndarray:
+    """Each block of n values of the last axis times the orthonormal Walsh-Hadamard matrix (0: x itself)."""
+    if n == 0:
+        return x
+    matrix = np.ones((1, 1))
+    while len(matrix) < n:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    blocks = x.reshape(*x.shape[:-1], -1, n)
+    return (blocks @ matrix / np.sqrt(n)).reshape(x.shape)
+
+
 def exact(kernel: K.Kernel, case: K.Case) -> np.ndarray:
     """float64 attention over what the cache and the arena hold."""
     n_stream, n_tokens, n_head, dim_k = case.q.shape
@@ -71,7 +82,7 @@ def exact(kernel: K.Kernel, case: K.Case) -> np.ndarray:
     for stream in range(n_stream):
         for head in range(n_head):
             kv_head = head // (n_head // n_head_kv)
-            q = case.q[stream, :, head].astype(np.float64)
+            q = hadamard(case.q[stream, :, head].astype(np.float64), case.rot_k)
             s = np.full((n_tokens, k.shape[1]), -np.inf)
             m = np.zeros_like(s)
             if case.mask is not None:
@@ -91,7 +102,7 @@ def exact(kernel: K.Kernel, case: K.Case) -> np.ndarray:
             p = np.exp(s - top[:, None])
             total = p.sum(1) + (0 if sink is None else np.exp(sink - top))
             p = np.divide(p, total[:, None], out=np.zeros_like(p), where=total[:, None] > 0)
-            out[stream, :, head] = p[:, live] @ v[stream, live, kv_head]
+            out[stream, :, head] = hadamard(p[:, live] @ v[stream, live, kv_head], case.rot_v)
     return out
 
 
@@ -158,11 +169,13 @@ def error(result: np.ndarray, truth: np.ndarray) -> float:
 def check(kernel: K.Kernel, case: K.Case) -> None:
     truth = exact(kernel, case)
     stock_case, stock_truth = case, truth
-    if case.row_of_cell is not None:
-        # upstream's op knows no intact cells: its error on the same call with all cells quantized is the measure
+    if case.row_of_cell is not None or case.rot_k or case.rot_v:
+        # upstream's op knows no intact cells and does not rotate: its error on the same call with all cells quantized
+        # and with the rotations done here is the measure
         stock_case = replace(case, arena_k=None, arena_v=None, row_of_cell=None)
         stock_truth = exact(kernel, stock_case)
-    stock = error(kernel.run(stock_case, fused=False)[0], stock_truth)
+        stock_case = replace(stock_case, q=hadamard(case.q, case.rot_k).astype(np.float32))
+    stock = error(hadamard(kernel.run(stock_case, fused=False)[0], case.rot_v), stock_truth)
     for isa in each_isa(kernel):
         fused = error(kernel.run(case, fused=True)[0], truth)
         rest = 3e-6 if case.type_v in ("f16", "bf16") else 2**-16
@@ -354,6 +367,62 @@ def test_zero_queries(kernel: K.Kernel):
     case = random_case(19, n_kv=100)
     case.q[:] = 0
     check(kernel, case)
+
+
+# --- rotated caches ---
+
+
+@pytest.mark.parametrize("n_tokens", [1, 5, 40])
+@pytest.mark.parametrize("n_kv, n_intact", [(300, 0), (2000, 0), (2000, 20)])  # one chunk of cells, several
+@pytest.mark.parametrize(
+    "dims, rot", [((64, 64), (64, 64)), ((128, 128), (128, 64)), ((256, 64), (256, 0)), ((192, 128), (64, 64))]
+)
+def test_rotated_cache(
+    kernel: K.Kernel, dims: tuple[int, int], rot: tuple[int, int], n_kv: int, n_intact: int, n_tokens: int
+):
+    case = random_case(23, dim_k=dims[0], dim_v=dims[1], n_kv=n_kv, n_tokens=n_tokens, n_intact=n_intact)
+    check(kernel, replace(case, rot_k=rot[0], rot_v=rot[1]))
+
+
+@pytest.mark.parametrize("type_k, type_v", [*zip(KV_TYPES, KV_TYPES, strict=True), ("q8_0", "q4_0"), ("f16", "q5_1")])
+@pytest.mark.parametrize(
+    "dims, rot", [((64, 64), (64, 64)), ((128, 64), (128, 64)), ((96, 96), (0, 0)), ((512, 256), (512, 64))]
+)
+def test_stored_as_upstream_stores(
+    kernel: K.Kernel, type_k: str, type_v: str, dims: tuple[int, int], rot: tuple[int, int]
+):
+    """Bit for bit, but for Q8_0 where upstream has vectors for it and we have none or others: ties, and the last bit
+    of the inverse scale, then decide otherwise."""
+    rng = np.random.default_rng(24)
+    n_tokens, n_cells = 7, 12
+    cells = rng.permutation(n_cells)[:n_tokens].astype(np.int64)
+    k, v = (rng.standard_normal((n_tokens, 3, dim)).astype(np.float32) * 3 for dim in dims)
+    k[0, 0] = 0
+    k[1, 1, 5] = 900  # a pivot
+    wanted = kernel.store(k, v, (type_k, type_v), cells, n_cells, rot, fused=False)
+    for isa in each_isa(kernel):
+        for n_threads in (1, 2, 5):
+            made = kernel.store(k, v, (type_k, type_v), cells, n_cells, rot, fused=True, n_threads=n_threads)
+            for have, want, kv_type in zip(made, wanted, (type_k, type_v), strict=True):
+                if kv_type == "q8_0" and isa in ("portable", "neon", "neon-dotprod"):
+                    a, b = (np.frombuffer(x, np.int8).reshape(-1, 34) for x in (have, want))
+                    assert np.array_equal(a[:, :2], b[:, :2])
+                    assert np.abs(a[:, 2:].astype(int) - b[:, 2:]).max() <= 1
+                elif kv_type == "iq4_nl":
+                    # upstream leaves the integers of a block of zeros to chance
+                    a, b = (np.frombuffer(x, np.uint8).reshape(-1, 18).copy() for x in (have, want))
+                    for blocks in (a, b):
+                        blocks[~blocks[:, :2].any(1)] = 0
+                    assert np.array_equal(a, b)
+                else:
+                    assert have == want, f"{isa}, {n_threads} threads, {kv_type}"
+
+
+def test_every_f16_value_widens(kernel: K.Kernel):
+    values = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    for _ in each_isa(kernel):
+        np.testing.assert_array_equal(kernel.widened(values), values.astype(np.float32))
+        np.testing.assert_array_equal(kernel.widened(values[:77]), values[:77].astype(np.float32))
 
 
 # --- threads, support ---

@@ -18,7 +18,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from test_fused import error, exact, random_case  # noqa: E402
+from test_fused import error, exact, hadamard, random_case  # noqa: E402
 
 from benchmarks import kernel as K  # noqa: E402
 
@@ -68,7 +68,8 @@ def emulate(program: Path, kernel: K.Kernel, case: K.Case, isa: str, cpu: str) -
         total = np.concatenate([total, np.ones_like(sink)], 1)
         values = np.concatenate([values, np.zeros_like(values[:, :1])], 1)
     weight = np.exp(top - np.maximum(top.max(1, keepdims=True), -1e30)) * (total > 0)
-    return (weight[..., None] * values).sum(1) / np.maximum((weight * total).sum(1), 1e-300)[..., None]
+    merged = (weight[..., None] * values).sum(1) / np.maximum((weight * total).sum(1), 1e-300)[..., None]
+    return hadamard(merged, case.rot_v)
 
 
 def check(program: Path, kernel: K.Kernel, case: K.Case) -> None:
@@ -103,6 +104,8 @@ def test_types(program: Path, kernel: K.Kernel, kv_type: str, n_tokens: int):
         {"softcap": 10.0, "sinks": np.linspace(-2, 2, 6, dtype=np.float32), "n_kv": 900},
         {"mask": "random", "n_stream": 2, "n_tokens": 20, "sinks": np.zeros(6, np.float32)},
         {"n_kv": 1, "mask": None},
+        {"dim_k": 128, "dim_v": 64, "rot_k": 128, "rot_v": 64},
+        {"rot_k": 64, "rot_v": 64, "n_kv": 900, "n_tokens": 20},
     ],
     ids=str,
 )

@@ -7,7 +7,6 @@
 #include "llama-model.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <map>
 #include <stdexcept>
@@ -41,24 +40,9 @@ static attention_kind choose_attention(bool on_cpu) {
     return attention_kind::fused;
 }
 
-// in-place product with the orthonormal Walsh-Hadamard matrix, for each block of n (a power of 2) of x
-static void hadamard(float * x, int64_t size, int64_t n) {
-    const float scale = 1.0f/sqrtf((float) n);
-    for (float * b = x; b < x + size; b += n) {
-        for (int64_t h = 1; h < n; h *= 2) {
-            for (int64_t i = 0; i < n; i += 2*h) {
-                for (int64_t j = i; j < i + h; ++j) {
-                    const float u = b[j];
-                    const float w = b[j + h];
-                    b[j]     = u + w;
-                    b[j + h] = u - w;
-                }
-            }
-        }
-        for (int64_t i = 0; i < n; ++i) {
-            b[i] *= scale;
-        }
-    }
+// none with all exponent bits set: an infinity, or not a number
+static bool all_finite(const std::vector<ggml_fp16_t> & f16) {
+    return std::none_of(f16.begin(), f16.end(), [](ggml_fp16_t x) { return (x & 0x7c00) == 0x7c00; });
 }
 
 //
@@ -88,6 +72,25 @@ const char * arena::attention_now() const {
 
 const arena_layer & arena::layer(int32_t il) const {
     return layers[kv.map_layer_ids.at(il)];
+}
+
+ggml_tensor * arena::cache_k(int32_t il) const {
+    return kv.layers[kv.map_layer_ids.at(il)].k;
+}
+
+ggml_tensor * arena::cache_v(int32_t il) const {
+    return kv.layers[kv.map_layer_ids.at(il)].v;
+}
+
+int32_t arena::rotation(bool is_v) const {
+    if (!(is_v ? kv.attn_rot_v : kv.attn_rot_k)) {
+        return 0;
+    }
+    int32_t n = 64;
+    while (!is_v && kv.n_embd_head_k_all % (2*n) == 0) {
+        n *= 2;
+    }
+    return n;
 }
 
 template <typename F> void arena::each_intact(F && f) const {
@@ -373,14 +376,7 @@ void state_reader::read_rows(llama_io_read_i & io, int32_t il, bool is_v) {
         }
     }
 
-    // the basis of the cache: the same rotations as llama_kv_cache::build_input_{k,v}_rot
-    int64_t n_rot = 0;
-    if (is_v ? a->kv.attn_rot_v : a->kv.attn_rot_k) {
-        n_rot = 64;
-        while (!is_v && a->kv.n_embd_head_k_all % (2*n_rot) == 0) {
-            n_rot *= 2;
-        }
-    }
+    const int32_t n_rot = a->rotation(is_v);
 
     ggml_tensor * arena_rows = is_v ? a->layers[ikv].v : a->layers[ikv].k;
 
@@ -390,22 +386,18 @@ void state_reader::read_rows(llama_io_read_i & io, int32_t il, bool is_v) {
 
     for (size_t i = 0; i < cells.size(); ++i) {
         io.read(f16.data(), row_size);
-        ggml_fp16_to_fp32_row(f16.data(), f32.data(), ne0);
-        if (n_rot) {
-            hadamard(f32.data(), ne0, n_rot);
-        }
+        fused_widen(f16.data(), f32.data(), ne0);
+        fused_rotate(f32.data(), ne0, n_rot);
         if (arena_rows) {
-            ggml_fp32_to_fp16_row(f32.data(), f16.data(), ne0);
+            fused_narrow(GGML_TYPE_F16, f32.data(), f16.data(), ne0);
             // a rotated pivot could leave the range of F16 (65504), an infinity would poison every later token
-            for (int64_t j = 0; j < ne0; ++j) {
-                if (!std::isfinite(ggml_fp16_to_fp32(f16[j]))) {
-                    throw std::runtime_error(format("%s row %zu of layer %d is not finite in the basis of this cache: use an F16 cache", is_v ? "V" : "K", i, il));
-                }
+            if (!all_finite(f16)) {
+                throw std::runtime_error(format("%s row %zu of layer %d is not finite in the basis of this cache: use an F16 cache", is_v ? "V" : "K", i, il));
             }
             ggml_backend_tensor_set(arena_rows, f16.data(), rows[i]*row_size, row_size);
         }
         // a copy in the cache's own type, for whatever reads the tensors directly
-        ggml_quantize_chunk(dst->type, f32.data(), out.data(), 0, 1, ne0, nullptr);
+        fused_narrow(dst->type, f32.data(), out.data(), ne0);
         ggml_backend_tensor_set(dst, out.data(), cells[i]*out.size(), out.size());
     }
 }
@@ -531,24 +523,74 @@ static ggml_tensor * write_over(ggml_context * ctx, ggml_tensor * t, ggml_tensor
     return ggml_permute(ctx, res, 0, 2, 1, 3);
 }
 
-ggml_tensor * graph_cells::attend(
-        ggml_context * ctx, int32_t il, bool flash_attn,
+// as build_attn_mha() has it: [head_dim, n_tokens, n_head, n_stream]
+static ggml_tensor permuted(const ggml_tensor & t, int64_t n_stream) {
+    ggml_tensor res = t;
+    res.ne[1] = t.ne[2]/n_stream;
+    res.nb[1] = t.nb[2];
+    res.ne[2] = t.ne[1];
+    res.nb[2] = t.nb[1];
+    res.ne[3] = n_stream;
+    res.nb[3] = t.nb[2]*res.ne[1];
+    return res;
+}
+
+layer_attention graph_cells::layer(
+        int32_t il, bool flash_attn,
+        const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v,
+        const ggml_tensor * mask, const ggml_tensor * sinks) const {
+    layer_attention res(*this, il);
+    if (a == nullptr || !a->fused() || !flash_attn || k == nullptr || v == nullptr) {
+        return res;
+    }
+    ggml_tensor * k_cache = a->cache_k(il);
+    ggml_tensor * v_cache = a->cache_v(il);
+    if (!fused_store_supported(k_cache, k) || !fused_store_supported(v_cache, v)) {
+        return res;
+    }
+    // what build_attn_mha() will be given, and attend() will ask about once more
+    const int64_t n_stream = mask ? mask->ne[3] : 1;
+    ggml_tensor q4 = permuted(*q, n_stream);
+    ggml_tensor k4 = *k_cache;
+    ggml_tensor v4 = *v_cache;
+    for (auto [t, cur] : { std::pair(&k4, k), std::pair(&v4, v) }) {
+        t->ne[0] = cur->ne[0];
+        t->ne[1] = k_cache->ne[1];
+        t->ne[2] = cur->ne[1];
+        t->ne[3] = n_stream;
+    }
+    res.is_whole = fused_supported(&q4, &k4, &v4, mask, sinks);
+    return res;
+}
+
+ggml_tensor * layer_attention::store(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * k_cells, ggml_tensor * v_cells) const {
+    const arena & a = *cells->a;
+    return fused_store(ctx, a.cache_k(il), a.cache_v(il), k, v, k_cells, v_cells, { a.rotation(false), a.rotation(true) });
+}
+
+ggml_tensor * layer_attention::attend(
+        ggml_context * ctx, bool flash_attn,
         ggml_tensor * q, ggml_tensor *& k, ggml_tensor *& v, ggml_tensor * mask, ggml_tensor * sinks,
         float scale, float max_bias, float logit_softcap) const {
-    if (a == nullptr) {
+    if (cells == nullptr || cells->a == nullptr) {
         return nullptr;
     }
+    const arena & a = *cells->a;
+    const bool has_intact = cells->n_intact > 0;
 
-    if (a->fused() && flash_attn && fused_supported(q, k, v, mask, sinks)) {
-        const intact_rows intact = { a->layer(il).k, a->layer(il).v, row_of_cell };
+    const bool fused = a.fused() && flash_attn && fused_supported(q, k, v, mask, sinks);
+    GGML_ASSERT(fused || !is_whole);
+    if (fused) {
+        const intact_rows    intact = { a.layer(il).k, a.layer(il).v, cells->row_of_cell };
+        const fused_rotation rot    = is_whole ? fused_rotation{ a.rotation(false), a.rotation(true) } : fused_rotation{};
 
-        ggml_tensor * res = fused_attention(ctx, q, k, v, mask, sinks, n_intact > 0 ? &intact : nullptr, scale, max_bias, logit_softcap);
+        ggml_tensor * res = fused_attention(ctx, q, k, v, mask, sinks, has_intact ? &intact : nullptr, rot, scale, max_bias, logit_softcap);
         return ggml_reshape_2d(ctx, res, res->ne[0]*res->ne[1], res->ne[2]*res->ne[3]);
     }
 
-    if (n_intact > 0) {
-        k = write_over(ctx, k, a->layer(il).k, rows, cells);
-        v = write_over(ctx, v, a->layer(il).v, rows, cells);
+    if (has_intact) {
+        k = write_over(ctx, k, a.layer(il).k, cells->rows, cells->cells);
+        v = write_over(ctx, v, a.layer(il).v, cells->rows, cells->cells);
     }
     return nullptr;
 }

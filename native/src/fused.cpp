@@ -11,15 +11,35 @@
 
 namespace intactkv {
 
+void fused_rotate(float * x, int64_t n, int32_t n_rot) {
+    if (n_rot > 0) {
+        fused_chosen().rotate(x, n, n_rot);
+    }
+}
+
+// The kernel's vectors are up to 16 values; rows that end within one go the slow way.
+void fused_widen(const uint16_t * x, float * out, int64_t n) {
+    n % 16 == 0 ? fused_chosen().widen(x, out, n) : ggml_fp16_to_fp32_row(x, out, n);
+}
+
+void fused_narrow(ggml_type type, const float * x, void * out, int64_t n) {
+    if (type == GGML_TYPE_F32) {
+        memcpy(out, x, n * sizeof(float));
+    } else if (n % 16 != 0 || !fused_chosen().narrow(type, x, out, n)) {
+        ggml_get_type_traits(type)->from_float_ref(x, out, n);
+    }
+}
+
 namespace {
 
 // Travels in op_params, behind what ggml_custom_4d() keeps there (function, n_tasks, user data: 24 bytes): the node
 // owns it, so a graph may outlive whoever built it.
 struct node_params {
-    float   scale;
-    float   max_bias;
-    float   softcap;
-    int32_t has; // which optional sources there are, in this order
+    float          scale    = 1.0f;
+    float          max_bias = 0.0f;
+    float          softcap  = 0.0f;
+    int32_t        has      = 0; // which optional sources there are, in this order
+    fused_rotation rot      = {};
 };
 
 enum has_source { HAS_MASK = 1, HAS_SINKS = 2, HAS_K_ARENA = 4, HAS_V_ARENA = 8, HAS_ROWS = 16, HAS_COUNTER = 32 };
@@ -146,6 +166,8 @@ void attend(ggml_tensor * dst, int ith, int nth, void *) {
     call.scale          = p.scale;
     call.max_bias       = p.max_bias;
     call.softcap        = p.softcap;
+    call.rot_q          = p.rot.k;
+    call.rot_out        = p.rot.v;
     call.plan           = plan_of(q, k, v);
     call.out            = (float *) dst->data;
 
@@ -160,6 +182,7 @@ void merge(ggml_tensor * dst, int ith, int nth, void *) {
     const ggml_tensor * part  = dst->src[0];
     const ggml_tensor * sinks = dst->src[1];
 
+    const node_params p   = params_of(dst);
     const int64_t dim     = dst->ne[0];
     const int64_t n_rows  = part->ne[1];
     const int64_t n_chunk = part->ne[2];
@@ -181,20 +204,52 @@ void merge(ggml_tensor * dst, int ith, int nth, void *) {
         }
         std::fill(out, out + dim, 0.0f);
         for (int64_t c = 0; c < n_chunk; c++) {
-            const float * p = first + c * stride;
-            if (p[1] == 0.0f) {
+            const float * chunk = first + c * stride;
+            if (chunk[1] == 0.0f) {
                 continue; // no cell of this chunk was visible
             }
-            const float w = std::exp(p[0] - max);
-            sum += w * p[1];
+            const float w = std::exp(chunk[0] - max);
+            sum += w * chunk[1];
             for (int64_t d = 0; d < dim; d++) {
-                out[d] += w * p[FUSED_PARTIAL + d];
+                out[d] += w * chunk[FUSED_PARTIAL + d];
             }
         }
         const float inv = sum == 0.0f ? 0.0f : 1.0f / sum;
         for (int64_t d = 0; d < dim; d++) {
             out[d] *= inv;
         }
+        fused_rotate(out, dim, p.rot.v);
+    }
+}
+
+// One new row of one head: rotated and rounded into the cache.
+void store_head(const ggml_tensor * cache, const ggml_tensor * cur, int64_t cell, int64_t head, int64_t token, int rot) {
+    alignas(64) float x[FUSED_HEAD_MAX];
+    const int64_t dim = cur->ne[0];
+    memcpy(x, (const char *) cur->data + head * cur->nb[1] + token * cur->nb[2], dim * sizeof(float));
+    fused_rotate(x, dim, rot);
+    fused_narrow(cache->type, x, (char *) cache->data + cell * cache->nb[1] + head * ggml_row_size(cache->type, dim), dim);
+}
+
+// dst is the cache of K itself, and the cache of V a source that is written to.
+void store(ggml_tensor * dst, int ith, int nth, void *) {
+    const node_params p = params_of(dst);
+    const ggml_tensor * v_cache = dst->src[1];
+    const ggml_tensor * k = dst->src[2];
+    const ggml_tensor * v = dst->src[3];
+    const int64_t     * k_cell = (const int64_t *) dst->src[4]->data;
+    const int64_t     * v_cell = (const int64_t *) dst->src[5]->data;
+
+    // K's heads, then V's; a thread takes neighbours, so that no two of them write to one cache line at a time
+    const int64_t n_k = k->ne[1] * k->ne[2];
+    const int64_t n   = n_k + v->ne[1] * v->ne[2];
+    for (int64_t i = n * ith / nth; i < n * (ith + 1) / nth; i++) {
+        const bool    is_k  = i < n_k;
+        const int64_t j     = is_k ? i : i - n_k;
+        const int64_t heads = is_k ? k->ne[1] : v->ne[1];
+        const int64_t token = j / heads;
+        is_k ? store_head(dst, k, k_cell[token], j % heads, token, p.rot.k)
+             : store_head(v_cache, v, v_cell[token], j % heads, token, p.rot.v);
     }
 }
 
@@ -224,6 +279,7 @@ ggml_tensor * fused_attention(
         ggml_tensor       * mask,
         ggml_tensor       * sinks,
         const intact_rows * intact,
+        fused_rotation      rot,
         float               scale,
         float               max_bias,
         float               logit_softcap) {
@@ -248,7 +304,7 @@ ggml_tensor * fused_attention(
         ggml_tensor * first[] = { q }; // so that it is computed before attention, not with the inputs
         src.add_if(ggml_custom_4d(ctx, GGML_TYPE_I32, 1, 1, 1, 1, first, 1, reset_counter, 1, nullptr), HAS_COUNTER);
     }
-    const node_params params = { scale, max_bias, logit_softcap, src.has };
+    const node_params params = { scale, max_bias, logit_softcap, src.has, rot };
 
     if (!split) {
         ggml_tensor * out = ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0], q->ne[2], q->ne[1], q->ne[3],
@@ -262,8 +318,36 @@ ggml_tensor * fused_attention(
     set_params(part, params);
 
     ggml_tensor * merge_src[] = { part, sinks };
-    return ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0], q->ne[2], q->ne[1], q->ne[3],
+    ggml_tensor * out = ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0], q->ne[2], q->ne[1], q->ne[3],
             merge_src, sinks ? 2 : 1, merge, GGML_N_TASKS_MAX, nullptr);
+    set_params(out, params);
+    return out;
+}
+
+bool fused_store_supported(const ggml_tensor * cache, const ggml_tensor * cur) {
+    return type_supported(cache->type) && in_host_memory(cache) && cache->ne[0] == cur->ne[0] * cur->ne[1] &&
+           cur->type == GGML_TYPE_F32 && cur->nb[0] == sizeof(float) && cur->ne[3] == 1 &&
+           cur->ne[0] % 16 == 0 && cur->ne[0] % ggml_blck_size(cache->type) == 0 && cur->ne[0] <= FUSED_HEAD_MAX;
+}
+
+ggml_tensor * fused_store(
+        ggml_context * ctx,
+        ggml_tensor  * k_cache,
+        ggml_tensor  * v_cache,
+        ggml_tensor  * k,
+        ggml_tensor  * v,
+        ggml_tensor  * k_cells,
+        ggml_tensor  * v_cells,
+        fused_rotation rot) {
+    GGML_ASSERT(fused_store_supported(k_cache, k) && fused_store_supported(v_cache, v));
+    GGML_ASSERT(k_cells->type == GGML_TYPE_I64 && v_cells->type == GGML_TYPE_I64);
+
+    ggml_tensor * others[] = { v_cache, k, v, k_cells, v_cells };
+    ggml_tensor * out = ggml_custom_inplace(ctx, k_cache, others, 5, store, GGML_N_TASKS_MAX, nullptr);
+    node_params params;
+    params.rot = rot;
+    set_params(out, params);
+    return out;
 }
 
 const char * fused_isa() {

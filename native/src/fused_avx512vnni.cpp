@@ -29,12 +29,12 @@ namespace {
 #include "fused_simd.h"
 #include "fused_blocks.h"
 #include "fused_gemm.h"
+#include "fused_rows.h"
 #include "fused_kernel.h"
 } // namespace
 
-void fused_run_avx512vnni(const fused_call & call, int ith, int nth) {
-    run(call, ith, nth);
-}
+extern const fused_kernel fused_avx512vnni;
+const fused_kernel fused_avx512vnni = { "avx512vnni", run, rotate, widen, narrow };
 
 } // namespace intactkv
 

@@ -53,6 +53,8 @@ struct fused_call {
     const int32_t  * row_of_cell; // or nullptr
     int              n_head, n_head_kv, n_tokens, n_stream, n_kv;
     float            scale, max_bias, softcap;
+    int              rot_q;   // Q is rotated in blocks of so many values first, see fused_rows.h; 0: it is not
+    int              rot_out; // so is the result; not partial results, they are rotated when they have been merged
     fused_plan       plan;
     int32_t        * next_item; // shared by the threads, 0 at first; or nullptr: thread i takes items i, i + nth, ...
     float          * out; // result, or partial results [n_stream][n_chunk][n_tokens][n_head][FUSED_PARTIAL + head_dim_v]
@@ -63,13 +65,23 @@ fused_plan fused_make_plan(int dim_k, int dim_v, int n_kv, int n_tokens, int n_h
 // ALiBi slope of a query head (arXiv 2108.12409, as in ggml_flash_attn_ext); 1 without a bias.
 float fused_slope(float max_bias, int n_head, int head);
 
-// Computes this thread's share of the items. One function per instruction set, all from the same source, fused_kernel.h.
-typedef void (*fused_kernel_t)(const fused_call & call, int ith, int nth);
-
+// What is compiled for each instruction set, all from the same source.
 struct fused_kernel {
-    const char   * isa;
-    bool        (* available)();
-    fused_kernel_t run;
+    const char * isa;
+
+    // Computes this thread's share of the items (fused_kernel.h).
+    void (* run)(const fused_call & call, int ith, int nth);
+
+    // In-place product of each block of n values with the orthonormal Walsh-Hadamard matrix, as upstream's
+    // GGML_HINT_SRC0_IS_HADAMARD: the same sums, the same bits. n: a power of 2, n_values a multiple of it.
+    void (* rotate)(float * x, int64_t n_values, int n);
+
+    // F16 values to F32. n_values: a multiple of 16.
+    void (* widen)(const uint16_t * x, float * out, int64_t n_values);
+
+    // F32 values to F16 or to blocks of Q8_0, as upstream rounds them on x86; false: not this type, or not here.
+    // n_values: a multiple of 16, of 32 for Q8_0.
+    bool (* narrow)(ggml_type type, const float * x, void * out, int64_t n_values);
 };
 
 // The best this machine has, or the one that INTACTKV_ISA names.

@@ -15,14 +15,14 @@
 namespace intactkv {
 
 #if defined(__x86_64__)
-void fused_run_avx512vnni(const fused_call &, int, int);
-void fused_run_avx512(const fused_call &, int, int);
-void fused_run_avx2(const fused_call &, int, int);
+extern const fused_kernel fused_avx512vnni;
+extern const fused_kernel fused_avx512;
+extern const fused_kernel fused_avx2;
 #elif defined(__aarch64__)
-void fused_run_neon_dotprod(const fused_call &, int, int);
-void fused_run_neon(const fused_call &, int, int);
+extern const fused_kernel fused_neon_dotprod;
+extern const fused_kernel fused_neon;
 #endif
-void fused_run_portable(const fused_call &, int, int);
+extern const fused_kernel fused_portable;
 
 namespace {
 
@@ -56,22 +56,25 @@ bool has_dotprod() {
 }
 #endif
 
-const fused_kernel kernels[] = {
+const struct {
+    bool              (* available)();
+    const fused_kernel & kernel;
+} kernels[] = {
 #if defined(__x86_64__)
-    { "avx512vnni",   has_avx512vnni, fused_run_avx512vnni   },
-    { "avx512",       has_avx512,     fused_run_avx512       },
-    { "avx2",         has_avx2,       fused_run_avx2         },
+    { has_avx512vnni, fused_avx512vnni   },
+    { has_avx512,     fused_avx512       },
+    { has_avx2,       fused_avx2         },
 #elif defined(__aarch64__)
-    { "neon-dotprod", has_dotprod,    fused_run_neon_dotprod },
-    { "neon",         always,         fused_run_neon         },
+    { has_dotprod,    fused_neon_dotprod },
+    { always,         fused_neon         },
 #endif
-    { "portable",     always,         fused_run_portable     },
+    { always,         fused_portable     },
 };
 
 const fused_kernel * find(const char * isa) {
-    for (const fused_kernel & k : kernels) {
-        if (k.available() && (!isa || !*isa || strcmp(isa, k.isa) == 0)) {
-            return &k;
+    for (const auto & [available, kernel] : kernels) {
+        if (available() && (!isa || !*isa || strcmp(isa, kernel.isa) == 0)) {
+            return &kernel;
         }
     }
     return nullptr;

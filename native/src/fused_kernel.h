@@ -104,6 +104,12 @@ struct worker {
             for (int r = 0; r < it.rows; r++) {
                 const int     row = h * it.rows + r;
                 const float * q   = query(it.kv_head + h, r);
+                alignas(64) float rotated[FUSED_HEAD_MAX];
+                if (call.rot_q > 0) {
+                    memcpy(rotated, q, sizeof(float) * dim_k);
+                    rotate(rotated, dim_k, call.rot_q);
+                    q = rotated;
+                }
                 if (floats) {
                     for (int d = 0; d < dim_k; d++) {
                         x.q[it.wide ? d * it.rows_pad + row : row * dim_k + d] = q[d] * scale;
@@ -840,6 +846,9 @@ struct worker {
                 }
                 for (int d = 0; d < dim_v; d += W) {
                     store(out + d, load(acc + d) * scale);
+                }
+                if (!partial && call.rot_out > 0) {
+                    rotate(out, dim_v, call.rot_out);
                 }
             }
         }

@@ -16,12 +16,12 @@ namespace {
 #include "fused_simd.h"
 #include "fused_blocks.h"
 #include "fused_gemm.h"
+#include "fused_rows.h"
 #include "fused_kernel.h"
 } // namespace
 
-void fused_run_neon(const fused_call & call, int ith, int nth) {
-    run(call, ith, nth);
-}
+extern const fused_kernel fused_neon;
+const fused_kernel fused_neon = { "neon", run, rotate, widen, narrow };
 
 } // namespace intactkv
 

@@ -22,12 +22,12 @@ namespace {
 #include "fused_simd.h"
 #include "fused_blocks.h"
 #include "fused_gemm.h"
+#include "fused_rows.h"
 #include "fused_kernel.h"
 } // namespace
 
-void fused_run_neon_dotprod(const fused_call & call, int ith, int nth) {
-    run(call, ith, nth);
-}
+extern const fused_kernel fused_neon_dotprod;
+const fused_kernel fused_neon_dotprod = { "neon-dotprod", run, rotate, widen, narrow };
 
 } // namespace intactkv
 

@@ -20,7 +20,7 @@ namespace {
 
 struct header {
     int32_t dim_k, dim_v, n_head, n_head_kv, n_tokens, n_kv, n_stream;
-    int32_t type_k, type_v, mask_heads, mask_streams, mask_tokens, n_rows;
+    int32_t type_k, type_v, mask_heads, mask_streams, mask_tokens, n_rows, rot_q, rot_out;
     float   scale, max_bias, softcap;
     int32_t row_bytes_k, row_bytes_v; // of one cell, all KV heads
     int32_t has_sinks, has_arena_k, has_arena_v;
@@ -90,6 +90,8 @@ int main(int argc, char ** argv) {
     call.scale          = h.scale;
     call.max_bias       = h.max_bias;
     call.softcap        = h.softcap;
+    call.rot_q          = h.rot_q;
+    call.rot_out        = h.rot_out;
     call.plan = intactkv::fused_make_plan(h.dim_k, h.dim_v, h.n_kv, h.n_tokens, h.n_head, h.n_head_kv, h.n_stream);
 
     const bool   whole = call.plan.n_chunk == 1;

@@ -44,6 +44,7 @@ struct fused_case {
     int32_t mask_streams;
     int32_t mask_tokens;  // >= n_tokens
     int32_t n_rows;       // of the arena; 0: no intact cells
+    intactkv::fused_rotation rot;
     float   scale, max_bias, softcap;
     const float    * q;     // [n_stream][n_tokens][n_head][dim_k]
     const float    * k;     // [n_stream][n_kv][n_head_kv][dim_k]
@@ -149,7 +150,7 @@ bool fused_test_run(const fused_case * c, int32_t which, int32_t n_threads, floa
                 if (!intactkv::fused_supported(q, k, v, mask, sinks)) {
                     return false;
                 }
-                r = intactkv::fused_attention(ctx, q, k, v, mask, sinks, c->n_rows > 0 ? &intact : nullptr, c->scale, c->max_bias, c->softcap);
+                r = intactkv::fused_attention(ctx, q, k, v, mask, sinks, c->n_rows > 0 ? &intact : nullptr, c->rot, c->scale, c->max_bias, c->softcap);
             } else {
                 r = ggml_flash_attn_ext(ctx, q, k, v, mask, c->scale, c->max_bias, c->softcap);
                 ggml_flash_attn_ext_add_sinks(r, sinks);
@@ -192,6 +193,65 @@ bool fused_test_run(const fused_case * c, int32_t which, int32_t n_threads, floa
     }
     ggml_threadpool_free(pool);
     return true;
+}
+
+// Stores K [n_tokens][n_head_kv][dim_k] and V into the cells of a cache of n_cells that is zero. which: 0 upstream's
+// nodes, 1 fused_store(). k_out, v_out: the bytes of the whole cache.
+void fused_test_store(
+        int32_t which, int32_t n_threads, int32_t type_k, int32_t type_v, int32_t dim_k, int32_t dim_v, int32_t n_head_kv,
+        int32_t n_tokens, int32_t n_cells, int32_t rot_k, int32_t rot_v,
+        const float * k, const float * v, const int64_t * cells, void * k_out, void * v_out) {
+    ggml_init_params init = { (size_t) 64 << 20, nullptr, false };
+    const std::unique_ptr<ggml_context, decltype(&ggml_free)> owner(ggml_init(init), ggml_free);
+    ggml_context * ctx = owner.get();
+
+    ggml_tensor * cell = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens);
+    memcpy(cell->data, cells, ggml_nbytes(cell));
+
+    struct side {
+        int32_t type, dim, rot;
+        const float * values;
+        void * out;
+        ggml_tensor * cache = nullptr;
+        ggml_tensor * cur   = nullptr;
+    } sides[] = { { type_k, dim_k, rot_k, k, k_out }, { type_v, dim_v, rot_v, v, v_out } };
+    for (side & s : sides) {
+        s.cache = ggml_new_tensor_2d(ctx, (ggml_type) s.type, (int64_t) s.dim * n_head_kv, n_cells);
+        s.cur   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, s.dim, n_head_kv, n_tokens);
+        memset(s.cache->data, 0, ggml_nbytes(s.cache));
+        memcpy(s.cur->data, s.values, ggml_nbytes(s.cur));
+    }
+
+    ggml_cgraph * graph = ggml_new_graph(ctx);
+    if (which == 1) {
+        ggml_build_forward_expand(graph, intactkv::fused_store(ctx, sides[0].cache, sides[1].cache, sides[0].cur, sides[1].cur,
+                cell, cell, { rot_k, rot_v }));
+    } else {
+        for (side & s : sides) {
+            ggml_tensor * cur = s.cur;
+            if (s.rot > 0) {
+                // its values do not matter, only that upstream computes by them what it takes for their product
+                ggml_tensor * rot = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, s.rot, s.rot);
+                memset(rot->data, 0, ggml_nbytes(rot));
+                cur = ggml_mul_mat(ctx, rot, ggml_reshape_2d(ctx, cur, s.rot, ggml_nelements(cur) / s.rot));
+                ggml_mul_mat_set_hint(cur, GGML_HINT_SRC0_IS_HADAMARD);
+            }
+            cur = ggml_reshape_2d(ctx, cur, s.cache->ne[0], n_tokens);
+            ggml_build_forward_expand(graph, ggml_set_rows(ctx, s.cache, cur, cell));
+        }
+    }
+    ggml_cplan plan = ggml_graph_plan(graph, n_threads, nullptr);
+    std::vector<uint8_t> work(plan.work_size);
+    plan.work_data = work.data();
+    ggml_graph_compute(graph, &plan);
+    for (const side & s : sides) {
+        memcpy(s.out, s.cache->data, ggml_nbytes(s.cache));
+    }
+}
+
+// n F16 values as F32, by the chosen instruction set.
+void fused_test_widen(const uint16_t * x, float * out, int64_t n) {
+    intactkv::fused_widen(x, out, n);
 }
 
 // Bytes per second that n_threads threads read together from n bytes of memory, the best of n_rep times.
