@@ -1,4 +1,6 @@
 // Register-blocked products. MB rows of A (broadcast) times VB vectors of B (columns in lanes).
+//
+// Where loops over accumulators are unrolled by hand, GCC otherwise keeps those in memory.
 
 #if INTACTKV_X86 >= 3 || INTACTKV_ARM
 constexpr int MB_F = 6, VB_F = 4, MB_I = 4, VB_I = 3; // 32 registers
@@ -74,6 +76,69 @@ inline void gemm(const gemm_args & g, int m, int n) {
     }
 }
 
+#if INTACTKV_X86 >= 2
+// For QK columns: C[m] = beta[m]*C[m] + unit[m] * (sum over p < n_pair of A[p][m] . B[p]) + low[m]
+struct pair_args {
+    const int32_t * a; // [pair][a_row rows][2], 16 bits each
+    size_t          a_row;
+    const int32_t * b; // [pair][b_row columns][2], 16 bits each
+    size_t          b_row;
+    float         * c;
+    size_t          c_row;
+    const float   * beta;
+    const float   * unit;
+    const float   * low; // or nullptr
+    int             n_pair;
+};
+
+template <int MB> inline void pair_tile(const pair_args & g, int m0) {
+    constexpr int VB = QK / W;
+    vi acc[MB][VB];
+#pragma GCC unroll 12
+    for (int m = 0; m < MB; m++) {
+#pragma GCC unroll 4
+        for (int v = 0; v < VB; v++) {
+            acc[m][v] = vi{};
+        }
+    }
+    for (int p = 0; p < g.n_pair; p++) {
+        vi bv[VB];
+        for (int v = 0; v < VB; v++) {
+            bv[v] = load_as<vi>(g.b + p * g.b_row + v * W);
+        }
+        for (int m = 0; m < MB; m++) {
+            const vi am = set1(g.a[p * g.a_row + m0 + m]);
+            for (int v = 0; v < VB; v++) {
+                acc[m][v] = dot2(acc[m][v], am, bv[v]);
+            }
+        }
+    }
+#pragma GCC unroll 12
+    for (int m = 0; m < MB; m++) {
+#pragma GCC unroll 4
+        for (int v = 0; v < VB; v++) {
+            float * c = g.c + (m0 + m) * g.c_row + v * W;
+            const vf old = load(c) * g.beta[m0 + m] + (g.low ? g.low[m0 + m] : 0.0f);
+            store(c, fma(to_float(acc[m][v]), set1(g.unit[m0 + m]), old));
+        }
+    }
+}
+
+inline void pair_gemm(const pair_args & g, int m) {
+    constexpr int MB = INTACTKV_X86 >= 3 ? 12 : 2;
+    int m0 = 0;
+    for (; m0 + MB <= m; m0 += MB) {
+        pair_tile<MB>(g, m0);
+    }
+    for (; m0 + 2 <= m; m0 += 2) {
+        pair_tile<2>(g, m0);
+    }
+    if (m0 < m) {
+        pair_tile<1>(g, m0);
+    }
+}
+#endif
+
 // C[m][n] = sum over blocks b of scale_a[m][b]*scale_b[b][n]*(integer dot product) + sum_a[m][b]*low_b[b][n]
 // K_ROWS: A is K (with K_BIAS) and B is Q, else the other way round. The bias is taken out by what the integer sums
 // start from: -K_BIAS times the sum of q over the block.
@@ -93,7 +158,14 @@ struct idot_args {
 };
 
 template <bool K_ROWS, int MB, int VB> inline void idot_tile(const idot_args & g, int m0, int n0) {
-    vf c[MB][VB] = {};
+    vf c[MB][VB];
+#pragma GCC unroll 4
+    for (int m = 0; m < MB; m++) {
+#pragma GCC unroll 4
+        for (int v = 0; v < VB; v++) {
+            c[m][v] = vf{};
+        }
+    }
     for (int b = 0; b < g.n_block; b++) {
         vi acc[MB][VB];
         for (int m = 0; m < MB; m++) {

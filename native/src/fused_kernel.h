@@ -645,7 +645,72 @@ struct worker {
         }
     }
 
-    template <ggml_type T> void wide_values(int n) const {
+#if INTACTKV_X86 >= 2
+    // Quantized V as narrow_values_quant() does it, a block of 32 columns of all rows at a time.
+    template <ggml_type T> void wide_values_quant(int n) const {
+        const int n_pair  = (n + 1) / 2;
+        const int n_block = dim_v / QK;
+        int32_t * pairs = (int32_t *) x.v; // [pair of cells][dim_v][2], 16 bits each
+        alignas(64) float scale[TILE_FLOATS / QK], low[TILE_FLOATS / QK]; // [block][cell, cells_max]
+        for (int p = 0; p < n_pair; p++) {
+            const uint8_t * row0 = v_row(0, 2 * p);
+            const uint8_t * row1 = v_row(0, 2 * p + 1 < n ? 2 * p + 1 : 2 * p);
+            for (int b = 0; b < n_block; b++) {
+                const size_t offset = (size_t) (b * block<T>::bytes);
+                vs v0[BLOCK_S], v1[BLOCK_S];
+                unpack_s16<T>(row0 + offset, v0);
+                unpack_s16<T>(row1 + offset, v1);
+                for (int i = 0; i < BLOCK_S; i++) {
+                    const cell_pair pair = make_pair(v0[i], v1[i]);
+                    vi lo = (vi) pair.a, hi = (vi) pair.b;
+                    in_order(lo, hi);
+                    store(pairs + p * dim_v + b * QK + 2 * i * W, lo);
+                    store(pairs + p * dim_v + b * QK + (2 * i + 1) * W, hi);
+                }
+                scale[b * cells_max + 2 * p]     = f16(row0 + offset);
+                scale[b * cells_max + 2 * p + 1] = f16(row1 + offset);
+                if constexpr (block<T>::min) {
+                    low[b * cells_max + 2 * p]     = f16(row0 + offset + 2);
+                    low[b * cells_max + 2 * p + 1] = f16(row1 + offset + 2);
+                }
+            }
+        }
+        if (n % 2 != 0) { // behind the last cell comes itself once more, with a weight of 0
+            memset(x.s + n * it.rows_pad, 0, sizeof(float) * it.rows_pad);
+        }
+        alignas(64) int32_t w[FUSED_TILE / 2 * FUSED_ROWS_MAX]; // [pair of cells][row][2], 16 bits each
+        alignas(64) float   unit[FUSED_ROWS_MAX], lows[FUSED_ROWS_MAX];
+        for (int b = 0; b < n_block; b++) {
+            const float * block_scale = scale + b * cells_max;
+            const float * block_low   = low + b * cells_max;
+            for (int r = 0; r < it.rows_pad; r += W) {
+                vf largest = {}, total = {};
+                for (int c = 0; c < n; c++) {
+                    const vf p = load(x.s + c * it.rows_pad + r);
+                    largest = max(largest, as_float(as_int(p * block_scale[c]) & 0x7fffffff));
+                    if constexpr (block<T>::min) {
+                        total = fma(p, set1(block_low[c]), total);
+                    }
+                }
+                largest = max(largest, set1(1.0e-30f));
+                const vf inv = 32767.0f / largest;
+                for (int p = 0; p < n_pair; p++) {
+                    const vf p0 = load(x.s + 2 * p * it.rows_pad + r) * block_scale[2 * p];
+                    const vf p1 = load(x.s + (2 * p + 1) * it.rows_pad + r) * block_scale[2 * p + 1];
+                    store(w + p * it.rows_pad + r, (nearest(p0 * inv) & 0xffff) | (nearest(p1 * inv) << 16));
+                }
+                store(unit + r, largest * (1.0f / 32767.0f));
+                store(lows + r, total);
+            }
+            const pair_args g = { w, (size_t) it.rows_pad, pairs + b * QK, (size_t) dim_v, x.acc + b * QK, (size_t) dim_v,
+                                  x.beta, unit, block<T>::min ? lows : nullptr, n_pair };
+            pair_gemm(g, it.rows);
+        }
+    }
+
+#endif
+
+    template <ggml_type T> void wide_values_float(int n) const {
         for (int c = 0; c < n; c++) {
             if constexpr (block<T>::quant) {
                 for (int d = 0; d < dim_v; d += QK) {
@@ -664,6 +729,16 @@ struct worker {
         }
         const gemm_args g = { x.s, 1, (size_t) it.rows_pad, x.v, (size_t) dim_v, x.acc, (size_t) dim_v, x.beta, n };
         gemm(g, it.rows, dim_v);
+    }
+
+    template <ggml_type T> void wide_values(int n) const {
+#if INTACTKV_X86 >= 2
+        if constexpr (block<T>::quant) {
+            wide_values_quant<T>(n);
+            return;
+        }
+#endif
+        wide_values_float<T>(n);
     }
 
     template <ggml_type T> void values_of(int n, int h) const {
@@ -722,6 +797,9 @@ struct worker {
         for (int head = first; head < last; head++) {
             for (int i = 0; i < it.tokens; i++) {
                 const uint16_t * m = mask_row(head, i) + c;
+                // the rows are pages apart: the next tile's part of each would be waited for
+                __builtin_prefetch(m + FUSED_TILE);
+                __builtin_prefetch(m + FUSED_TILE + 32);
                 for (int j = 0; j < n; j++) {
                     live[j] |= m[j] != F16_NEG_INF;
                     any |= m[j];

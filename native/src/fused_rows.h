@@ -68,16 +68,6 @@ inline void store_f16(uint16_t * p, vf a) {
 #endif
 }
 
-inline vi nearest(vf a) {
-#if INTACTKV_X86 >= 3
-    return (vi) _mm512_cvtps_epi32(a);
-#elif INTACTKV_X86 == 2
-    return (vi) _mm256_cvtps_epi32(a);
-#else
-    return vcvtnq_s32_f32(a);
-#endif
-}
-
 // A block of Q8_0: the scale at F16, 32 bytes.
 inline void store_q8_0(uint8_t * p, const float * x) {
     vf top = {};

@@ -176,6 +176,19 @@ inline vi dot4(vi acc, vi k, vi q) {
 #endif
 }
 
+#if INTACTKV_X86 >= 2
+// acc + the dot products of 2 signed 16-bit integers of each of W lanes
+inline vi dot2(vi acc, vi a, vi b) {
+#if INTACTKV_X86 >= 4
+    return (vi) _mm512_dpwssd_epi32((__m512i) acc, (__m512i) a, (__m512i) b);
+#elif INTACTKV_X86 == 3
+    return acc + (vi) _mm512_madd_epi16((__m512i) a, (__m512i) b);
+#else
+    return acc + (vi) _mm256_madd_epi16((__m256i) a, (__m256i) b);
+#endif
+}
+#endif
+
 // 2W values of two cells, side by side as pair_dot() wants them.
 struct cell_pair {
     vs a, b;
@@ -195,16 +208,8 @@ inline cell_pair make_pair(vs v0, vs v1) {
 inline void pair_dot(vi & lo, vi & hi, const cell_pair & p, const int16_t * w) {
 #if INTACTKV_X86 >= 2
     const vi both = set1(load_as<int32_t>(w));
-#endif
-#if INTACTKV_X86 >= 4
-    lo = (vi) _mm512_dpwssd_epi32((__m512i) lo, (__m512i) p.a, (__m512i) both);
-    hi = (vi) _mm512_dpwssd_epi32((__m512i) hi, (__m512i) p.b, (__m512i) both);
-#elif INTACTKV_X86 == 3
-    lo += (vi) _mm512_madd_epi16((__m512i) p.a, (__m512i) both);
-    hi += (vi) _mm512_madd_epi16((__m512i) p.b, (__m512i) both);
-#elif INTACTKV_X86 == 2
-    lo += (vi) _mm256_madd_epi16((__m256i) p.a, (__m256i) both);
-    hi += (vi) _mm256_madd_epi16((__m256i) p.b, (__m256i) both);
+    lo = dot2(lo, (vi) p.a, both);
+    hi = dot2(hi, (vi) p.b, both);
 #elif INTACTKV_ARM
     const int16x8_t a = (int16x8_t) p.a, b = (int16x8_t) p.b;
     lo = (vi) vmlal_n_s16(vmlal_n_s16((int32x4_t) lo, vget_low_s16(a), w[0]), vget_low_s16(b), w[1]);
@@ -234,9 +239,22 @@ inline void in_order(vi & lo, vi & hi) {
 #endif
 }
 
+// The nearest integers, ties to even; |a| < 2^22.
+inline vi nearest(vf a) {
+#if INTACTKV_X86 >= 3
+    return (vi) _mm512_cvtps_epi32(a);
+#elif INTACTKV_X86 == 2
+    return (vi) _mm256_cvtps_epi32(a);
+#elif INTACTKV_ARM
+    return vcvtnq_s32_f32(a);
+#else
+    return as_int(a + 12582912.0f) - 0x4b400000; // as in exp_neg()
+#endif
+}
+
 // Rounded to nearest, |a| < 2^15.
 inline void store_s16(int16_t * p, vf a) {
-    const vi n = as_int(a + 12582912.0f) - 0x4b400000; // as in exp_neg()
+    const vi n = nearest(a);
 #if INTACTKV_X86 >= 3
     _mm256_storeu_si256((__m256i *) p, _mm512_cvtepi32_epi16((__m512i) n));
 #else
