@@ -229,7 +229,12 @@ class _Run:
                 "n_sequences": len(sequences) - n_held_out,
                 "n_tokens": (len(sequences) - n_held_out) * n_tokens,
             },
-            "model": {"name": self.model.name, "sha256": identity, "type": weights.dtype},
+            "model": {
+                "name": self.model.name,
+                "sha256": identity,
+                "type": weights.dtype,
+                "file_type": gguf_file.read(self.model).values.get(prefix_file.KEY_FILE_TYPE),
+            },
             "held_out": {"before": trained.before, "after": trained.after, "n_tokens": n_held_out * n_tokens},
         }
         return trained, about

@@ -137,7 +137,9 @@ def convert(
         made = _prompt(header, system_prompt, bos_only, prefix_tokens)
         gguf = compute.reference_gguf(work, found)
         identity = work.run("hash reference", references.identity, found)
-        quantized = {name: directory / f"quantized-{name}.gguf" for name in targets}
+        # under the names they will have: a calibrated prefix keeps the name of its model
+        (directory / "quantized").mkdir()
+        quantized = {name: directory / "quantized" / target.name for name, target in targets.items()}
         bits_per_weight = {
             name: work.run(
                 f"quantize {name}", weights.quantize, gguf, path, name, counted=True,

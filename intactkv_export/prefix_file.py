@@ -34,6 +34,7 @@ from intactkv_export.manifest import CacheShape
 KEY_FORMAT = "intactkv.format"
 KEY_REFERENCE = "intactkv.reference.sha256"
 KEY_STATE = "intactkv.state"
+KEY_FILE_TYPE = "general.file_type"  # llama.cpp's own: how a GGUF is quantized, a number of its enum llama_ftype
 
 _STATE_MAGIC, _STATE_VERSION, _F16 = 0x67677371, 3, 1
 _TRAILER_MAGIC = b"INTACTKV"

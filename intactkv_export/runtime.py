@@ -113,6 +113,12 @@ class IntactLlama(Llama):
                 f"compared with the prefix {path}",
                 stacklevel=4,
             )
+        if (other := _calibrated_for_another(prefix, self.metadata)) is not None:
+            warnings.warn(
+                f"the prefix {path} was calibrated for {other}, and {self.model_path} is quantized otherwise: an "
+                "uncalibrated prefix, or one calibrated for this file, will serve it better",
+                stacklevel=4,
+            )
 
     # Evaluation
 
@@ -227,6 +233,15 @@ def kv_types(kv_type: str | tuple[str, str]) -> tuple[str, str]:
     if len(pair) != 2 or not set(pair) <= KV_TYPES.keys():
         raise UsageError(f"kv_type={kv_type!r}: give one of {', '.join(KV_TYPES)}, or a pair of them for K and V")
     return pair
+
+
+def _calibrated_for_another(prefix: prefix_file.Prefix, metadata: dict[str, str]) -> str | None:
+    """The model that a prefix was calibrated for, if its file type (general.file_type) is not this model's."""
+    about = (prefix.manifest["calibrated"] or {}).get("model")
+    if not isinstance(about, dict):
+        return None
+    wanted, have = about.get("file_type"), metadata.get(prefix_file.KEY_FILE_TYPE)
+    return str(about.get("name")) if None not in (wanted, have) and str(wanted) != have else None
 
 
 def _check(llama_kwargs: dict[str, Any]) -> None:

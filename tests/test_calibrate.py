@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -311,3 +312,8 @@ def test_convert_calibrates_each_type(models, tmp_path):
         assert about["steps"] == 2 and about["model"]["type"] == name
         assert result.calibrated[name] == {"prefix": ikv, **about["held_out"]}
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".gguf", ".gguf", ".ikv", ".ikv"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        IntactLlama(tmp_path / "tiny-Q4_0.gguf", n_ctx=64).close()
+    with pytest.warns(UserWarning, match=r"calibrated for tiny-Q4_0\.gguf"):
+        IntactLlama(tmp_path / "tiny-Q2_K.gguf", tmp_path / "tiny-Q4_0.ikv", n_ctx=64).close()

@@ -77,11 +77,16 @@ def test_exact_cache_takes_ordinary_cells(f16: Any, prefix: list[int], text: lis
 def test_closer_to_f16_than_a_quantized_prefix(
     f16: Any, prefix: list[int], text: list[int], state: bytes, kv: str
 ) -> None:
-    exact = intact(f16, state, "f16").decode(text[:64], len(prefix))
-    mixed = intact(f16, state, kv).decode(text[:64], len(prefix))
-    rounded = Context(f16, kv)
-    rounded.decode(prefix, 0)
-    assert kl(exact, mixed) < 0.95 * kl(exact, rounded.decode(text[:64], len(prefix)))
+    """Right behind the prefix, over twelve texts: one alone decides nothing, its cells' own rounding is chaotic."""
+    mixed, rounded = 0.0, 0.0
+    for first in range(0, 384, 32):
+        tokens = text[first : first + 32]
+        exact = intact(f16, state, "f16").decode(tokens, len(prefix))
+        mixed += kl(exact, intact(f16, state, kv).decode(tokens, len(prefix)))
+        ctx = Context(f16, kv)
+        ctx.decode(prefix, 0)
+        rounded += kl(exact, ctx.decode(tokens, len(prefix)))
+    assert mixed < 0.95 * rounded  # 0.74 and 0.73 measured
 
 
 def test_first_token_after_the_prefix(f16: Any, prefix: list[int], text: list[int], state: bytes) -> None:
@@ -241,8 +246,7 @@ def test_shift_in_one_stream_leaves_the_other(
     shifted = ctx.decode(text[:1], n + 50, seq=1)
     assert ctx.arena_bytes() == 2 * before  # the shared rows were parted
     alone = intact(f16, state).decode(text[:20], n)
-    # a shift by 0 rotates there and back: exact but for values far below the largest of their block
-    assert kl(alone, ctx.decode(text[:20], n, seq=0)) < 1e-4
+    np.testing.assert_array_equal(ctx.decode(text[:20], n, seq=0), alone)
     assert kl(alone[:1], shifted) < 1e-3
 
 

@@ -307,36 +307,52 @@ void arena::before_shift() {
     }
 }
 
+std::map<int32_t, llama_pos> arena::moved_rows() const {
+    std::map<int32_t, llama_pos> res;
+    each_intact([&](uint32_t s, uint32_t i, int32_t row) {
+        if (const llama_pos shift = kv.v_cells[s].get_shift(i)) {
+            res[row] = shift;
+        }
+    });
+    return res;
+}
+
 ggml_tensor * arena::build_input_shift(ggml_context * ctx) const {
-    if (n_cells(-1) == 0) {
+    const int64_t n = moved_rows().size();
+    if (n == 0) {
         return nullptr;
     }
-    ggml_tensor * shift = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_rows);
-    ggml_set_input(shift);
-    ggml_set_name(shift, "intact_shift");
-    return shift;
+    ggml_tensor * moves = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n, 2);
+    ggml_set_input(moves);
+    ggml_set_name(moves, "intact_moves");
+    return moves;
 }
 
-void arena::set_input_shift(ggml_tensor * shift) const {
-    GGML_ASSERT(ggml_backend_buffer_is_host(shift->buffer));
-    int32_t * data = (int32_t *) shift->data;
-    std::fill(data, data + n_rows, 0);
-    each_intact([&](uint32_t s, uint32_t i, int32_t row) {
-        data[row] = kv.v_cells[s].get_shift(i);
-    });
+void arena::set_input_shift(ggml_tensor * moves) const {
+    GGML_ASSERT(ggml_backend_buffer_is_host(moves->buffer));
+    int32_t * row   = (int32_t *) moves->data;
+    int32_t * shift = row + moves->ne[0];
+    for (const auto & [r, by] : moved_rows()) {
+        *row ++  = r;
+        *shift++ = by;
+    }
 }
 
-void arena::build_shift(ggml_cgraph * gf, ggml_context * ctx, int32_t il, ggml_tensor * rot, const rope_fn & rope) const {
+void arena::build_shift(ggml_cgraph * gf, ggml_context * ctx, int32_t il, ggml_tensor * moves, ggml_tensor * rot, const rope_fn & rope) const {
     ggml_tensor * k = layer(il).k;
     if (k == nullptr) {
         return;
     }
-    ggml_tensor * cur = ggml_cast(ctx, k, GGML_TYPE_F32);
-    cur = ggml_reshape_3d(ctx, cur, kv.hparams.n_embd_head_k(il), kv.hparams.n_head_kv(il), n_rows);
+    const int64_t n = moves->ne[0];
+    ggml_tensor * rows  = ggml_view_1d(ctx, moves, n, 0);
+    ggml_tensor * shift = ggml_view_1d(ctx, moves, n, moves->nb[1]);
+
+    ggml_tensor * cur = ggml_get_rows(ctx, k, rows);
+    cur = ggml_reshape_3d(ctx, cur, kv.hparams.n_embd_head_k(il), kv.hparams.n_head_kv(il), n);
     cur = rot ? llama_mul_mat_hadamard(ctx, cur, rot) : cur;
-    cur = rope(cur);
+    cur = rope(cur, shift);
     cur = rot ? llama_mul_mat_hadamard(ctx, cur, rot) : cur;
-    ggml_build_forward_expand(gf, ggml_cpy(ctx, ggml_reshape_2d(ctx, cur, k->ne[0], n_rows), k));
+    ggml_build_forward_expand(gf, ggml_set_rows(ctx, k, ggml_reshape_2d(ctx, cur, k->ne[0], n), rows));
 }
 
 //

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "ggml-cpp.h"
+#include "llama.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -85,19 +86,21 @@ public:
     void write_state(llama_io_write_i & io, uint32_t strm, const ranges_t & ranges) const;
 
     //
-    // position shift (seq_add, seq_div): the rotation that upstream applies to the cells, on the rows
+    // position shift (seq_add, seq_div): the rotation that upstream applies to the cells, on the rows that move; the
+    // others stay as they are, to the bit
     //
 
     // cells that share a row but are shifted differently get rows of their own
     void before_shift();
 
-    ggml_tensor * build_input_shift(ggml_context * ctx) const;      // I32 [n_rows], nullptr without intact cells
-    void            set_input_shift(ggml_tensor * shift) const;
+    // I32 [n, 2]: the rows that move, and by how many positions; nullptr if none does
+    ggml_tensor * build_input_shift(ggml_context * ctx) const;
+    void            set_input_shift(ggml_tensor * moves) const;
 
-    using rope_fn = std::function<ggml_tensor * (ggml_tensor * k)>; // k: F32 [head_dim, n_head_kv, n_rows]
+    using rope_fn = std::function<ggml_tensor * (ggml_tensor * k, ggml_tensor * shift)>; // k: F32 [head_dim, n_head_kv, n]
 
     // shifts layer il's K rows in place; rot: the cache's Hadamard matrix or nullptr
-    void build_shift(ggml_cgraph * gf, ggml_context * ctx, int32_t il, ggml_tensor * rot, const rope_fn & rope) const;
+    void build_shift(ggml_cgraph * gf, ggml_context * ctx, int32_t il, ggml_tensor * moves, ggml_tensor * rot, const rope_fn & rope) const;
 
 private:
     friend class state_reader;
@@ -112,7 +115,8 @@ private:
     uint32_t n_rows = 0;
     uint64_t gen    = 0;
 
-    std::vector<uint32_t> take_rows(uint32_t n);
+    std::vector<uint32_t>        take_rows(uint32_t n);
+    std::map<int32_t, llama_pos> moved_rows() const;
     void grow(uint32_t n_rows_new);
     void mark(uint32_t strm, uint32_t cell, int32_t row);
 
