@@ -17,7 +17,7 @@ Memory, for a 7B model (n_layer 32, n_embd 4096, n_ff 11008, vocabulary 32000) o
     logits in float32, their logarithms and gradients                     3 * 1024 * 32000    0.4 GB
     K and V of 64 tokens, float32, gradient and two moments of AdamW      4 * 64 * 2 * 32 * 4096 * 4    0.3 GB
 
-less than 16 GB of 24. The targets take 2 kB a token on disk: 67 MB for 128 sequences of 256 tokens.
+less than 16 GB of 24. The targets take 2 kB a token on disk: 134 MB for 256 sequences of 256 tokens.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[..., None]  # stage, done, total, note
 # objective -> steps, lr, batch, seq_len: for mse the paper's, for kl what measured best
-DEFAULTS = {"kl": (120, 1e-2, 4, 256), "mse": (160, 2e-4, 16, 1024), "kl+mse": (120, 1e-2, 4, 256)}
+DEFAULTS = {"kl": (120, 2e-2, 4, 256), "mse": (160, 2e-4, 16, 1024), "kl+mse": (120, 2e-2, 4, 256)}
 PHASES = ("data", "targets", "train")
-SEQUENCES = 128
+SEQUENCES = 256
 _HELD_OUT = 8  # one of so many sequences is not trained on
 
 
@@ -111,8 +111,8 @@ def calibrate(
     reference: the full-precision model, as for convert(). model: a GGUF quantized from it.
     prefix: what to begin with: an `.ikv` or a GGUF with one embedded; None: the model's own (prefix_file.find).
     data: "self": conversations that the reference writes itself behind the prefix; else a file (conversations.read).
-    objective: training.OBJECTIVES. steps, lr, batch, seq_len: None: those of DEFAULTS. sequences: how many to sample,
-        or to take of the file at most; one in eight is held out.
+    objective: training.OBJECTIVES. steps, lr (training.Settings), batch, seq_len: None: those of DEFAULTS.
+    sequences: how many to sample, or to take of the file at most; one in eight is held out.
     kv_type: that the prefix will be used with, "q8_0" or a pair for K and V.
     device, dtype: of torch; None: float32 on the CPU, bfloat16 elsewhere.
     directory: for what is on the way, kept afterwards; it may be shared by calibrations for several models of one
@@ -131,7 +131,7 @@ def calibrate(
     given = [own if own is not None else usual for own, usual in zip((steps, lr, batch, seq_len), default, strict=True)]
     n_steps, rate, n_batch, n_tokens = given
     settings = training.Settings(
-        objective, int(n_steps), rate, int(n_batch), kv_types(kv_type), seed, every=max(1, int(n_steps) // 12)
+        objective, int(n_steps), rate, int(n_batch), kv_types(kv_type), seed, every=max(1, int(n_steps) // 6)
     )
     if min(n_batch, n_tokens) < 1 or n_steps < 0 or sequences < 2:
         raise UsageError(

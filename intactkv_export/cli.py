@@ -227,12 +227,15 @@ def calibrate(
     ] = "self",
     objective: Annotated[str, typer.Option("--objective", help="kl, mse or kl+mse.")] = "kl",
     steps: Annotated[int | None, typer.Option("--steps", min=0, help="Default: kl 120, mse 160.")] = None,
-    lr: Annotated[float | None, typer.Option("--lr", help="Of AdamW. Default: kl 0.01, mse 0.0002.")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option("--lr", help="Largest step, relative to K and V; mse: absolute. Default: kl 0.02, mse 0.0002."),
+    ] = None,
     batch: Annotated[int | None, typer.Option("--batch", help="Sequences in a step. Default: kl 4, mse 16.")] = None,
     seq_len: Annotated[
         int | None, typer.Option("--seq-len", help="Tokens in a sequence. Default: kl 256, mse 1024.")
     ] = None,
-    sequences: Annotated[int, typer.Option("--sequences", help="To sample or read; one in eight is held out.")] = 128,
+    sequences: Annotated[int, typer.Option("--sequences", help="To sample or read; one in eight is held out.")] = 256,
     kv_type: KvType = "q8_0",
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")] = "cpu",
     dtype: Annotated[

@@ -39,6 +39,7 @@ from intactkv_export.targets import Targets, divergence
 
 OBJECTIVES = ("kl", "mse", "kl+mse")
 _CLIP = 0.3  # norm of the gradient, as in the paper
+_WARM_UP = 5  # steps
 _SAVE = 30  # seconds between two savings of the state, besides those after evaluations
 _PASS = 1024  # tokens in one forward pass of training
 _ACTIVATIONS = 6 << 30  # bytes of activations from which they are computed twice instead of kept
@@ -48,14 +49,15 @@ Rows = list[np.ndarray]  # by layer, [n_prefix, n_head_kv, head_dim]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train. lr: of AdamW, constant. batch: sequences in a step. every: steps between evaluations.
+    """How to train. lr: of AdamW: its peak (_rate()), relative to each row of K and V (_scale()); for mse as in the
+    paper, constant and absolute. batch: sequences in a step. every: steps between evaluations.
 
     patience: evaluations without improvement after which training ends. kv_type: of K and V behind the prefix.
     """
 
     objective: str = "kl"
     steps: int = 120
-    lr: float = 1e-2
+    lr: float = 2e-2
     batch: int = 4
     kv_type: tuple[str, str] = ("q8_0", "q8_0")
     seed: int = 0
@@ -125,7 +127,7 @@ def train(
     """
     about = {**asdict(settings), "identity": identity, "sequences": _hash(data.sequences), "prefix": _hash(K, V)}
     about = json.loads(json.dumps(about))
-    run = _Training.start(student, K, V, settings.lr)
+    run = _Training.start(student, K, V, settings)
     if state is not None and state.is_file():
         run.restore(state, about)
     order = _order(range(data.n_held_out, len(data.sequences)), settings)
@@ -143,6 +145,8 @@ def train(
             break
         index = order(run.step)
         run.optimizer.zero_grad()
+        for group in run.optimizer.param_groups:
+            group["lr"] = settings.lr * _rate(run.step, settings)
         for part in _parts(index, data.sequences.shape[1]):
             loss = _loss(student, run, data, part, settings, reference, prefix)
             (loss * len(part) / len(index)).backward()
@@ -160,8 +164,9 @@ def train(
 class _Training:
     """What changes from step to step."""
 
-    K: Tensor  # [n_layer, n_prefix, n_head_kv, head_dim], float32; so is V
+    K: Tensor  # [n_layer, n_prefix, n_head_kv, head_dim], float32, in units of `scale`; so is V
     V: Tensor
+    scale: tuple[Tensor, Tensor]  # [n_layer, n_prefix, 1, 1]
     optimizer: torch.optim.Optimizer
     best: tuple[Tensor, Tensor]  # float16, on the CPU
     step: int = 0
@@ -170,20 +175,25 @@ class _Training:
     history: list[tuple[int, float]] = field(default_factory=list)
 
     @classmethod
-    def start(cls, student: TorchModel, K: Rows, V: Rows, lr: float) -> _Training:
-        k, v = (
-            torch.tensor(np.stack(rows), dtype=torch.float32, device=student.device).requires_grad_() for rows in (K, V)
-        )
-        optimizer = torch.optim.AdamW([k, v], lr=lr, weight_decay=0.0)
-        return cls(k, v, optimizer, (k.detach().half().cpu(), v.detach().half().cpu()))
+    def start(cls, student: TorchModel, K: Rows, V: Rows, settings: Settings) -> _Training:
+        rows = [torch.tensor(np.stack(x), dtype=torch.float32, device=student.device) for x in (K, V)]
+        scale_k, scale_v = (_scale(x, settings) for x in rows)
+        k, v = (rows[0] / scale_k).requires_grad_(), (rows[1] / scale_v).requires_grad_()
+        optimizer = torch.optim.AdamW([k, v], lr=settings.lr, weight_decay=0.0)
+        return cls(k, v, (scale_k, scale_v), optimizer, (rows[0].half().cpu(), rows[1].half().cpu()))
 
     @property
     def parameters(self) -> tuple[Tensor, Tensor]:
         return self.K, self.V
 
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """K and V as the student reads them."""
+        return self.K * self.scale[0], self.V * self.scale[1]
+
     def rounded(self) -> tuple[Tensor, Tensor]:
         """K and V as a prefix file holds them: float16."""
-        return self.K.detach().half(), self.V.detach().half()
+        K, V = self.rows()
+        return K.detach().half(), V.detach().half()
 
     @property
     def misses(self) -> int:
@@ -253,7 +263,8 @@ def _loss(
 ) -> Tensor:
     """The objective's mean over the tokens of some sequences."""
     tokens = torch.from_numpy(data.sequences[list(index)]).long().to(student.device)
-    cache = student.cache(list(run.K), list(run.V), settings.kv_type, batch=len(index), grows=False)
+    K, V = run.rows()
+    cache = student.cache(list(K), list(V), settings.kv_type, batch=len(index), grows=False)
     mse = "mse" in settings.objective
     with _checkpointed(student, tokens.numel()):
         logits, outputs = student.forward(tokens, cache, hidden=True) if mse else (student.forward(tokens, cache), [])
@@ -289,6 +300,23 @@ def _storable(student: TorchModel, rows: Tensor, kind: str, kv_type: tuple[str, 
     """Finite in F16, also rotated as a quantized cache of llama.cpp holds them, whatever its type turns out to be."""
     size = rotation("q8_0", student.head_dim, kind == "V")
     return bool(torch.isfinite(rows).all() and torch.isfinite(rotate(rows.float(), size).half()).all())
+
+
+def _scale(rows: Tensor, settings: Settings) -> Tensor:
+    """The unit of each row of K or V, [n_layer, n_prefix, 1, 1]: its root mean square.
+
+    In SmolLM2 a pivot's V is a fifth of the other tokens', and the first layer's a fortieth of the last ones': a step
+    that moves some would throw others far off.
+    """
+    rms = rows.pow(2).mean((2, 3), keepdim=True).sqrt()
+    return torch.ones_like(rms) if settings.objective == "mse" else torch.where(rms > 0, rms, torch.ones_like(rms))
+
+
+def _rate(step: int, settings: Settings) -> float:
+    """The part of lr in a step: up in the first few, whole to the middle of the training, from there down to 0."""
+    if settings.objective == "mse":
+        return 1.0
+    return min(1.0, (step + 1) / (_WARM_UP + 1), 2 * (1 - step / settings.steps))
 
 
 def _order(index: range, settings: Settings) -> Callable[[int], list[int]]:

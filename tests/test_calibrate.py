@@ -5,6 +5,7 @@ Random-weight models where structure is what counts; SmolLM2 for the gain, measu
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -162,6 +163,35 @@ def test_several_passes_give_one_gradient(task, monkeypatch):
     assert np.allclose(one.history, run(task).history, rtol=1e-4)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 10, 120])
+def test_the_rate_is_a_function_of_the_step(steps):
+    rates = [training._rate(step, Settings(steps=steps)) for step in range(steps)]
+    assert all(0 < rate <= 1 for rate in rates) and rates[-1] <= 2 / steps
+    if steps == 120:
+        assert rates[0] == pytest.approx(1 / 6) and rates[5:61] == [1.0] * 56 and rates[90] == 0.5
+    assert {training._rate(step, Settings("mse", steps=steps)) for step in range(steps)} == {1.0}
+
+
+@pytest.mark.parametrize("objective", ["kl", "mse"])
+def test_a_step_is_relative_to_the_row(task, monkeypatch, objective):
+    """AdamW's first step moves each value by lr times 1/6 times the row's root mean square; for mse by lr."""
+    better = itertools.count(0, -1)
+    monkeypatch.setattr(training, "_held_out", lambda *_: next(better))
+    result = run(task, objective=objective, steps=1, lr=0.1)
+    for before, after in ((task[1], result.K), (task[2], result.V)):
+        before, after = (np.stack(x).astype(np.float32) for x in (before, after))
+        moved = np.sqrt(((after - before) ** 2).mean((2, 3)))
+        unit = np.sqrt((before**2).mean((2, 3))) / 6 if objective == "kl" else 1.0
+        assert np.allclose(moved, 0.1 * unit, rtol=0.03)
+
+
+def test_a_row_of_zeros_has_a_unit():
+    """What a sliding window has left behind."""
+    rows = torch.ones(2, 3, 1, 4)
+    rows[0, 1] = 0
+    assert torch.equal(training._scale(3 * rows, Settings())[:, :, 0, 0], torch.tensor([[3.0, 1.0, 3.0], [3.0] * 3]))
+
+
 def same(a, b):
     return a.history == b.history and all(np.array_equal(x, y) for x, y in zip([*a.K, *a.V], [*b.K, *b.V], strict=True))
 
@@ -184,8 +214,8 @@ def test_interrupted_training_goes_on_bit_for_bit(task, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run(task, state=state, progress=interrupt)
     assert same(run(task, state=state), whole)
-    with pytest.raises(UsageError, match=r"other settings \(lr is 0.01 there and 0.02 here\)"):
-        run(task, state=state, lr=0.02)
+    with pytest.raises(UsageError, match=r"other settings \(lr is 0.02 there and 0.01 here\)"):
+        run(task, state=state, lr=0.01)
 
 
 def test_training_needs_no_llama_cpp(pair):
