@@ -305,8 +305,8 @@ def _storable(student: TorchModel, rows: Tensor, kind: str, kv_type: tuple[str, 
 def _scale(rows: Tensor, settings: Settings) -> Tensor:
     """The unit of each row of K or V, [n_layer, n_prefix, 1, 1]: its root mean square.
 
-    In SmolLM2 a pivot's V is a fifth of the other tokens', and the first layer's a fortieth of the last ones': a step
-    that moves some would throw others far off.
+    In SmolLM2 the first token's V is a third to a tenth of the others' in most layers, and the first layer's a fiftieth
+    of the late ones': a step that moves some would throw others far off.
     """
     rms = rows.pow(2).mean((2, 3), keepdim=True).sqrt()
     return torch.ones_like(rms) if settings.objective == "mse" else torch.where(rms > 0, rms, torch.ones_like(rms))
