@@ -17,18 +17,12 @@ import numpy as np
 import pytest
 from lowlevel import SYSTEM, Context, L
 from numpy.typing import NDArray
+from test_fused import hadamard
 
 from intactkv_export import library
 
 N_LAYER, N_HEAD, N_HEAD_KV, HEAD_DIM = 30, 9, 3, 64
 Array = NDArray[np.float64]
-
-
-def hadamard(x: Array, n: int = HEAD_DIM) -> Array:
-    h = np.ones((1, 1))
-    while len(h) < n:
-        h = np.block([[h, h], [h, -h]])
-    return np.asarray((x.reshape(*x.shape[:-1], -1, n) @ (h / np.sqrt(n))).reshape(x.shape))
 
 
 class Capture:
@@ -101,7 +95,7 @@ def test_whole_graph_against_float64(model: Any, monkeypatch: Any, kv: str, atte
             intact[side, il] = rows.reshape(n_prefix, -1).astype(np.float64)
             at += 8 + n_prefix * row_bytes
             # the arena is the F16 prefix in the cache's basis, rounded once
-            rotated = hadamard(exact[side * N_LAYER + il])
+            rotated = hadamard(exact[side * N_LAYER + il], HEAD_DIM)
             assert np.all(np.abs(intact[side, il] - rotated) <= np.abs(rotated) * 2**-11 + 2**-20)
     assert at == len(saved)
 
@@ -110,7 +104,7 @@ def test_whole_graph_against_float64(model: Any, monkeypatch: Any, kv: str, atte
         if use_intact:
             K[:n_prefix], V[:n_prefix] = intact[0, il], intact[1, il]
         K, V = (x.reshape(n, N_HEAD_KV, HEAD_DIM).repeat(N_HEAD // N_HEAD_KV, 1) for x in (K, V))
-        Q = hadamard(capture.tensors[f"Qcur-{il}"].reshape(-1, N_HEAD, HEAD_DIM).astype(np.float64))
+        Q = hadamard(capture.tensors[f"Qcur-{il}"].reshape(-1, N_HEAD, HEAD_DIM).astype(np.float64), HEAD_DIM)
         weight = np.einsum("thd,nhd->htn", Q, K) / np.sqrt(HEAD_DIM)
         future = np.arange(n) > np.arange(len(tokens))[:, None] + n_prefix
         weight = np.exp(np.where(future, -np.inf, weight - weight.max(-1, keepdims=True)))
@@ -118,11 +112,11 @@ def test_whole_graph_against_float64(model: Any, monkeypatch: Any, kv: str, atte
 
     for il in layers:
         got = capture.tensors[f"kqv_out-{il}"].reshape(-1, N_HEAD, HEAD_DIM)
-        back = hadamard if attention == "fused" else np.asarray
-        expected = back(attend(il, use_intact=True))
+        back = HEAD_DIM if attention == "fused" else 0
+        expected = hadamard(attend(il, use_intact=True), back)
         error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
         # portable works in F16; fused rounds Q to 8 bits for quantized K, as upstream's own op does
         assert error < (1e-3 if attention == "portable" else 1e-2)
         # the control: had it read the quantized copies of the prefix, it would be seen
-        control = back(attend(il, use_intact=False))
+        control = hadamard(attend(il, use_intact=False), back)
         assert error < 0.95 * np.linalg.norm(got - control) / np.linalg.norm(expected)

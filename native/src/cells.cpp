@@ -1,6 +1,7 @@
 #include "cells.h"
 #include "fused.h"
 
+#include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-io.h"
 #include "llama-kv-cache.h"
@@ -82,15 +83,21 @@ ggml_tensor * arena::cache_v(int32_t il) const {
     return kv.layers[kv.map_layer_ids.at(il)].v;
 }
 
-int32_t arena::rotation(bool is_v) const {
-    if (!(is_v ? kv.attn_rot_v : kv.attn_rot_k)) {
-        return 0;
+const llama_hparams & arena::hparams() const {
+    return kv.hparams;
+}
+
+fused_rotation arena::rotation() const {
+    fused_rotation res;
+    if (kv.attn_rot_k) {
+        for (res.k = 64; kv.n_embd_head_k_all % (2*res.k) == 0;) {
+            res.k *= 2;
+        }
     }
-    int32_t n = 64;
-    while (!is_v && kv.n_embd_head_k_all % (2*n) == 0) {
-        n *= 2;
+    if (kv.attn_rot_v) {
+        res.v = 64;
     }
-    return n;
+    return res;
 }
 
 template <typename F> void arena::each_intact(F && f) const {
@@ -392,7 +399,7 @@ void state_reader::read_rows(llama_io_read_i & io, int32_t il, bool is_v) {
         }
     }
 
-    const int32_t n_rot = a->rotation(is_v);
+    const int32_t n_rot = is_v ? a->rotation().v : a->rotation().k;
 
     ggml_tensor * arena_rows = is_v ? a->layers[ikv].v : a->layers[ikv].k;
 
@@ -469,8 +476,11 @@ void state_reader::finish(llama_io_read_i & io) {
 // graph_cells
 //
 
-void graph_cells::build(ggml_context * ctx, const cells_view & view) {
+void graph_cells::build(ggml_context * ctx, const cells_view & view, ggml_tensor * mask, ggml_tensor * k_cells, ggml_tensor * v_cells) {
     a = view.a;
+    this->mask    = mask;
+    this->k_cells = k_cells;
+    this->v_cells = v_cells;
     if (a == nullptr) {
         return;
     }
@@ -552,11 +562,13 @@ static ggml_tensor permuted(const ggml_tensor & t, int64_t n_stream) {
 }
 
 layer_attention graph_cells::layer(
-        int32_t il, bool flash_attn,
-        const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v,
-        const ggml_tensor * mask, const ggml_tensor * sinks) const {
-    layer_attention res(*this, il);
-    if (a == nullptr || !a->fused() || !flash_attn || k == nullptr || v == nullptr) {
+        int32_t il, const llama_cparams & cparams, const ggml_tensor * bias,
+        const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * sinks) const {
+    if (a == nullptr || cparams.training) {
+        return {};
+    }
+    layer_attention res(*this, il, cparams.flash_attn && bias == nullptr);
+    if (!a->fused() || !res.flash || k == nullptr || v == nullptr) {
         return res;
     }
     ggml_tensor * k_cache = a->cache_k(il);
@@ -565,7 +577,7 @@ layer_attention graph_cells::layer(
         return res;
     }
     // what build_attn_mha() will be given, and attend() will ask about once more
-    const int64_t n_stream = mask ? mask->ne[3] : 1;
+    const int64_t n_stream = mask->ne[3];
     ggml_tensor q4 = permuted(*q, n_stream);
     ggml_tensor k4 = *k_cache;
     ggml_tensor v4 = *v_cache;
@@ -579,28 +591,33 @@ layer_attention graph_cells::layer(
     return res;
 }
 
-ggml_tensor * layer_attention::store(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * k_cells, ggml_tensor * v_cells) const {
-    const arena & a = *cells->a;
-    return fused_store(ctx, a.cache_k(il), a.cache_v(il), k, v, k_cells, v_cells, { a.rotation(false), a.rotation(true) });
+bool layer_attention::store(ggml_cgraph * gf, ggml_context * ctx, ggml_tensor * k, ggml_tensor * v) const {
+    if (is_whole) {
+        const arena & a = *cells->a;
+        ggml_build_forward_expand(gf, fused_store(ctx, a.cache_k(il), a.cache_v(il), k, v, cells->k_cells, cells->v_cells, a.rotation()));
+    }
+    return is_whole;
 }
 
 ggml_tensor * layer_attention::attend(
-        ggml_context * ctx, bool flash_attn,
+        ggml_context * ctx,
         ggml_tensor * q, ggml_tensor *& k, ggml_tensor *& v, ggml_tensor * mask, ggml_tensor * sinks,
-        float scale, float max_bias, float logit_softcap) const {
-    if (cells == nullptr || cells->a == nullptr) {
+        float scale) const {
+    if (cells == nullptr) {
         return nullptr;
     }
     const arena & a = *cells->a;
     const bool has_intact = cells->n_intact > 0;
 
-    const bool fused = a.fused() && flash_attn && fused_supported(q, k, v, mask, sinks);
+    const bool fused = a.fused() && flash && fused_supported(q, k, v, mask, sinks);
     GGML_ASSERT(fused || !is_whole);
     if (fused) {
-        const intact_rows    intact = { a.layer(il).k, a.layer(il).v, cells->row_of_cell };
-        const fused_rotation rot    = is_whole ? fused_rotation{ a.rotation(false), a.rotation(true) } : fused_rotation{};
+        const llama_hparams & hparams = a.hparams();
+        const intact_rows     intact  = { a.layer(il).k, a.layer(il).v, cells->row_of_cell };
 
-        ggml_tensor * res = fused_attention(ctx, q, k, v, mask, sinks, has_intact ? &intact : nullptr, rot, scale, max_bias, logit_softcap);
+        ggml_tensor * res = fused_attention(ctx, q, k, v, mask, sinks, has_intact ? &intact : nullptr,
+                is_whole ? a.rotation() : fused_rotation{}, scale, hparams.f_max_alibi_bias,
+                hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f);
         return ggml_reshape_2d(ctx, res, res->ne[0]*res->ne[1], res->ne[2]*res->ne[3]);
     }
 

@@ -19,11 +19,15 @@
 #include <utility>
 #include <vector>
 
+struct llama_cparams;
+struct llama_hparams;
 class llama_kv_cache;
 class llama_io_read_i;
 class llama_io_write_i;
 
 namespace intactkv {
+
+struct fused_rotation;
 
 enum class attention_kind { stock, portable, fused };
 
@@ -62,12 +66,14 @@ public:
 
     const arena_layer & layer(int32_t il) const;
 
+    const llama_hparams & hparams() const;
+
     // the cache's own tensors of a layer, [n_embd_gqa, n_cells, n_stream]
     ggml_tensor * cache_k(int32_t il) const;
     ggml_tensor * cache_v(int32_t il) const;
 
-    // the blocks in which upstream rotates K or V of this cache, 0: it does not (llama_kv_cache::build_input_k_rot, _v_rot)
-    int32_t rotation(bool is_v) const;
+    // how upstream rotates K and V of this cache (llama_kv_cache::build_input_k_rot, build_input_v_rot)
+    fused_rotation rotation() const;
 
     // arena row of every cell in [0, n_kv) of streams s0..s1, stream after stream, -1: ordinary
     // rows: [n_kv*(s1 - s0 + 1)] or nullptr to only count; returns the number of intact cells
@@ -171,23 +177,23 @@ class graph_cells;
 class layer_attention {
 public:
     layer_attention() = default;
-    layer_attention(const graph_cells & cells, int32_t il) : cells(&cells), il(il) {}
+    layer_attention(const graph_cells & cells, int32_t il, bool flash) : cells(&cells), il(il), flash(flash) {}
 
     // The fused kernel does all of it: store() takes the place of upstream's rotations of K and V and of their copies
     // into the cache, attend() that of upstream's rotations of Q and of the result.
     bool whole() const { return is_whole; }
 
-    // k, v: as in graph_cells::layer(); k_cells, v_cells: the inputs of upstream's cpy_k() and cpy_v()
-    ggml_tensor * store(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * k_cells, ggml_tensor * v_cells) const;
+    // k, v: as in graph_cells::layer(). Returns whole(): if it is false, upstream stores them
+    bool store(ggml_cgraph * gf, ggml_context * ctx, ggml_tensor * k, ggml_tensor * v) const;
 
     // In place of what follows in llm_graph_context::build_attn_mha(). q, k, v as there:
     // [head_dim, n_tokens|n_kv, n_head|n_head_kv, n_stream], permuted. Returns the fused kernel's result, F32
     // [head_dim_v*n_head, n_tokens*n_stream], or nullptr: upstream's ops go on with k and v, which have been replaced
     // by F32 copies with the intact rows written over their cells where there are any (portable attention).
     ggml_tensor * attend(
-            ggml_context * ctx, bool flash_attn,
+            ggml_context * ctx,
             ggml_tensor * q, ggml_tensor *& k, ggml_tensor *& v, ggml_tensor * mask, ggml_tensor * sinks,
-            float scale, float max_bias, float logit_softcap) const;
+            float scale) const;
 
 private:
     friend class graph_cells;
@@ -195,6 +201,7 @@ private:
     const graph_cells * cells = nullptr;
 
     int32_t il       = -1;
+    bool    flash    = false; // upstream's would be flash attention
     bool    is_whole = false;
 };
 
@@ -202,21 +209,25 @@ private:
 // graph. Where the cache has no intact cell in view and the fused kernel is not in use, it adds nothing to the graph.
 class graph_cells {
 public:
-    void build    (ggml_context * ctx, const cells_view & view);
+    // mask, k_cells, v_cells: inputs of the same graph, the mask and where upstream's cpy_k() and cpy_v() write
+    void build    (ggml_context * ctx, const cells_view & view, ggml_tensor * mask, ggml_tensor * k_cells, ggml_tensor * v_cells);
     void set_input(const cells_view & view) const;
     bool can_reuse(const cells_view & view) const;
 
-    // The attention of layer il. Q, K and V as build_attn() gets them, F32 [head_dim, n_head|n_head_kv, n_tokens];
-    // K and V may be nullptr. flash_attn: it would be upstream's flash attention
+    // The attention of layer il. q, k, v, bias and sinks as build_attn() gets them, the first three F32
+    // [head_dim, n_head|n_head_kv, n_tokens]; all but q may be nullptr
     layer_attention layer(
-            int32_t il, bool flash_attn,
-            const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v,
-            const ggml_tensor * mask, const ggml_tensor * sinks) const;
+            int32_t il, const llama_cparams & cparams, const ggml_tensor * bias,
+            const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * sinks) const;
 
 private:
     friend class layer_attention;
 
     const arena * a = nullptr;
+
+    ggml_tensor * mask    = nullptr;
+    ggml_tensor * k_cells = nullptr;
+    ggml_tensor * v_cells = nullptr;
 
     uint64_t gen      = 0;
     uint32_t n_intact = 0;

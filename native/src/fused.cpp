@@ -85,9 +85,12 @@ bool type_supported(ggml_type type) {
     }
 }
 
+bool head_supported(ggml_type type, int64_t dim) {
+    return type_supported(type) && dim % 16 == 0 && dim % ggml_blck_size(type) == 0 && dim <= FUSED_HEAD_MAX;
+}
+
 bool side_supported(const ggml_tensor * t) {
-    return type_supported(t->type) && t->nb[0] == ggml_type_size(t->type) &&
-           t->ne[0] % 16 == 0 && t->ne[0] % ggml_blck_size(t->type) == 0 && t->ne[0] <= FUSED_HEAD_MAX;
+    return head_supported(t->type, t->ne[0]) && t->nb[0] == ggml_type_size(t->type);
 }
 
 // Unknown (not yet allocated) counts as host memory: the scheduler then puts the tensor where the node runs.
@@ -325,9 +328,8 @@ ggml_tensor * fused_attention(
 }
 
 bool fused_store_supported(const ggml_tensor * cache, const ggml_tensor * cur) {
-    return type_supported(cache->type) && in_host_memory(cache) && cache->ne[0] == cur->ne[0] * cur->ne[1] &&
-           cur->type == GGML_TYPE_F32 && cur->nb[0] == sizeof(float) && cur->ne[3] == 1 &&
-           cur->ne[0] % 16 == 0 && cur->ne[0] % ggml_blck_size(cache->type) == 0 && cur->ne[0] <= FUSED_HEAD_MAX;
+    return head_supported(cache->type, cur->ne[0]) && in_host_memory(cache) && cache->ne[0] == cur->ne[0] * cur->ne[1] &&
+           cur->type == GGML_TYPE_F32 && cur->nb[0] == sizeof(float) && cur->ne[3] == 1;
 }
 
 ggml_tensor * fused_store(

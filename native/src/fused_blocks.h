@@ -5,6 +5,15 @@
 
 constexpr int QK = 32;
 
+// The largest absolute value of a block's QK floats.
+inline float largest_of(const float * x) {
+    vf top = {};
+    for (int i = 0; i < QK; i += W) {
+        top = max(top, as_float(as_int(load(x + i)) & 0x7fffffff));
+    }
+    return max_of(top);
+}
+
 template <ggml_type T> struct block;
 
 template <> struct block<GGML_TYPE_F16>    { static constexpr int bytes = 2 * QK, head = 0, offset = 0; static constexpr bool quant = false, min = false; };

@@ -1,6 +1,4 @@
 // Register-blocked products. MB rows of A (broadcast) times VB vectors of B (columns in lanes).
-//
-// Where loops over accumulators are unrolled by hand, GCC otherwise keeps those in memory.
 
 #if INTACTKV_X86 >= 3 || INTACTKV_ARM
 constexpr int MB_F = 6, VB_F = 4, MB_I = 4, VB_I = 3; // 32 registers
@@ -9,6 +7,17 @@ constexpr int MB_F = 6, VB_F = 2, MB_I = 2, VB_I = 2; // 16 registers
 #else
 constexpr int MB_F = 3, VB_F = 4, MB_I = 2, VB_I = 2;
 #endif
+
+// Zeros. Unrolled by hand, as other loops over accumulators here: GCC otherwise keeps those in memory.
+template <typename V, int MB, int VB> inline void clear(V (&acc)[MB][VB]) {
+#pragma GCC unroll 12
+    for (int m = 0; m < MB; m++) {
+#pragma GCC unroll 4
+        for (int v = 0; v < VB; v++) {
+            acc[m][v] = V{};
+        }
+    }
+}
 
 // C[m][n] = beta[m]*C[m][n] + sum over k < K of A[m][k]*B[k][n]; beta nullptr: C is overwritten.
 struct gemm_args {
@@ -94,13 +103,7 @@ struct pair_args {
 template <int MB> inline void pair_tile(const pair_args & g, int m0) {
     constexpr int VB = QK / W;
     vi acc[MB][VB];
-#pragma GCC unroll 12
-    for (int m = 0; m < MB; m++) {
-#pragma GCC unroll 4
-        for (int v = 0; v < VB; v++) {
-            acc[m][v] = vi{};
-        }
-    }
+    clear(acc);
     for (int p = 0; p < g.n_pair; p++) {
         vi bv[VB];
         for (int v = 0; v < VB; v++) {
@@ -159,13 +162,7 @@ struct idot_args {
 
 template <bool K_ROWS, int MB, int VB> inline void idot_tile(const idot_args & g, int m0, int n0) {
     vf c[MB][VB];
-#pragma GCC unroll 4
-    for (int m = 0; m < MB; m++) {
-#pragma GCC unroll 4
-        for (int v = 0; v < VB; v++) {
-            c[m][v] = vf{};
-        }
-    }
+    clear(c);
     for (int b = 0; b < g.n_block; b++) {
         vi acc[MB][VB];
         for (int m = 0; m < MB; m++) {

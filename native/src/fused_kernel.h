@@ -123,11 +123,7 @@ struct worker {
     }
 
     void load_query_block(const float * q, float scale, int row, int b, int n_block) const {
-        vf top = {};
-        for (int i = 0; i < QK; i += W) {
-            top = max(top, as_float(as_int(load(q + i)) & 0x7fffffff));
-        }
-        const float amax = max_of(top);
+        const float amax = largest_of(q);
         const float inv  = amax > 0.0f ? 127.0f / amax : 0.0f;
         int32_t bits[QK];
         for (int i = 0; i < QK; i += W) {
@@ -646,68 +642,75 @@ struct worker {
     }
 
 #if INTACTKV_X86 >= 2
-    // Quantized V as narrow_values_quant() does it, a block of 32 columns of all rows at a time.
-    template <ggml_type T> void wide_values_quant(int n) const {
-        const int n_pair  = (n + 1) / 2;
-        const int n_block = dim_v / QK;
-        int32_t * pairs = (int32_t *) x.v; // [pair of cells][dim_v][2], 16 bits each
-        alignas(64) float scale[TILE_FLOATS / QK], low[TILE_FLOATS / QK]; // [block][cell, cells_max]
-        for (int p = 0; p < n_pair; p++) {
-            const uint8_t * row0 = v_row(0, 2 * p);
-            const uint8_t * row1 = v_row(0, 2 * p + 1 < n ? 2 * p + 1 : 2 * p);
-            for (int b = 0; b < n_block; b++) {
+    // V of the tile as pairs of cells [pair][dim_v][2], 16 bits each; scale, low: [block][cell, cells_max]. Behind an odd
+    // last cell comes itself once more.
+    template <ggml_type T> void pack_v(int n, int32_t * pairs, float * scale, float * low) const {
+        for (int c = 0; c < n; c += 2) {
+            const uint8_t * rows[2] = { v_row(0, c), v_row(0, c + 1 < n ? c + 1 : c) };
+            for (int b = 0; b < dim_v / QK; b++) {
                 const size_t offset = (size_t) (b * block<T>::bytes);
-                vs v0[BLOCK_S], v1[BLOCK_S];
-                unpack_s16<T>(row0 + offset, v0);
-                unpack_s16<T>(row1 + offset, v1);
-                for (int i = 0; i < BLOCK_S; i++) {
-                    const cell_pair pair = make_pair(v0[i], v1[i]);
-                    vi lo = (vi) pair.a, hi = (vi) pair.b;
-                    in_order(lo, hi);
-                    store(pairs + p * dim_v + b * QK + 2 * i * W, lo);
-                    store(pairs + p * dim_v + b * QK + (2 * i + 1) * W, hi);
-                }
-                scale[b * cells_max + 2 * p]     = f16(row0 + offset);
-                scale[b * cells_max + 2 * p + 1] = f16(row1 + offset);
-                if constexpr (block<T>::min) {
-                    low[b * cells_max + 2 * p]     = f16(row0 + offset + 2);
-                    low[b * cells_max + 2 * p + 1] = f16(row1 + offset + 2);
-                }
-            }
-        }
-        if (n % 2 != 0) { // behind the last cell comes itself once more, with a weight of 0
-            memset(x.s + n * it.rows_pad, 0, sizeof(float) * it.rows_pad);
-        }
-        alignas(64) int32_t w[FUSED_TILE / 2 * FUSED_ROWS_MAX]; // [pair of cells][row][2], 16 bits each
-        alignas(64) float   unit[FUSED_ROWS_MAX], lows[FUSED_ROWS_MAX];
-        for (int b = 0; b < n_block; b++) {
-            const float * block_scale = scale + b * cells_max;
-            const float * block_low   = low + b * cells_max;
-            for (int r = 0; r < it.rows_pad; r += W) {
-                vf largest = {}, total = {};
-                for (int c = 0; c < n; c++) {
-                    const vf p = load(x.s + c * it.rows_pad + r);
-                    largest = max(largest, as_float(as_int(p * block_scale[c]) & 0x7fffffff));
+                vs v[2][BLOCK_S];
+                for (int i = 0; i < 2; i++) {
+                    unpack_s16<T>(rows[i] + offset, v[i]);
+                    scale[b * cells_max + c + i] = f16(rows[i] + offset);
                     if constexpr (block<T>::min) {
-                        total = fma(p, set1(block_low[c]), total);
+                        low[b * cells_max + c + i] = f16(rows[i] + offset + 2);
                     }
                 }
-                largest = max(largest, set1(1.0e-30f));
-                const vf inv = 32767.0f / largest;
-                for (int p = 0; p < n_pair; p++) {
-                    const vf p0 = load(x.s + 2 * p * it.rows_pad + r) * block_scale[2 * p];
-                    const vf p1 = load(x.s + (2 * p + 1) * it.rows_pad + r) * block_scale[2 * p + 1];
-                    store(w + p * it.rows_pad + r, (nearest(p0 * inv) & 0xffff) | (nearest(p1 * inv) << 16));
+                int32_t * out = pairs + c / 2 * dim_v + b * QK;
+                for (int i = 0; i < BLOCK_S; i++) {
+                    const cell_pair pair = make_pair(v[0][i], v[1][i]);
+                    vi lo = (vi) pair.a, hi = (vi) pair.b;
+                    in_order(lo, hi);
+                    store(out + 2 * i * W, lo);
+                    store(out + (2 * i + 1) * W, hi);
                 }
-                store(unit + r, largest * (1.0f / 32767.0f));
-                store(lows + r, total);
             }
-            const pair_args g = { w, (size_t) it.rows_pad, pairs + b * QK, (size_t) dim_v, x.acc + b * QK, (size_t) dim_v,
-                                  x.beta, unit, block<T>::min ? lows : nullptr, n_pair };
-            pair_gemm(g, it.rows);
         }
     }
 
+    // The weights times one block's scales, by row in units of the largest / 32767: [pair of cells][row][2], 16 bits
+    // each. lows: the sum of the weights times the block's lows. n: even.
+    template <ggml_type T> void pack_weights(int n, const float * scale, const float * low, int32_t * w, float * unit, float * lows) const {
+        for (int r = 0; r < it.rows_pad; r += W) {
+            vf largest = {}, total = {};
+            for (int c = 0; c < n; c++) {
+                const vf p = load(x.s + c * it.rows_pad + r);
+                largest = max(largest, as_float(as_int(p * scale[c]) & 0x7fffffff));
+                if constexpr (block<T>::min) {
+                    total = fma(p, set1(low[c]), total);
+                }
+            }
+            largest = max(largest, set1(1.0e-30f));
+            const vf inv = 32767.0f / largest;
+            for (int c = 0; c < n; c += 2) {
+                const vf p0 = load(x.s + c * it.rows_pad + r) * scale[c];
+                const vf p1 = load(x.s + (c + 1) * it.rows_pad + r) * scale[c + 1];
+                store(w + c / 2 * it.rows_pad + r, (nearest(p0 * inv) & 0xffff) | (nearest(p1 * inv) << 16));
+            }
+            store(unit + r, largest * (1.0f / 32767.0f));
+            store(lows + r, total);
+        }
+    }
+
+    // Quantized V as narrow_values_quant() does it, a block of 32 columns of all rows at a time.
+    template <ggml_type T> void wide_values_quant(int n) const {
+        int32_t * pairs = (int32_t *) x.v;
+        alignas(64) float   scale[TILE_FLOATS / QK], low[TILE_FLOATS / QK];
+        alignas(64) int32_t w[FUSED_TILE / 2 * FUSED_ROWS_MAX];
+        alignas(64) float   unit[FUSED_ROWS_MAX], lows[FUSED_ROWS_MAX];
+        pack_v<T>(n, pairs, scale, low);
+        if (n % 2 != 0) { // the cell that came once more
+            memset(x.s + n * it.rows_pad, 0, sizeof(float) * it.rows_pad);
+            n++;
+        }
+        for (int b = 0; b < dim_v / QK; b++) {
+            pack_weights<T>(n, scale + b * cells_max, low + b * cells_max, w, unit, lows);
+            const pair_args g = { w, (size_t) it.rows_pad, pairs + b * QK, (size_t) dim_v, x.acc + b * QK, (size_t) dim_v,
+                                  x.beta, unit, block<T>::min ? lows : nullptr, n / 2 };
+            pair_gemm(g, it.rows);
+        }
+    }
 #endif
 
     template <ggml_type T> void wide_values_float(int n) const {

@@ -70,11 +70,7 @@ inline void store_f16(uint16_t * p, vf a) {
 
 // A block of Q8_0: the scale at F16, 32 bytes.
 inline void store_q8_0(uint8_t * p, const float * x) {
-    vf top = {};
-    for (int i = 0; i < QK; i += W) {
-        top = max(top, as_float(as_int(load(x + i)) & 0x7fffffff));
-    }
-    const float amax = max_of(top);
+    const float amax = largest_of(x);
     uint16_t scale[W];
     store_f16(scale, set1(amax / 127.0f));
     memcpy(p, scale, sizeof(uint16_t));
