@@ -39,18 +39,36 @@ class Terminal:
     def send(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
-    def read_until(self, text: str, seconds: float = 600) -> str:
-        """What the child writes up to and with `text`; what comes after is kept for the next call."""
+    def comes(self, text: str, seconds: float) -> bool:
+        """Whether the child writes `text` in that time."""
         end = time.monotonic() + seconds
         while text not in self.unread:
             left = end - time.monotonic()
-            assert left > 0 and select.select([self.fd], [], [], left)[0], f"no {text!r} in {self.unread!r}"
+            if left <= 0 or not select.select([self.fd], [], [], left)[0]:
+                return False
             try:
                 self.unread += os.read(self.fd, 4096).decode(errors="replace")
             except OSError:  # Linux: the child has closed its side
                 raise AssertionError(f"it ended without {text!r}: {self.unread!r}") from None
+        return True
+
+    def read_until(self, text: str) -> str:
+        """What the child writes up to and with `text`; what comes after is kept for the next call."""
+        assert self.comes(text, 600), f"no {text!r} in {self.unread!r}"
         got, found, self.unread = self.unread.partition(text)
         return got + found
+
+    def interrupt_prompt(self) -> None:
+        """
+        Ctrl-C at the prompt, and again if nothing happens: CPython's readline loses a SIGINT that comes between its
+        look for signals and its select(2), about one in a thousand on a busy machine, until the next key.
+        """
+        for patience in (10, 600):
+            self.send("\x03")
+            if self.comes("\n> ", patience):
+                self.read_until("\n> ")
+                return
+        raise AssertionError(f"two times Ctrl-C did not bring the prompt back: {self.unread!r}")
 
     def ask(self, line: str) -> str:
         """Type a line; what comes up to the next prompt."""
@@ -114,8 +132,9 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(terminal: Any) -> None:
     t.read_until(" ")  # the reply has begun
     t.send("\x03")
     assert "[stopped]" in t.read_until("\n> ")
-    t.send("half a line\x03")
-    t.read_until("\n> ")
+    t.send("half a line")
+    t.read_until("half a line")  # the echo: a terminal drops, at Ctrl-C, what nobody has read
+    t.interrupt_prompt()
     assert "24 intact" in t.ask("/stats")
     t.send("\x04")  # Ctrl-D
     assert t.exit_code() == 0
