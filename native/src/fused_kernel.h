@@ -197,7 +197,7 @@ struct worker {
     }
 
     // 8 x W dwords: a block of each of W cells -> [8][W]
-    template <ggml_type T> static void transpose(const uint8_t * const * in, size_t offset, uint8_t * out, size_t ld) {
+    template <ggml_type T> static void transpose(const uint8_t * const * in, size_t offset, vi (&out)[QK / 4]) {
 #if INTACTKV_X86 >= 3
         __m512i z[8], u[8], w[8];
         for (int i = 0; i < 8; i++) {
@@ -215,8 +215,8 @@ struct worker {
             w[i + 3] = _mm512_unpackhi_epi64(u[i + 1], u[i + 3]);
         }
         for (int j = 0; j < 4; j++) {
-            store(out + j * ld * 4,       (vi) _mm512_shuffle_i32x4(w[j], w[j + 4], 0x88));
-            store(out + (j + 4) * ld * 4, (vi) _mm512_shuffle_i32x4(w[j], w[j + 4], 0xdd));
+            out[j]     = (vi) _mm512_shuffle_i32x4(w[j], w[j + 4], 0x88);
+            out[j + 4] = (vi) _mm512_shuffle_i32x4(w[j], w[j + 4], 0xdd);
         }
 #elif INTACTKV_X86 == 2
         __m256i z[8], u[8], w[8];
@@ -234,8 +234,8 @@ struct worker {
             w[i + 3] = _mm256_unpackhi_epi64(u[i + 1], u[i + 3]);
         }
         for (int j = 0; j < 4; j++) {
-            store(out + j * ld * 4,       (vi) _mm256_permute2x128_si256(w[j], w[j + 4], 0x20));
-            store(out + (j + 4) * ld * 4, (vi) _mm256_permute2x128_si256(w[j], w[j + 4], 0x31));
+            out[j]     = (vi) _mm256_permute2x128_si256(w[j], w[j + 4], 0x20);
+            out[j + 4] = (vi) _mm256_permute2x128_si256(w[j], w[j + 4], 0x31);
         }
 #else
         alignas(64) uint8_t bytes[W][QK];
@@ -244,7 +244,7 @@ struct worker {
         }
         for (int j = 0; j < QK / 4; j++) {
             for (int c = 0; c < W; c++) {
-                memcpy(out + (j * ld + c) * 4, bytes[c] + j * 4, 4);
+                out[j][c] = load_as<int32_t>(bytes[c] + j * 4);
             }
         }
 #endif
@@ -270,38 +270,78 @@ struct worker {
         }
     };
 
-    // F16 numbers, one from each row.
-    static void gather_f16(const uint8_t * const * p, size_t offset, int n, float * out) {
-        alignas(64) uint16_t h[FUSED_TILE];
-#pragma GCC unroll 8
-        for (int c = 0; c < n; c++) {
-            memcpy(h + c, p[c] + offset, 2);
-        }
-        for (int c = 0; c < n; c += W) {
-            store(out + c, load_f16(h + c));
-        }
-    }
-
     template <ggml_type T> void pack_k(int n, int h) const {
         const int n_block = dim_k / QK;
         const int n_pad   = round_up(n, W);
         const row_list rows(x.k_rows, h, n_pad);
         for (int b = 0; b < n_block; b++) {
             const size_t offset = b * block<T>::bytes;
-            gather_f16(rows.here, offset, n_pad, x.k_scale + b * cells_max);
-            if constexpr (block<T>::min) {
-                gather_f16(rows.here, offset + 2, n_pad, x.k_low + b * cells_max);
-            }
             for (int c = 0; c < n_pad; c += W) {
+                store(x.k_scale + b * cells_max + c, gather_f16(rows.here + c, offset));
+                if constexpr (block<T>::min) {
+                    store(x.k_low + b * cells_max + c, gather_f16(rows.here + c, offset + 2));
+                }
                 for (int i = 0; i < W; i++) {
                     rows.prefetch(c + i, offset);
                 }
-                transpose<T>(rows.here + c, offset, x.k8 + (b * (QK / 4) * cells_max + c) * 4, cells_max);
+                vi dwords[QK / 4];
+                transpose<T>(rows.here + c, offset, dwords);
+                for (int j = 0; j < QK / 4; j++) {
+                    store(x.k8 + ((b * (QK / 4) + j) * cells_max + c) * 4, dwords[j]);
+                }
+            }
+        }
+    }
+
+    // Scores of R rows with the cells' blocks transposed in registers, W cells at a time.
+    template <ggml_type T, int R> void narrow_scores_quant_rows(int n, int h) const {
+        const int      n_block = dim_k / QK;
+        const row_list rows(x.k_rows, h, round_up(n, W));
+        const uint8_t * q       = x.q8 + h * R * dim_k;
+        const float   * q_scale = x.q_scale + h * R * n_block;
+        const float   * q_sum   = x.q_sum   + h * R * n_block;
+        const int32_t * q_start = x.q_start + h * R * n_block;
+        for (int c = 0; c < n; c += W) {
+            vf s[R] = {};
+            for (int b = 0; b < n_block; b++) {
+                const size_t offset = b * block<T>::bytes;
+                const vf scale = gather_f16(rows.here + c, offset);
+                for (int i = 0; i < W; i++) {
+                    rows.prefetch(c + i, offset);
+                }
+                vi dwords[QK / 4], acc[R];
+                transpose<T>(rows.here + c, offset, dwords);
+                for (int r = 0; r < R; r++) {
+                    acc[r] = set1(q_start[r * n_block + b]);
+                }
+                for (int j = 0; j < QK / 4; j++) {
+                    for (int r = 0; r < R; r++) {
+                        acc[r] = dot4(acc[r], dwords[j], set1(load_as<int32_t>(q + r * dim_k + b * QK + j * 4)));
+                    }
+                }
+                for (int r = 0; r < R; r++) {
+                    s[r] = fma(to_float(acc[r]), scale * q_scale[r * n_block + b], s[r]);
+                }
+                if constexpr (block<T>::min) {
+                    const vf low = gather_f16(rows.here + c, offset + 2);
+                    for (int r = 0; r < R; r++) {
+                        s[r] = fma(low, set1(q_sum[r * n_block + b]), s[r]);
+                    }
+                }
+            }
+            for (int r = 0; r < R; r++) {
+                store(x.s + r * FUSED_TILE + c, s[r]);
             }
         }
     }
 
     template <ggml_type T> void narrow_scores_quant(int n, int h) const {
+        switch (it.rows) {
+            case 1: narrow_scores_quant_rows<T, 1>(n, h); return;
+            case 2: narrow_scores_quant_rows<T, 2>(n, h); return;
+            case 3: narrow_scores_quant_rows<T, 3>(n, h); return;
+            case 4: narrow_scores_quant_rows<T, 4>(n, h); return;
+        }
         pack_k<T>(n, h);
         const int row0 = h * it.rows;
         const int n_block = dim_k / QK;
@@ -524,9 +564,11 @@ struct worker {
         const int    n_pad  = round_up(n, W);
 
         alignas(64) float scale[FUSED_TILE], low[FUSED_TILE];
-        gather_f16(rows.here, offset, n_pad, scale);
-        if constexpr (block<T>::min) {
-            gather_f16(rows.here, offset + 2, n_pad, low);
+        for (int c = 0; c < n_pad; c += W) {
+            store(scale + c, gather_f16(rows.here + c, offset));
+            if constexpr (block<T>::min) {
+                store(low + c, gather_f16(rows.here + c, offset + 2));
+            }
         }
         alignas(64) int16_t w[R][FUSED_TILE];
         float unit[R], lows[R];

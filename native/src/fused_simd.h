@@ -94,22 +94,35 @@ inline vf max(vf a, vf b) {
 #endif
 }
 
-inline vf load_f16(const uint16_t * p) {
+inline vf to_float(vh h) {
 #if INTACTKV_X86 >= 3
-    return _mm512_cvtph_ps(load_as<__m256i>(p));
+    return _mm512_cvtph_ps((__m256i) h);
 #elif INTACTKV_X86 == 2
-    return _mm256_cvtph_ps(load_as<__m128i>(p));
+    return _mm256_cvtph_ps((__m128i) h);
 #elif INTACTKV_ARM
-    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+    return vcvt_f32_f16((float16x4_t) h);
 #else
     // exponent and mantissa moved into place, then the exponent's bias corrected by a product; inf and NaN by hand
-    const vi h    = load_u16(p);
-    const vi sign = (h & 0x8000) << 16;
-    const vi em   = h & 0x7fff;
-    const vf x    = as_float(em << 13) * set1(0x1p112f);
+    const vi x    = __builtin_convertvector(h, vi);
+    const vi sign = (x & 0x8000) << 16;
+    const vi em   = x & 0x7fff;
+    const vf f    = as_float(em << 13) * set1(0x1p112f);
     const vi big  = (em << 13) | 0x7f800000;
-    return as_float((em > 0x7bff ? big : as_int(x)) | sign);
+    return as_float((em > 0x7bff ? big : as_int(f)) | sign);
 #endif
+}
+inline vf load_f16(const uint16_t * p) {
+    return to_float(load_as<vh>(p));
+}
+
+// W F16 numbers, one from each row. Not by way of memory: a load of what several stores wrote waits for all of them.
+inline vf gather_f16(const uint8_t * const * rows, size_t offset) {
+    vh h;
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) {
+        h[i] = load_as<uint16_t>(rows[i] + offset);
+    }
+    return to_float(h);
 }
 
 inline float f16(const void * p) {
