@@ -197,21 +197,19 @@ void merge(ggml_tensor * dst, int ith, int nth, void *) {
         const float * first  = (const float *) ((const char *) part->data + stream * part->nb[3] + row * part->nb[1]);
         float       * out    = (float *) dst->data + i * dim;
 
-        float max = sinks ? ((const float *) sinks->data)[row % dst->ne[1]] : -INFINITY;
-        float sum = sinks ? 1.0f : 0.0f;
+        const float sink = sinks ? ((const float *) sinks->data)[row % dst->ne[1]] * FUSED_LOG2E : -INFINITY;
+        float max = sink;
         for (int64_t c = 0; c < n_chunk; c++) {
             max = std::max(max, first[c * stride]);
         }
-        if (sinks) {
-            sum = std::exp(((const float *) sinks->data)[row % dst->ne[1]] - max);
-        }
+        float sum = sinks ? std::exp2(sink - max) : 0.0f;
         std::fill(out, out + dim, 0.0f);
         for (int64_t c = 0; c < n_chunk; c++) {
             const float * chunk = first + c * stride;
             if (chunk[1] == 0.0f) {
                 continue; // no cell of this chunk was visible
             }
-            const float w = std::exp(chunk[0] - max);
+            const float w = std::exp2(chunk[0] - max);
             sum += w * chunk[1];
             for (int64_t d = 0; d < dim; d++) {
                 out[d] += w * chunk[FUSED_PARTIAL + d];

@@ -17,6 +17,9 @@ constexpr int FUSED_FLOATS    = 12288; // query rows x head size of a block
 constexpr int FUSED_TILE      = 64;    // cells of a tile
 constexpr int FUSED_PARTIAL   = 2;     // floats before the values of a partial result: maximum, sum
 
+// Scores, and maxima of them, are kept as exponents of 2: e^x = 2^(x * FUSED_LOG2E)
+constexpr float FUSED_LOG2E = 1.44269504f;
+
 // K or V of a cache: row of cell c, KV head h, stream s at data + c*nb_cell + h*nb_head + s*nb_stream.
 struct fused_side {
     const uint8_t  * data;

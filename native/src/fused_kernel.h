@@ -87,9 +87,9 @@ struct worker {
         return (const float *) (call.q + head * call.q_nb_head + token * call.q_nb_token + it.stream * call.q_nb_stream);
     }
 
-    // Scaled, and for a quantized K rounded to 8 bits per block of 32 once.
+    // Scaled, so that scores come out in powers of 2, and for a quantized K rounded to 8 bits per block of 32 once.
     void load_queries() const {
-        const float scale   = call.softcap != 0.0f ? call.scale / call.softcap : call.scale;
+        const float scale   = call.softcap != 0.0f ? call.scale / call.softcap : call.scale * FUSED_LOG2E;
         const int   n_block = dim_k / QK;
         const bool  floats  = call.k.type == GGML_TYPE_F16 || call.k.type == GGML_TYPE_BF16 || (call.row_of_cell && call.k.arena);
         const bool  bytes   = call.k.type != GGML_TYPE_F16 && call.k.type != GGML_TYPE_BF16;
@@ -127,7 +127,7 @@ struct worker {
         const float inv  = amax > 0.0f ? 127.0f / amax : 0.0f;
         int32_t bits[QK];
         for (int i = 0; i < QK; i += W) {
-            // rounds to nearest, as in exp_neg()
+            // rounds to nearest, as in exp2_neg()
             store(bits + i, as_int(fma(load(q + i), set1(inv), set1(12582912.0f))) - 0x4b400000);
         }
         int32_t total = 0;
@@ -442,7 +442,7 @@ struct worker {
             const int ld    = it.wide ? it.rows_pad : FUSED_TILE;
             for (int i = 0; i < n_row; i++) {
                 for (int j = 0; j < n_col; j += W) {
-                    store(x.s + i * ld + j, tanh(load(x.s + i * ld + j)) * call.softcap);
+                    store(x.s + i * ld + j, tanh(load(x.s + i * ld + j)) * (call.softcap * FUSED_LOG2E));
                 }
             }
         }
@@ -479,7 +479,7 @@ struct worker {
             if (call.mask_heads > 1) {
                 load_mask(t, head);
             }
-            const vf slope = set1(fused_slope(call.max_bias, call.n_head, head));
+            const vf slope = set1(fused_slope(call.max_bias, call.n_head, head) * FUSED_LOG2E);
             if (it.wide) {
                 // the padding behind the last token adds 0 to rows of the next head
                 for (int c = 0; c < t.n; c++) {
@@ -501,7 +501,7 @@ struct worker {
 
     // --- softmax: scores become weights, x.beta what earlier results are scaled by ---
 
-    // Of a row: e^(old - new), and the sum brought along. A row that has seen no cell keeps maximum -inf.
+    // Of a row: 2^(old - new), and the sum brought along. A row that has seen no cell keeps maximum -inf.
     static float lowest(float m) {
         return m > -3.0e38f ? m : -3.0e38f; // so that -inf - lowest(-inf) is not NaN
     }
@@ -522,11 +522,11 @@ struct worker {
             const float ref  = lowest(now);
             vf total = {};
             for (int c = 0; c < n_pad; c += W) {
-                const vf p = exp_neg(load(s + c) - ref);
+                const vf p = exp2_neg(load(s + c) - ref);
                 total += p;
                 store(s + c, p);
             }
-            x.beta[r]       = here > before ? exp_neg(set1(lowest(before) - ref))[0] : 1.0f;
+            x.beta[r]       = here > before ? exp2_neg(set1(lowest(before) - ref))[0] : 1.0f;
             x.max[row0 + r] = now;
             x.sum[row0 + r] = x.sum[row0 + r] * x.beta[r] + sum(total);
         }
@@ -541,10 +541,10 @@ struct worker {
                 m = max(m, load(s + c * it.rows_pad));
             }
             const vf ref  = max(set1(-3.0e38f), m);
-            const vf beta = exp_neg(max(set1(-3.0e38f), old) - ref);
+            const vf beta = exp2_neg(max(set1(-3.0e38f), old) - ref);
             vf total = {};
             for (int c = 0; c < n; c++) {
-                const vf p = exp_neg(load(s + c * it.rows_pad) - ref);
+                const vf p = exp2_neg(load(s + c * it.rows_pad) - ref);
                 total += p;
                 store(s + c * it.rows_pad, p);
             }
@@ -960,10 +960,10 @@ struct worker {
                     // a sink is one more score, of a cell without a value
                     float total = x.sum[row];
                     if (call.sinks) {
-                        const float sink = call.sinks[head];
+                        const float sink = call.sinks[head] * FUSED_LOG2E;
                         const float ref  = lowest(sink > x.max[row] ? sink : x.max[row]);
-                        scale = exp_neg(set1(lowest(x.max[row]) - ref))[0];
-                        total = total * scale + exp_neg(set1(lowest(sink) - ref))[0];
+                        scale = exp2_neg(set1(lowest(x.max[row]) - ref))[0];
+                        total = total * scale + exp2_neg(set1(lowest(sink) - ref))[0];
                     }
                     scale = total == 0.0f ? 0.0f : scale / total;
                 }

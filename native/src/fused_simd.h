@@ -261,7 +261,7 @@ inline vi nearest(vf a) {
 #elif INTACTKV_ARM
     return vcvtnq_s32_f32(a);
 #else
-    return as_int(a + 12582912.0f) - 0x4b400000; // as in exp_neg()
+    return as_int(a + 12582912.0f) - 0x4b400000; // as in exp2_neg()
 #endif
 }
 
@@ -277,30 +277,36 @@ inline void store_s16(int16_t * p, vf a) {
 #endif
 }
 
-// e^x for x <= 0: 2^n * e^r with |r| <= ln(2)/2, polynomial of degree 6 (error below 2e-7 of the result);
-// exactly 0 below -88, NaN for NaN. Cephes' constants.
-inline vf exp_neg(vf x) {
-    x = max(set1(-88.02f), x);
+// 2^x for x <= 0: 2^n * 2^r with |r| <= 1/2, minimax polynomial of degree 5 (error below 2e-7 of the result, 1 for 0);
+// exactly 0 below -127, NaN for NaN.
+inline vf exp2_neg(vf x) {
+    x = max(set1(-127.0f), x);
+#if INTACTKV_X86 >= 3
+    const vf n = _mm512_roundscale_ps(x, 0);
+#else
     const vf magic = set1(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer
-    const vf t = fma(x, set1(1.44269504f), magic);
+    const vf t = x + magic;
     const vf n = t - magic;
-    vf r = fma(n, set1(-0.693359375f), x);
-    r = fma(n, set1(2.12194440e-4f), r);
-    vf p = set1(1.9875691500e-4f);
-    p = fma(p, r, set1(1.3981999507e-3f));
-    p = fma(p, r, set1(8.3334519073e-3f));
-    p = fma(p, r, set1(4.1665795894e-2f));
-    p = fma(p, r, set1(1.6666665459e-1f));
-    p = fma(p, r, set1(5.0000001201e-1f));
-    p = fma(p, r * r, r + 1.0f);
+#endif
+    const vf r = x - n;
+    vf p = set1(1.326472731e-3f);
+    p = fma(p, r, set1(9.671512991e-3f));
+    p = fma(p, r, set1(5.550733581e-2f));
+    p = fma(p, r, set1(2.402224243e-1f));
+    p = fma(p, r, set1(6.931470037e-1f));
+    p = fma(p, r, set1(1.0f));
+#if INTACTKV_X86 >= 3
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, _mm512_set1_ps(-127.0f), _CMP_NEQ_UQ), p, n);
+#else
     // n = -127 gives the bits of 0
     return p * as_float((as_int(t) - (0x4b400000 - 127)) << 23);
+#endif
 }
 
 // tanh by e^(-2|x|); absolute error below 2e-7
 inline vf tanh(vf x) {
     const vi sign = as_int(x) & (int32_t) 0x80000000;
     const vf a = as_float(as_int(x) & 0x7fffffff);
-    const vf e = exp_neg(a * -2.0f);
+    const vf e = exp2_neg(a * (-2.0f * FUSED_LOG2E));
     return as_float(as_int((1.0f - e) / (1.0f + e)) | sign);
 }
