@@ -270,6 +270,11 @@ struct worker {
         }
     };
 
+    // Whether block b is where the next cache line is asked for: wherever a row begins, none is left out.
+    template <ggml_type T> static bool new_line(int b) {
+        return b % (64 / block<T>::bytes) == 0;
+    }
+
     template <ggml_type T> void pack_k(int n, int h) const {
         const int n_block = dim_k / QK;
         const int n_pad   = round_up(n, W);
@@ -281,7 +286,7 @@ struct worker {
                 if constexpr (block<T>::min) {
                     store(x.k_low + b * cells_max + c, gather_f16(rows.here + c, offset + 2));
                 }
-                for (int i = 0; i < W; i++) {
+                for (int i = 0; new_line<T>(b) && i < W; i++) {
                     rows.prefetch(c + i, offset);
                 }
                 vi dwords[QK / 4];
@@ -306,7 +311,7 @@ struct worker {
             for (int b = 0; b < n_block; b++) {
                 const size_t offset = b * block<T>::bytes;
                 const vf scale = gather_f16(rows.here + c, offset);
-                for (int i = 0; i < W; i++) {
+                for (int i = 0; new_line<T>(b) && i < W; i++) {
                     rows.prefetch(c + i, offset);
                 }
                 vi dwords[QK / 4], acc[R];
@@ -556,56 +561,69 @@ struct worker {
 
     // --- values ---
 
+    // The weights of R rows for a block of V, as narrow_values_quant() wants them.
+    template <int R> struct weights {
+        alignas(64) int16_t w[R][FUSED_TILE];
+        float unit[R], lows[R];
+
+        // p: [row][cell]. N: the number of vectors if it is known (then they stay in registers), else 0.
+        template <ggml_type T, int N> void set(const row_list & rows, size_t offset, const float * p, int n) {
+            const int n_vec = N > 0 ? N : n;
+            vf scale[FUSED_TILE / W], low[FUSED_TILE / W];
+            for (int v = 0; v < n_vec; v++) {
+                scale[v] = gather_f16(rows.here + v * W, offset);
+                if constexpr (block<T>::min) {
+                    low[v] = gather_f16(rows.here + v * W, offset + 2);
+                }
+            }
+            for (int r = 0; r < R; r++) {
+                vf product[FUSED_TILE / W], largest = {}, total = {};
+                for (int v = 0; v < n_vec; v++) {
+                    const vf pc = load(p + r * FUSED_TILE + v * W);
+                    product[v] = pc * scale[v];
+                    largest = max(largest, as_float(as_int(product[v]) & 0x7fffffff));
+                    if constexpr (block<T>::min) {
+                        total = fma(pc, low[v], total);
+                    }
+                }
+                const float w_max = max_of(largest);
+                const float inv   = w_max > 1.0e-30f ? 32767.0f / w_max : 0.0f;
+                for (int v = 0; v < n_vec; v++) {
+                    store_s16(w[r] + v * W, product[v] * inv);
+                }
+                unit[r] = w_max * (1.0f / 32767.0f);
+                lows[r] = block<T>::min ? sum(total) : 0.0f;
+            }
+        }
+    };
+
     // Quantized V: acc[r][d0..d0+32) of R rows in integers, two cells at a time. A weight is multiplied by its block's
     // scale and rounded to 16 bits of the largest such product in the tile: an error below 2^-16 of that.
     template <ggml_type T, int R> void narrow_values_quant(const row_list & rows, int n, int r0, int h, int d0) const {
         const int    row0   = h * it.rows + r0;
         const size_t offset = (size_t) (d0 / QK * block<T>::bytes);
-        const int    n_pad  = round_up(n, W);
 
-        alignas(64) float scale[FUSED_TILE], low[FUSED_TILE];
-        for (int c = 0; c < n_pad; c += W) {
-            store(scale + c, gather_f16(rows.here + c, offset));
-            if constexpr (block<T>::min) {
-                store(low + c, gather_f16(rows.here + c, offset + 2));
-            }
-        }
-        alignas(64) int16_t w[R][FUSED_TILE];
-        float unit[R], lows[R];
-        for (int r = 0; r < R; r++) {
-            const float * p = x.s + (r0 + r) * FUSED_TILE;
-            alignas(64) float product[FUSED_TILE];
-            vf largest = {}, total = {};
-            for (int c = 0; c < n_pad; c += W) {
-                const vf pc = load(p + c), ws = pc * load(scale + c);
-                store(product + c, ws);
-                largest = max(largest, as_float(as_int(ws) & 0x7fffffff));
-                if constexpr (block<T>::min) {
-                    total = fma(pc, load(low + c), total);
-                }
-            }
-            const float w_max = max_of(largest);
-            const float inv   = w_max > 1.0e-30f ? 32767.0f / w_max : 0.0f;
-            for (int c = 0; c < n_pad; c += W) {
-                store_s16(w[r] + c, load(product + c) * inv);
-            }
-            unit[r] = w_max * (1.0f / 32767.0f);
-            lows[r] = block<T>::min ? sum(total) : 0.0f;
+        weights<R> u;
+        if (W >= 16 && n > FUSED_TILE - W) {
+            u.template set<T, FUSED_TILE / W>(rows, offset, x.s + r0 * FUSED_TILE, 0);
+        } else {
+            u.template set<T, 0>(rows, offset, x.s + r0 * FUSED_TILE, round_up(n, W) / W);
         }
 
+        const bool ahead = r0 == 0 && new_line<T>(d0 / QK);
         vi acc[R][2 * BLOCK_S] = {};
         for (int c = 0; c < n; c += 2) { // behind the last cell comes itself once more, with a weight of 0
             vs v0[BLOCK_S], v1[BLOCK_S];
             unpack_s16<T>(rows.here[c] + offset, v0);
             unpack_s16<T>(rows.here[c + 1] + offset, v1);
-            if (r0 == 0) {
+            if (ahead) {
                 rows.prefetch(c, offset);
                 rows.prefetch(c + 1, offset);
             }
             for (int i = 0; i < BLOCK_S; i++) {
                 const cell_pair pair = make_pair(v0[i], v1[i]);
                 for (int r = 0; r < R; r++) {
-                    pair_dot(acc[r][2 * i], acc[r][2 * i + 1], pair, w[r] + c);
+                    pair_dot(acc[r][2 * i], acc[r][2 * i + 1], pair, u.w[r] + c);
                 }
             }
         }
@@ -615,8 +633,8 @@ struct worker {
                 if (i % 2 == 0) {
                     in_order(acc[r][i], acc[r][i + 1]);
                 }
-                const vf old = fma(load(out + i * W), set1(x.beta[r0 + r]), set1(lows[r]));
-                store(out + i * W, fma(to_float(acc[r][i]), set1(unit[r]), old));
+                const vf old = fma(load(out + i * W), set1(x.beta[r0 + r]), set1(u.lows[r]));
+                store(out + i * W, fma(to_float(acc[r][i]), set1(u.unit[r]), old));
             }
         }
     }
