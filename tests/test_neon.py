@@ -51,7 +51,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def emulate(program: Path, kernel: K.Kernel, case: K.Case, isa: str, cpu: str) -> np.ndarray:
-    """The case on the emulated CPU, cells that were split merged in float64."""
+    """The case on the emulated CPU, cells that were split (their maxima are exponents of 2) merged in float64."""
     n_stream, n_tokens, n_head, _ = case.q.shape
     dim_v = case.v.shape[-1]
     source, target = program.with_suffix(".in"), program.with_suffix(".out")
@@ -63,11 +63,11 @@ def emulate(program: Path, kernel: K.Kernel, case: K.Case, isa: str, cpu: str) -
     out = out.reshape(n_stream, -1, n_tokens, n_head, 2 + dim_v)
     top, total, values = out[..., 0], out[..., 1], out[..., 2:]
     if case.sinks is not None:
-        sink = np.broadcast_to(case.sinks.astype(np.float64), top[:, :1].shape)
+        sink = np.broadcast_to(case.sinks.astype(np.float64) * np.log2(np.e), top[:, :1].shape)
         top = np.concatenate([top, sink], 1)
         total = np.concatenate([total, np.ones_like(sink)], 1)
         values = np.concatenate([values, np.zeros_like(values[:, :1])], 1)
-    weight = np.exp(top - np.maximum(top.max(1, keepdims=True), -1e30)) * (total > 0)
+    weight = np.exp2(top - np.maximum(top.max(1, keepdims=True), -1e30)) * (total > 0)
     merged = (weight[..., None] * values).sum(1) / np.maximum((weight * total).sum(1), 1e-300)[..., None]
     return hadamard(merged, case.rot_v)
 

@@ -10,7 +10,9 @@
 constexpr int      TILE_FLOATS  = 8192;                    // cells x head size of a tile
 constexpr uint16_t F16_NEG_INF  = 0xfc00;
 constexpr int      NARROW_MAX   = W >= 8 ? 12 : 4;         // rows that are always computed narrow; measured
+constexpr int      SCORE_ROWS   = W >= 16 ? 8 : 4;         // rows up to which quantized K stays in registers
 constexpr int      VALUE_ROWS   = INTACTKV_X86 >= 3 ? 4 : 2; // rows that share an expansion of V in registers
+constexpr int      VALUE_COLS   = W >= 16 ? 64 : 32;       // columns of V that do so, for F16 and BF16
 
 // Cells that are processed together: all intact or all ordinary.
 struct tile {
@@ -340,13 +342,18 @@ struct worker {
         }
     }
 
-    template <ggml_type T> void narrow_scores_quant(int n, int h) const {
-        switch (it.rows) {
-            case 1: narrow_scores_quant_rows<T, 1>(n, h); return;
-            case 2: narrow_scores_quant_rows<T, 2>(n, h); return;
-            case 3: narrow_scores_quant_rows<T, 3>(n, h); return;
-            case 4: narrow_scores_quant_rows<T, 4>(n, h); return;
+    template <ggml_type T, int R = SCORE_ROWS> void narrow_scores_quant(int n, int h) const {
+        if (it.rows == R) {
+            narrow_scores_quant_rows<T, R>(n, h);
+        } else if constexpr (R > 1) {
+            narrow_scores_quant<T, R - 1>(n, h);
+        } else {
+            narrow_scores_quant_many<T>(n, h);
         }
+    }
+
+    // Of more rows: the cells are transposed once for all.
+    template <ggml_type T> void narrow_scores_quant_many(int n, int h) const {
         pack_k<T>(n, h);
         const int row0 = h * it.rows;
         const int n_block = dim_k / QK;
@@ -359,27 +366,34 @@ struct worker {
         idot<false>(g, it.rows, round_up(n, W));
     }
 
+    // Four cells at a time, for the sums over their lanes. Behind the last cell it comes once more.
     template <ggml_type T, int R> void narrow_scores_float_rows(const row_list & rows, int n, int h, int r0) const {
-        const int row0 = h * it.rows;
-        for (int c = 0; c < n; c++) {
-            vf acc[R] = {};
+        const float * q = x.q + (h * it.rows + r0) * dim_k;
+        for (int c = 0; c < n; c += 4) {
+            vf acc[R][4] = {};
             for (int d = 0; d < dim_k; d += W) {
-                if (r0 == 0 && d % 32 == 0) {
-                    rows.prefetch(c, d * 2);
+                vf k[4];
+                for (int i = 0; i < 4; i++) {
+                    if (r0 == 0 && d % 32 == 0) {
+                        rows.prefetch(c + i, d * 2);
+                    }
+                    k[i] = values<T>(rows.here[c + i] + d * 2, 0);
                 }
-                const vf k = values<T>(rows.here[c] + d * 2, 0);
                 for (int r = 0; r < R; r++) {
-                    acc[r] = fma(k, load(x.q + (row0 + r0 + r) * dim_k + d), acc[r]);
+                    const vf qr = load(q + r * dim_k + d);
+                    for (int i = 0; i < 4; i++) {
+                        acc[r][i] = fma(k[i], qr, acc[r][i]);
+                    }
                 }
             }
             for (int r = 0; r < R; r++) {
-                x.s[(r0 + r) * FUSED_TILE + c] = sum(acc[r]);
+                sum4(acc[r], x.s + (r0 + r) * FUSED_TILE + c);
             }
         }
     }
 
     template <ggml_type T> void narrow_scores_float(int n, int h) const {
-        const row_list rows(x.k_rows, h, n);
+        const row_list rows(x.k_rows, h, round_up(n, 4));
         int r = 0;
         for (; r + 4 <= it.rows; r += 4) {
             narrow_scores_float_rows<T, 4>(rows, n, h, r);
@@ -651,8 +665,8 @@ struct worker {
         }
         for (int c = 0; c < n; c++) {
             const uint8_t * p = rows.here[c] + d0 * 2;
-            if (r0 == 0) {
-                rows.prefetch(c, d0 * 2);
+            for (int line = 0; r0 == 0 && line < N; line += 32) {
+                rows.prefetch(c, (d0 + line) * 2);
             }
             for (int v = 0; v < NV; v++) {
                 const vf value = values<T>(p, v);
@@ -670,15 +684,15 @@ struct worker {
 
     template <ggml_type T, int R> void narrow_values_rows(const row_list & rows, int n, int r0, int h) const {
         int d = 0;
-        for (; d + QK <= dim_v; d += QK) {
-            if constexpr (block<T>::quant) {
+        if constexpr (block<T>::quant) {
+            for (; d < dim_v; d += QK) {
                 narrow_values_quant<T, R>(rows, n, r0, h, d);
-            } else {
-                narrow_values_float<T, R, QK>(rows, n, r0, h, d);
             }
-        }
-        if constexpr (!block<T>::quant) {
-            if (d < dim_v) {
+        } else {
+            for (; d + VALUE_COLS <= dim_v; d += VALUE_COLS) {
+                narrow_values_float<T, R, VALUE_COLS>(rows, n, r0, h, d);
+            }
+            for (; d < dim_v; d += 16) {
                 narrow_values_float<T, R, 16>(rows, n, r0, h, d);
             }
         }

@@ -150,6 +150,27 @@ inline float sum(vf a) {
 #endif
 }
 
+// out[i] = sum(a[i])
+inline void sum4(const vf * a, float * out) {
+#if INTACTKV_X86 >= 3
+    const __m512 lo = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
+    const __m512 hi = _mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
+    const __m512d x = (__m512d) lo, y = (__m512d) hi;
+    const __m512 four = _mm512_add_ps((__m512) _mm512_unpacklo_pd(x, y), (__m512) _mm512_unpackhi_pd(x, y));
+    const __m256 two  = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1)));
+#elif INTACTKV_X86 == 2
+    const __m256 two = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1)));
+#elif INTACTKV_ARM
+    store(out, vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])));
+#else
+    for (int i = 0; i < 4; i++) {
+        out[i] = sum(a[i]);
+    }
+#endif
+}
+
 inline float max_of(vf a) {
 #if INTACTKV_X86 >= 3
     return _mm512_reduce_max_ps(a);
