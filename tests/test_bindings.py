@@ -64,6 +64,14 @@ def test_failures_are_one_sentence_and_load_nothing(llama: IntactLlama, smol: Sm
     assert bindings.n_cells(llama.ctx) == 0
 
 
+def test_stock_attention_says_that_it_cannot_read_a_prefix(smol: Smol, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setenv("INTACTKV_ATTN", "stock")
+    mixed = IntactLlama(smol.gguf, None, "q4_0", n_ctx=256)
+    with pytest.raises(IntactKVError, match="INTACTKV_ATTN=stock cannot read F16 cells in a q4_0 cache"):
+        bindings.load(mixed.ctx, smol.ikv.read_bytes())
+    assert bindings.load(IntactLlama(smol.gguf, None, "f16", n_ctx=256).ctx, smol.ikv.read_bytes()) == len(smol.tokens)
+
+
 def test_stock_libraries_are_named(stock_lib: Path) -> None:
     code = "from intactkv_export import bindings; bindings.version()"
     env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(stock_lib)}
