@@ -292,9 +292,6 @@ int32_t intactkv_load(llama_context * ctx, const void * data, size_t size, llama
     try {
         state_bytes io(view.state, view.state_size);
         for (llama_kv_cache * kv : caches_of(ctx)) {
-            if (kv->intact) {
-                kv->intact->check_readable(); // state_read() would not say why it fails
-            }
             kv->state_read(io, seq_id, 0);
         }
     } catch (const std::exception & err) {

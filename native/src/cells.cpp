@@ -71,17 +71,6 @@ const char * arena::attention_now() const {
     return fused() && !f32 ? "fused" : n_cells(-1) > 0 ? "portable" : "stock";
 }
 
-void arena::check_readable() const {
-    for (const auto & layer : kv.layers) {
-        for (const ggml_tensor * t : { layer.k, layer.v }) {
-            if (kind == attention_kind::stock && !is_exact(t->type)) {
-                throw std::runtime_error(format("INTACTKV_ATTN=stock cannot read F16 cells in a %s cache: unset it, or use an F16 cache",
-                        ggml_type_name(t->type)));
-            }
-        }
-    }
-}
-
 const arena_layer & arena::layer(int32_t il) const {
     return layers[kv.map_layer_ids.at(il)];
 }
@@ -401,7 +390,10 @@ void state_reader::read_rows(llama_io_read_i & io, int32_t il, bool is_v) {
     }
 
     if (!is_exact(dst->type)) {
-        a->check_readable();
+        if (a->kind == attention_kind::stock) {
+            throw std::runtime_error(format("INTACTKV_ATTN=stock cannot read F16 cells in a %s cache: unset it, or use an F16 cache",
+                    ggml_type_name(dst->type)));
+        }
         if (rows.empty()) {
             rows = a->take_rows(cells.size());
         }

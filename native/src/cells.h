@@ -64,9 +64,6 @@ public:
     // "stock", "portable" or "fused": what the next batch will use
     const char * attention_now() const;
 
-    // Throws std::runtime_error if nothing could read F16 cells in this cache: stock attention, and another type.
-    void check_readable() const;
-
     const arena_layer & layer(int32_t il) const;
 
     const llama_hparams & hparams() const;
