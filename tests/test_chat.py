@@ -59,9 +59,10 @@ class Terminal:
         return got + found
 
     def interrupt_prompt(self) -> None:
-        """
-        Ctrl-C at the prompt, and again if nothing happens: CPython's readline loses a SIGINT that comes between its
-        look for signals and its select(2), about one in a thousand on a busy machine, until the next key.
+        """Ctrl-C at the prompt, and again if nothing happens.
+
+        CPython's readline loses a SIGINT that comes between its look for signals and its select(2), about one in a
+        thousand on a busy machine, until the next key.
         """
         for patience in (10, 600):
             self.send("\x03")
