@@ -9,7 +9,7 @@
 
 constexpr int      TILE_FLOATS  = 8192;                    // cells x head size of a tile
 constexpr uint16_t F16_NEG_INF  = 0xfc00;
-constexpr int      NARROW_MAX   = W >= 8 ? 12 : 4;         // rows that are always computed narrow; measured
+constexpr int      NARROW_MAX   = W >= 8 ? 48 : 5;         // rows that are computed narrow; measured, but for NEON
 constexpr int      SCORE_ROWS   = W >= 16 ? 8 : 4;         // rows up to which quantized K stays in registers
 constexpr int      VALUE_ROWS   = INTACTKV_X86 >= 3 ? 4 : 2; // rows that share an expansion of V in registers
 constexpr int      VALUE_COLS   = W >= 16 ? 64 : 32;       // columns of V that do so, for F16 and BF16
@@ -1030,7 +1030,7 @@ inline item make_item(const fused_call & call, int i, int nth) {
     it.tokens   = call.n_tokens - it.token < p.tokens      ? call.n_tokens - it.token : p.tokens;
     it.rows     = it.heads * it.tokens;
     it.rows_pad = round_up(it.rows, W);
-    it.wide     = it.rows > NARROW_MAX && it.kv_heads == 1 && 2 * it.rows_pad <= 3 * it.rows;
+    it.wide     = it.rows > NARROW_MAX && it.kv_heads == 1;
     return it;
 }
 
