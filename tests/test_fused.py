@@ -182,6 +182,22 @@ def check(kernel: K.Kernel, case: K.Case) -> None:
         assert fused <= 1.1 * stock + rest, f"{isa}: fused {fused:.3g}, stock {stock:.3g}"
 
 
+@pytest.mark.parametrize("n_tokens", [1, 40])
+@pytest.mark.parametrize("kv_type", KV_TYPES)
+def test_error_is_not_larger_than_upstreams(kernel: K.Kernel, kv_type: str, n_tokens: int):
+    """Root mean square against float64, over many calls: both round Q to 8 bits, so that single ones differ by chance."""
+    cases = [random_case(1000 + seed, type_k=kv_type, n_tokens=n_tokens) for seed in range(12)]
+    truths = [exact(kernel, case) for case in cases]
+
+    def mean_square(fused: bool) -> float:
+        results = [kernel.run(case, fused=fused)[0] for case in cases]
+        return float(np.mean([np.square(x - truth).mean() for x, truth in zip(results, truths, strict=True)]))
+
+    stock = mean_square(fused=False)
+    for isa in each_isa(kernel):
+        assert mean_square(fused=True) <= stock, isa
+
+
 @pytest.mark.parametrize("n_tokens", [1, 5, 40])
 @pytest.mark.parametrize("kv_type", KV_TYPES)
 def test_types(kernel: K.Kernel, kv_type: str, n_tokens: int):
