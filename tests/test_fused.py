@@ -185,7 +185,7 @@ def check(kernel: K.Kernel, case: K.Case) -> None:
 @pytest.mark.parametrize("n_tokens", [1, 40])
 @pytest.mark.parametrize("kv_type", KV_TYPES)
 def test_error_is_not_larger_than_upstreams(kernel: K.Kernel, kv_type: str, n_tokens: int):
-    """Root mean square against float64, over many calls: both round Q to 8 bits, so that single ones differ by chance."""
+    """Root mean square against float64, over many calls: both round Q to 8 bits, so single ones differ by chance."""
     cases = [random_case(1000 + seed, type_k=kv_type, n_tokens=n_tokens) for seed in range(12)]
     truths = [exact(kernel, case) for case in cases]
 
