@@ -2,7 +2,7 @@
 
 Two phases, so that one model is in memory at a time (both, for an objective with mse):
 
-    reference   --> conversations of its own, or the user's texts, as tokens      sequences.npy
+    reference   --> texts of its own, or the user's, as tokens                    sequences.npy
                 --> its likeliest next tokens after each of them (targets.py)     targets-*.npz
     student     the quantized model, dequantized --> training.py                  MODEL.pt
                 --> a prefix file with the trained K and V
@@ -15,9 +15,10 @@ Memory, for a 7B model (n_layer 32, n_embd 4096, n_ff 11008, vocabulary 32000) o
     activations kept for the backward pass, 1024 tokens at a time         checkpointed        0.3 GB
       (16 * 4096 + 4 * 11008 values a token and layer would be 7.2 GB)    one layer           0.2 GB
     logits in float32, their logarithms and gradients                     3 * 1024 * 32000    0.4 GB
+    K and V of the texts while they are sampled, 12 at a time             conversations.py    2.1 GB
     K and V of 64 tokens, float32, gradient and two moments of AdamW      4 * 64 * 2 * 32 * 4096 * 4    0.3 GB
 
-less than 16 GB of 24. The targets take 2 kB a token on disk: 134 MB for 256 sequences of 256 tokens.
+less than 17 GB of 24. The targets take 2 kB a token on disk: 134 MB for 256 sequences of 256 tokens.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ def calibrate(
 
     reference: the full-precision model, as for convert(). model: a GGUF quantized from it.
     prefix: what to begin with: an `.ikv` or a GGUF with one embedded; None: the model's own (prefix_file.find).
-    data: "self": conversations that the reference writes itself behind the prefix; else a file (conversations.read).
+    data: "self": conversations that the reference writes itself behind the prefix, every second of them beginning
+        with a document (conversations.sample); else a file (conversations.read).
     objective: training.OBJECTIVES. steps, lr (training.Settings), batch, seq_len: None: those of DEFAULTS.
     sequences: how many to sample, or to take of the file at most; one in eight is held out.
     kv_type: that the prefix will be used with, "q8_0" or a pair for K and V.
@@ -274,6 +276,7 @@ class _Run:
                     n=n,
                     n_tokens=n_tokens,
                     seed=seed,
+                    documents=True,
                     progress=done,
                 )
             texts = conversations.read(data, self.prefix, vocabulary, template, n_tokens=n_tokens)

@@ -223,7 +223,7 @@ def calibrate(
         Path | None, typer.Option("--prefix", help="To begin with. Default: the one embedded or beside the model.")
     ] = None,
     data: Annotated[
-        str, typer.Option("--data", help="self: conversations the reference writes; or FILE: .jsonl, .json, text.")
+        str, typer.Option("--data", help="self: texts the reference writes itself; or FILE: .jsonl, .json, text.")
     ] = "self",
     objective: Annotated[str, typer.Option("--objective", help="kl, mse or kl+mse.")] = "kl",
     steps: Annotated[int | None, typer.Option("--steps", min=0, help="Default: kl 120, mse 160.")] = None,

@@ -1,4 +1,4 @@
-"""Conversations that the reference writes itself behind a prefix: what it is calibrated on when there is no other data.
+"""Texts that the reference writes itself behind a prefix: what it is calibrated on when there is no other data.
 
 Every sequence is exactly n_tokens long and follows the prefix's last token as it would in a conversation, rendered by
 the model's own chat template. All sequences of a batch grow by a token at a time, so none needs padding.
@@ -18,6 +18,7 @@ import numpy as np
 
 from intactkv_export import gguf_file, prefix_file
 from intactkv_export.data_file import read
+from intactkv_export.openings import OPENINGS
 from intactkv_export.prefix_file import Prefix
 from intactkv_export.questions import FOLLOW_UPS, QUESTIONS
 from intactkv_export.turns import Turns
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["QUESTIONS", "data_hash", "read", "sample", "sample_from"]
 
 TOP_P = 0.95  # at temperature 1: what the reference would say, less the tail that derails a long text
-_BATCH = 64  # sequences sampled at a time
+_BATCH = 256  # sequences sampled at a time, at most
+_CACHE = 2 << 30  # bytes of K and V they may take together
 _CHUNK = 512  # tokens of the prefix in one forward pass
 
 
@@ -42,26 +44,32 @@ def sample(
     n: int,
     n_tokens: int,
     seed: int,
+    documents: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """n conversations of n_tokens tokens behind the prefix, sampled by the model (the reference) itself.
 
     The first message is one of QUESTIONS; each reply is sampled; the next message is one of FOLLOW_UPS or, every
-    second time, written by the model too, as in Magpie (arXiv 2406.08464). The same for a seed on one device.
+    second time, written by the model too, as in Magpie (arXiv 2406.08464). documents: every second conversation begins
+    with a document instead, one of OPENINGS that the model continues. The same for a seed on one device.
     progress(done, total) counts tokens.
     """
     import torch
 
     turns = Turns(prefix, vocabulary, chat_template)
     choose = random.Random(seed)
-    questions: list[str] = []
-    while len(questions) < n:
-        questions += choose.sample(QUESTIONS, len(QUESTIONS))
-    rows = [_Row(turns, random.Random(choose.random()), deque(turns.first(question))) for question in questions[:n]]
+    questions, openings = _spread(QUESTIONS, n, choose), _spread(OPENINGS, n, choose)
+    rows = [
+        _Row(turns, random.Random(choose.random()), deque(turns.opening(opening)), user=True)
+        if documents and i % 2
+        else _Row(turns, random.Random(choose.random()), deque(turns.first(question)))
+        for i, (question, opening) in enumerate(zip(questions, openings, strict=True))
+    ]
     ends = {token for token in range(model.n_vocab) if vocabulary.ends_reply(token)}
     generator = torch.Generator().manual_seed(seed)
-    for start in range(0, n, _BATCH):
-        batch = rows[start : start + _BATCH]
+    at_a_time = _batch(model, len(prefix.tokens) + n_tokens)
+    for start in range(0, n, at_a_time):
+        batch = rows[start : start + at_a_time]
         logits = _Logits(model, prefix.tokens, len(batch))
         for i in range(n_tokens):
             drawn = _draw(logits.last, generator).tolist()
@@ -92,6 +100,20 @@ def sample_from(
     with Vocabulary(gguf) as vocabulary:
         behind = prefix_file.read(prefix)
         return sample(model, behind, vocabulary, template, n=n, n_tokens=n_tokens, seed=seed, progress=progress)
+
+
+def _spread(texts: Sequence[str], n: int, choose: random.Random) -> list[str]:
+    """n of the texts in a random order, each as often as the others, give or take one."""
+    chosen: list[str] = []
+    while len(chosen) < n:
+        chosen += choose.sample(texts, len(texts))
+    return chosen[:n]
+
+
+def _batch(model: TorchModel, n_tokens: int) -> int:
+    """How many sequences of n_tokens tokens are sampled at a time: as many as the memory for their K and V allows."""
+    token = 2 * model.n_layer * model.n_head_kv * model.head_dim * model.net.dtype.itemsize
+    return min(_BATCH, max(1, _CACHE // (n_tokens * token)))
 
 
 @dataclass

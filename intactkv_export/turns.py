@@ -37,6 +37,10 @@ class Turns:
         """From the end of the prefix to the beginning of the reply to a first message."""
         return self._behind_prefix(self._head + text + self._to_reply)
 
+    def opening(self, text: str) -> list[int]:
+        """From the end of the prefix to the end of a text with which the first message begins."""
+        return self._behind_prefix(self._head + text)
+
     def next(self, text: str) -> list[int]:
         """From the end of a reply to the beginning of the reply to the next message."""
         return self._tokens(self._to_user + text + self._to_reply)

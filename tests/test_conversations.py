@@ -15,6 +15,7 @@ from smol import SYSTEM_PROMPT, Smol, smol  # noqa: F401
 from intactkv_export import conversations, gguf_file, prefix_file
 from intactkv_export import prompt as prompts
 from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.openings import OPENINGS
 from intactkv_export.questions import FOLLOW_UPS, QUESTIONS
 from intactkv_export.turns import Turns
 from intactkv_export.vocabulary import Vocabulary
@@ -71,6 +72,30 @@ def test_sampled_conversations_continue_the_prefix(
     assert conversations.sample(net, prefix, vocabulary, template, seed=3, **settings) == made
     other = conversations.sample(net, prefix, vocabulary, template, n=3, n_tokens=4, seed=4)
     assert other != [sequence[:4] for sequence in made]
+
+
+def test_every_second_one_begins_with_a_document_if_asked(
+    net: Any, prefix: prefix_file.Prefix, vocabulary: Vocabulary, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(set(OPENINGS)) == len(OPENINGS) >= 64
+    monkeypatch.setattr(conversations, "_CACHE", 1)  # one at a time
+    made = conversations.sample(net, prefix, vocabulary, template, n=4, n_tokens=50, seed=1, documents=True)
+    texts = [vocabulary.text(sequence) for sequence in made]
+    assert [any(text.startswith(opening) for opening in OPENINGS) for text in texts] == [False, True] * 2
+    assert len({*texts}) == 4 and not any(text in OPENINGS for text in texts), "the model goes on"
+    assert [text.partition(REPLY)[0] in QUESTIONS for text in texts[::2]] == [True] * 2
+
+
+def test_a_document_that_ends_is_replied_to(
+    prefix: prefix_file.Prefix, vocabulary: Vocabulary, template: str
+) -> None:
+    turns = Turns(prefix, vocabulary, template)
+    row = conversations._Row(turns, Random(0), deque(turns.opening("Dear Ann,")), user=True)
+    word, end = vocabulary.tokenize("word", special=False)[0], vocabulary.eos
+    for i in range(40):
+        row.take(end if i % 10 == 9 else word, i % 10 == 9)
+    document, reply = vocabulary.text(row.tokens).split(REPLY)[:2]
+    assert document.startswith("Dear Ann,word") and reply.partition("<|im_end|>\n<|im_start|>user\n")[2] in FOLLOW_UPS
 
 
 def test_the_model_writes_what_is_likely_behind_the_prefix(
