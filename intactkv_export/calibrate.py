@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from intactkv_export.training import Result, Settings
 
 Progress = Callable[..., None]  # stage, done, total, note
-# objective -> steps, lr, batch, seq_len: for mse the paper's, for kl what measured best
-DEFAULTS = {"kl": (120, 2e-2, 4, 256), "mse": (160, 2e-4, 16, 1024), "kl+mse": (120, 2e-2, 4, 256)}
+# objective -> steps, batch, seq_len: for mse the paper's, for kl what measured best
+DEFAULTS = {"kl": (120, 4, 256), "mse": (160, 16, 1024), "kl+mse": (120, 4, 256)}
 PHASES = ("data", "targets", "train")
 SEQUENCES = 256
 _HELD_OUT = 8  # one of so many sequences is not trained on
@@ -113,7 +113,7 @@ def calibrate(
     prefix: what to begin with: an `.ikv` or a GGUF with one embedded; None: the model's own (prefix_file.find).
     data: "self": conversations that the reference writes itself behind the prefix, every second of them beginning
         with a document (conversations.sample); else a file (conversations.read).
-    objective: training.OBJECTIVES. steps, lr (training.Settings), batch, seq_len: None: those of DEFAULTS.
+    objective: training.OBJECTIVES. steps, batch, seq_len: None: those of DEFAULTS. lr: training.Settings.
     sequences: how many to sample, or to take of the file at most; one in eight is held out.
     kv_type: that the prefix will be used with, "q8_0" or a pair for K and V.
     device, dtype: of torch; None: float32 on the CPU, bfloat16 elsewhere.
@@ -130,11 +130,9 @@ def calibrate(
     from intactkv_export import training
 
     default = DEFAULTS.get(objective, DEFAULTS["kl"])
-    given = [own if own is not None else usual for own, usual in zip((steps, lr, batch, seq_len), default, strict=True)]
-    n_steps, rate, n_batch, n_tokens = given
-    settings = training.Settings(
-        objective, int(n_steps), rate, int(n_batch), kv_types(kv_type), seed, every=max(1, int(n_steps) // 6)
-    )
+    given = [own if own is not None else usual for own, usual in zip((steps, batch, seq_len), default, strict=True)]
+    n_steps, n_batch, n_tokens = given
+    settings = training.Settings(objective, n_steps, lr, n_batch, kv_types(kv_type), seed, every=max(1, n_steps // 6))
     if min(n_batch, n_tokens) < 1 or n_steps < 0 or sequences < 2:
         raise UsageError(
             f"{n_steps} steps of {n_batch} sequences of {n_tokens} tokens, {sequences} in all: give 1 or more, and at "
@@ -147,7 +145,7 @@ def calibrate(
         work.mkdir(exist_ok=True)
     run = _Run(found, model, start, work, device, dtype or ("float32" if device == "cpu" else "bfloat16"), progress)
     run.check()
-    trained, about = run.train(settings, str(data), sequences, int(n_tokens))
+    trained, about = run.train(settings, str(data), sequences, n_tokens)
     made = _build(start, trained, about)
     prefix_file.write(out, made)
     if directory is None:
@@ -219,7 +217,7 @@ class _Run:
             "objective": settings.objective,
             "steps": trained.steps,
             "best_step": trained.best_step,
-            "lr": settings.lr,
+            "lr": training.peak(settings, trained.before),
             "batch": settings.batch,
             "seq_len": n_tokens,
             "kv_type": "/".join(dict.fromkeys(settings.kv_type)),

@@ -229,7 +229,11 @@ def calibrate(
     steps: Annotated[int | None, typer.Option("--steps", min=0, help="Default: kl 120, mse 160.")] = None,
     lr: Annotated[
         float | None,
-        typer.Option("--lr", help="Largest step, relative to K and V; mse: absolute. Default: kl 0.02, mse 0.0002."),
+        typer.Option(
+            "--lr",
+            help="Largest step, relative to K and V; mse: absolute. Default: kl 0.02, less where the model is close to "
+            "the reference; mse 0.0002.",
+        ),
     ] = None,
     batch: Annotated[int | None, typer.Option("--batch", help="Sequences in a step. Default: kl 4, mse 16.")] = None,
     seq_len: Annotated[

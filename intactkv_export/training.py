@@ -38,6 +38,9 @@ from intactkv_export.student import TorchModel
 from intactkv_export.targets import Targets, divergence
 
 OBJECTIVES = ("kl", "mse", "kl+mse")
+LR = 2e-2  # of objectives with kl, relative to each row of K and V
+_MSE_LR = 2e-4  # the paper's
+_COARSE = 0.04  # nats a token: a model that diverges less takes proportionally smaller steps
 _CLIP = 0.3  # norm of the gradient, as in the paper
 _WARM_UP = 5  # steps
 _SAVE = 30  # seconds between two savings of the state, besides those after evaluations
@@ -50,14 +53,14 @@ Rows = list[np.ndarray]  # by layer, [n_prefix, n_head_kv, head_dim]
 @dataclass(frozen=True)
 class Settings:
     """How to train. lr: of AdamW: its peak (_rate()), relative to each row of K and V (_scale()); for mse as in the
-    paper, constant and absolute. batch: sequences in a step. every: steps between evaluations.
+    paper, constant and absolute; None: see peak(). batch: sequences in a step. every: steps between evaluations.
 
     patience: evaluations without improvement after which training ends. kv_type: of K and V behind the prefix.
     """
 
     objective: str = "kl"
     steps: int = 120
-    lr: float = 2e-2
+    lr: float | None = None
     batch: int = 4
     kv_type: tuple[str, str] = ("q8_0", "q8_0")
     seed: int = 0
@@ -146,7 +149,7 @@ def train(
         index = order(run.step)
         run.optimizer.zero_grad()
         for group in run.optimizer.param_groups:
-            group["lr"] = settings.lr * _rate(run.step, settings)
+            group["lr"] = peak(settings, run.history[0][1]) * _rate(run.step, settings)
         for part in _parts(index, data.sequences.shape[1]):
             loss = _loss(student, run, data, part, settings, reference, prefix)
             (loss * len(part) / len(index)).backward()
@@ -179,7 +182,7 @@ class _Training:
         rows = [torch.tensor(np.stack(x), dtype=torch.float32, device=student.device) for x in (K, V)]
         scale_k, scale_v = (_scale(x, settings) for x in rows)
         k, v = (rows[0] / scale_k).requires_grad_(), (rows[1] / scale_v).requires_grad_()
-        optimizer = torch.optim.AdamW([k, v], lr=settings.lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW([k, v], weight_decay=0.0)  # lr: of each step
         return cls(k, v, (scale_k, scale_v), optimizer, (rows[0].half().cpu(), rows[1].half().cpu()))
 
     @property
@@ -310,6 +313,17 @@ def _scale(rows: Tensor, settings: Settings) -> Tensor:
     """
     rms = rows.pow(2).mean((2, 3), keepdim=True).sqrt()
     return torch.ones_like(rms) if settings.objective == "mse" else torch.where(rms > 0, rms, torch.ones_like(rms))
+
+
+def peak(settings: Settings, before: float) -> float:
+    """The lr that is given; else LR, or less for a model that is close to the reference before it is calibrated.
+
+    before: its held-out divergence, nats a token. A Q6_K or Q8_0 (SmolLM2: 0.003, 0.001) gets worse from LR's steps and
+    better by a tenth of it; a Q4_K_M (0.044) and coarser ones want all of it (docs/calibration.md).
+    """
+    if settings.lr is not None:
+        return settings.lr
+    return _MSE_LR if settings.objective == "mse" else LR * min(1.0, before / _COARSE)
 
 
 def _rate(step: int, settings: Settings) -> float:

@@ -172,6 +172,12 @@ def test_the_rate_is_a_function_of_the_step(steps):
     assert {training._rate(step, Settings("mse", steps=steps)) for step in range(steps)} == {1.0}
 
 
+def test_a_model_that_is_close_takes_small_steps():
+    assert [training.peak(Settings(), before) for before in (np.inf, 0.3, 0.04, 0.004, 0)] == [0.02] * 3 + [0.002, 0]
+    assert training.peak(Settings(lr=0.5), 0.001) == 0.5
+    assert training.peak(Settings("mse"), 0.001) == 2e-4
+
+
 @pytest.mark.parametrize("objective", ["kl", "mse"])
 def test_a_step_is_relative_to_the_row(task, monkeypatch, objective):
     """AdamW's first step moves each value by lr times 1/6 times the row's root mean square; for mse by lr."""
@@ -214,7 +220,7 @@ def test_interrupted_training_goes_on_bit_for_bit(task, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run(task, state=state, progress=interrupt)
     assert same(run(task, state=state), whole)
-    with pytest.raises(UsageError, match=r"other settings \(lr is 0.02 there and 0.01 here\)"):
+    with pytest.raises(UsageError, match=r"other settings \(lr is None there and 0.01 here\)"):
         run(task, state=state, lr=0.01)
 
 
