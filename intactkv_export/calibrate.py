@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import resource
 import shutil
@@ -55,6 +56,7 @@ DEFAULTS = {"kl": (120, 4, 256), "mse": (160, 16, 1024), "kl+mse": (120, 4, 256)
 PHASES = ("data", "targets", "train")
 SEQUENCES = 256
 _HELD_OUT = 8  # one of so many sequences is not trained on
+_EXACT = 1 << 30  # weights up to which a GPU computes in float32 too: bfloat16 alone costs SmolLM2 0.001 nats
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def calibrate(
     objective: training.OBJECTIVES. steps, batch, seq_len: None: those of DEFAULTS. lr: training.Settings.
     sequences: how many to sample, or to take of the file at most; one in eight is held out.
     kv_type: that the prefix will be used with, "q8_0" or a pair for K and V.
-    device, dtype: of torch; None: float32 on the CPU, bfloat16 elsewhere.
+    device, dtype: of torch; None: float32, or elsewhere than on the CPU bfloat16 for more than 2^30 weights.
     directory: for what is on the way, kept afterwards; it may be shared by calibrations for several models of one
         reference, which then share data and targets. None: OUT.calibrating, removed at the end.
     progress: called with (stage, done, total, note).
@@ -143,7 +145,7 @@ def calibrate(
     work = Path(directory) if directory is not None else out.with_name(f"{out.name}.calibrating")
     with atomic.explained(out):
         work.mkdir(exist_ok=True)
-    run = _Run(found, model, start, work, device, dtype or ("float32" if device == "cpu" else "bfloat16"), progress)
+    run = _Run(found, model, start, work, device, dtype or _dtype(model, device), progress)
     run.check()
     trained, about = run.train(settings, str(data), sequences, n_tokens)
     made = _build(start, trained, about)
@@ -331,6 +333,11 @@ def _prefix(model: Path, given: str | os.PathLike[str] | None) -> Prefix:
             "--prefix"
         )
     return prefix_file.read(path)
+
+
+def _dtype(model: Path, device: str) -> str:
+    n_weights = sum(math.prod(x.shape) for shard in gguf_file.shards(model) for x in gguf_file.read(shard).tensors)
+    return "float32" if device == "cpu" or n_weights <= _EXACT else "bfloat16"
 
 
 def _build(start: Prefix, trained: Result, about: dict[str, Any]) -> bytes:

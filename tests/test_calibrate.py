@@ -20,6 +20,7 @@ import pytest
 pytest.importorskip("torch", reason="the extra [convert] is not installed")
 
 import torch
+from gguf import GGUFReader
 from smol import smol  # noqa: F401  (a fixture)
 from test_student import divergence, llama_log_probs
 
@@ -295,6 +296,15 @@ def test_calibrated_is_closer_to_the_reference_in_llama_cpp(calibrated, smol):  
     )
     assert after < 0.99 * before
     assert calibrated.after < 0.97 * calibrated.before
+
+
+def test_a_gpu_computes_in_float32_what_is_small(pair, monkeypatch):
+    assert [calibration._dtype(pair[1], device) for device in ("cpu", "cuda", "mps")] == ["float32"] * 3
+    n_weights = sum(tensor.n_elements for tensor in GGUFReader(pair[1]).tensors)
+    monkeypatch.setattr(calibration, "_EXACT", int(n_weights))
+    assert calibration._dtype(pair[1], "cuda") == "float32"
+    monkeypatch.setattr(calibration, "_EXACT", int(n_weights) - 1)
+    assert [calibration._dtype(pair[1], device) for device in ("cpu", "cuda")] == ["float32", "bfloat16"]
 
 
 def test_the_result_is_an_ordinary_prefix_file(calibrated, smol, tmp_path):  # noqa: F811
