@@ -97,7 +97,7 @@ def convert(
         error no longer falls for any of the types (curve.choose; needs torch), behind a q8_0 cache.
     imatrix: importance matrix of upstream's llama-imatrix, GGUF or .dat.
     calibrate: train the prefix for each type: True, or arguments of calibrate.calibrate() other than its defaults (for
-        a q8_0 cache, on conversations of the reference's own). Each has its own then, name-TYPE.ikv if there are
+        a q8_0 cache, on texts of the reference's own). Each has its own then, name-TYPE.ikv if there are
         several. Needs torch.
     embed: store the prefix in each GGUF too; else only note which reference it belongs to.
     engine: "llama" computes the prefix with llama.cpp, "torch" with transformers; "auto": torch for Hugging Face
