@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks import machine
 from intactkv_export import library
-from intactkv_export.runtime import KV_TYPES
+from intactkv_export.runtime.intact_llama import KV_TYPES
 
 ROOT = Path(__file__).resolve().parent.parent
 N_BATCH = 512

@@ -23,9 +23,10 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks.decode import ROOT, Session, open_model, silence
-from intactkv_export import bindings, prefix_file
-from intactkv_export.engines import llama as engine
-from intactkv_export.runtime import KV_TYPES
+from intactkv_export.engines import llama_engine as engine
+from intactkv_export.libllama import bindings
+from intactkv_export.prefix import ikv
+from intactkv_export.runtime.intact_llama import KV_TYPES
 
 MESSAGE = 16  # tokens
 
@@ -44,7 +45,7 @@ def make_prefix(model: Path, n: int, n_threads: int) -> bytes:
         "calibrated": None,
         "created_by": "benchmarks.prefix",
     }
-    return prefix_file.build(description, tokens, K, V, manifest)
+    return ikv.build(description, tokens, K, V, manifest)
 
 
 def in_turn(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:

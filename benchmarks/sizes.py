@@ -17,21 +17,22 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.kernel import ROOT
-from intactkv_export import evaluate, weights
-from intactkv_export.plots import CONFIGURATIONS
+from intactkv_export.analysis.plots import CONFIGURATIONS
+from intactkv_export.evaluation import evaluate, summary
+from intactkv_export.models import weights
 
 TYPES = ["Q2_K", "Q3_K_M", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_K_M", "Q6_K", "Q8_0"]
 
 
 def rows_of(args: argparse.Namespace, models: list[Path], modes: list[str], calibrated: Path | None) -> list[dict]:
     rows = []
-    for figures in evaluate.evaluate(
+    for figures in evaluate(
         args.reference, models, args.prefix, calibrated=calibrated, kv_types=[args.kv_type], modes=modes,
         n_threads=args.threads,
     ):  # fmt: skip
         path = next((model for model in models if model.stem == figures.model), None)
         if path is not None:
-            kld = evaluate.summary(figures.kld)
+            kld = summary(figures.kld)
             row = {"type": path.stem, "bytes": path.stat().st_size, "mode": figures.mode}
             rows.append({**row, "kld": kld.mean, "error": kld.error})
             print(

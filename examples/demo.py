@@ -13,8 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from intactkv_export import evaluate, weights
 from intactkv_export.errors import IntactKVError
+from intactkv_export.evaluation import Texts, difference, evaluate, summary
+from intactkv_export.models import weights
 
 WORK = Path(__file__).resolve().parent.parent / "build" / "demo"
 SYSTEM_PROMPT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -58,16 +59,16 @@ def _compare(reference: Path) -> None:
     )
     start = time.perf_counter()
     results = list(
-        evaluate.evaluate(
+        evaluate(
             reference, [model], model, kv_types=["q8_0", "q4_0"], modes=["plain", "prompt"],
-            n_chunks=n_chunks, n_tokens=n_tokens,
+            texts=Texts(n_chunks, n_tokens),
         )
     )  # fmt: skip
     print(f"{'KV cache':10} {'without IntactKV':>18} {'with':>18} {'difference':>20} {'same first token':>20}")
     for without, with_prefix in zip(results[::2], results[1::2], strict=True):
-        kld = [str(evaluate.summary(r.kld)) for r in (without, with_prefix)]
-        gain = str(evaluate.difference(with_prefix.kld, without.kld))
-        top1 = " -> ".join(f"{evaluate.summary(r.top1).mean:.1%}" for r in (without, with_prefix))
+        kld = [str(summary(r.kld)) for r in (without, with_prefix)]
+        gain = str(difference(with_prefix.kld, without.kld))
+        top1 = " -> ".join(f"{summary(r.top1).mean:.1%}" for r in (without, with_prefix))
         print(f"{without.kv_type:10} {kld[0]:>18} {kld[1]:>18} {gain:>20} {top1:>20}")
     print(f"\n({time.perf_counter() - start:.0f} s)")
 

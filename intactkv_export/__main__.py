@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from intactkv_export.cli import main
+from intactkv_export.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

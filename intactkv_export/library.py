@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import intactkv_export
-from intactkv_export.errors import IntactKVError
+from intactkv_export.errors import IntactKVError, first_line
 
 VARIABLE = "LLAMA_CPP_LIB_PATH"
 
@@ -43,9 +43,8 @@ def load() -> Any:
         try:
             import_module("llama_cpp")
         except (ImportError, OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
             raise IntactKVError(
-                f"cannot load llama_cpp with the libraries in {path} ({reason}): "
+                f"cannot load llama_cpp with the libraries in {path} ({first_line(error)}): "
                 f"install intactkv-export again, or correct {VARIABLE} if you have set it"
             ) from error
     elif not hasattr(imported._lib, "intactkv_version") and VARIABLE not in os.environ:

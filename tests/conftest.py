@@ -18,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import random_models
 
 from intactkv_export import library
-
-REPO = Path(__file__).resolve().parent.parent
+from tests.support import random_models
+from tests.support.paths import REPO
+from tests.support.smol import smol as smol
 
 # A shell that starts the suite in the background has it ignore Ctrl-C, and every process it starts inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

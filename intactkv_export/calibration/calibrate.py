@@ -1,0 +1,161 @@
+"""Calibrate a prefix for one quantized model: same size, same speed, smaller error.
+
+Two phases, so that one model is in memory at a time (both, for an objective with mse):
+
+    reference   --> texts of its own, or the user's, as tokens                    sequences.npy
+                --> its likeliest next tokens after each of them (targets.py)     targets-*.npz
+    student     the quantized model, dequantized --> training.py                  MODEL.pt
+                --> a prefix file with the trained K and V
+
+What is on the way lies in OUT.calibrating/, which is removed at the end: after a kill the same command goes on.
+
+Memory, for a 7B model (n_layer 32, n_embd 4096, n_ff 11008, vocabulary 32000) on a GPU, weights in bfloat16:
+
+    weights, of the reference, then of the student                        2 * 6.7e9          13.5 GB
+    activations kept for the backward pass, 1024 tokens at a time         checkpointed        0.3 GB
+      (16 * 4096 + 4 * 11008 values a token and layer would be 7.2 GB)    one layer           0.2 GB
+    logits in float32, their logarithms and gradients                     3 * 1024 * 32000    0.4 GB
+    K and V of the texts while they are sampled, 12 at a time             texts/sampled.py    2.1 GB
+    K and V of 64 tokens, float32, gradient and two moments of AdamW      4 * 64 * 2 * 32 * 4096 * 4    0.3 GB
+
+less than 17 GB of 24. The targets take 2 kB a token on disk: 134 MB for 256 sequences of 256 tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import intactkv_export
+from intactkv_export import extras
+from intactkv_export.errors import UsageError
+from intactkv_export.libllama import kv_pair
+from intactkv_export.models import KEY_REFERENCE, gguf_file, identity, locate
+from intactkv_export.prefix import Prefix, check_reference, ikv, of_model
+from intactkv_export.work import Progress, atomic, peak_bytes, silent
+
+if TYPE_CHECKING:
+    from intactkv_export.calibration.training import Result
+
+# objective -> steps, batch, seq_len: for mse the paper's, for kl what measured best
+DEFAULTS = {"kl": (120, 4, 256), "mse": (160, 16, 1024), "kl+mse": (120, 4, 256)}
+PHASES = ("data", "targets", "train")
+SEQUENCES = 256
+_EXACT = 1 << 30  # weights up to which a GPU computes in float32 too: bfloat16 alone costs SmolLM2 0.001 nats
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A calibrated prefix file and what it took. before, after: held-out divergence, nats a token.
+
+    seconds: of each phase done by this process. peak_bytes: resident memory of this process, or on a GPU the memory
+    that torch allocated there.
+    """
+
+    out: Path
+    n_bytes: int
+    n_tokens: int
+    manifest: dict[str, Any]  # the prefix file's field "calibrated"
+    history: list[tuple[int, float]]
+    seconds: dict[str, float]
+    peak_bytes: int
+
+    @property
+    def before(self) -> float:
+        return self.manifest["held_out"]["before"]
+
+    @property
+    def after(self) -> float:
+        return self.manifest["held_out"]["after"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "out": str(self.out)}
+
+
+def calibrate(
+    reference: str | os.PathLike[str],
+    model: str | os.PathLike[str],
+    *,
+    prefix: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str],
+    data: str | os.PathLike[str] = "self",
+    objective: str = "kl",
+    steps: int | None = None,
+    lr: float | None = None,
+    batch: int | None = None,
+    seq_len: int | None = None,
+    sequences: int = SEQUENCES,
+    kv_type: str | tuple[str, str] = "q8_0",
+    device: str = "cpu",
+    dtype: str | None = None,
+    seed: int = 0,
+    allow_requantize: bool = False,
+    directory: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Calibrated:
+    """Train the K and V of a prefix for a quantized model, and write them as a prefix file.
+
+    reference: the full-precision model, as for convert(). model: a GGUF quantized from it.
+    prefix: what to begin with: an `.ikv` or a GGUF with one embedded; None: the model's own (ikv.find).
+    data: "self": conversations that the reference writes itself behind the prefix, every second of them beginning
+        with a document (texts.sample); else a file (texts.read_user_file).
+    objective: training.OBJECTIVES. steps, batch, seq_len: None: those of DEFAULTS. lr: training.Settings.
+    sequences: how many to sample, or to take of the file at most; one in eight is held out.
+    kv_type: that the prefix will be used with, "q8_0" or a pair for K and V.
+    device, dtype: of torch; None: float32, or elsewhere than on the CPU bfloat16 for more than 2^30 weights.
+    directory: for what is on the way, kept afterwards; it may be shared by calibrations for several models of one
+        reference, which then share data and targets. None: OUT.calibrating, removed at the end.
+    progress: told of each phase, with the held-out divergence as its note.
+
+    Raises UsageError for settings that make no sense, IntactKVError if the files do not belong together, or if the
+    directory holds a calibration with other settings. OUT is whole or not there.
+    """
+    extras.require("torch", "calibration")
+    from intactkv_export.calibration.data import Source
+    from intactkv_export.calibration.run import Participants, train
+    from intactkv_export.calibration.training import Settings
+
+    out, model = Path(out), Path(model)
+    default = DEFAULTS.get(objective, DEFAULTS["kl"])
+    given = [own if own is not None else usual for own, usual in zip((steps, batch, seq_len), default, strict=True)]
+    n_steps, n_batch, n_tokens = given
+    settings = Settings(objective, n_steps, lr, n_batch, kv_pair(kv_type), seed, every=max(1, n_steps // 6))
+    if min(n_batch, n_tokens) < 1 or n_steps < 0 or sequences < 2:
+        raise UsageError(
+            f"{n_steps} steps of {n_batch} sequences of {n_tokens} tokens, {sequences} in all: give 1 or more, and at "
+            "least 2 sequences, of which one is held out"
+        )
+    found, start = locate(reference, allow_requantize), of_model(model, prefix)
+    work = Path(directory) if directory is not None else out.with_name(f"{out.name}.calibrating")
+    with atomic.explained(out):
+        work.mkdir(exist_ok=True)
+    report = progress or silent
+    check_reference(start, gguf_file.read(model).values.get(KEY_REFERENCE), str(model))
+    report("hash reference", 0, 0)
+    check_reference(start, identity(found), str(found.path))
+    who = Participants(found, model, start, work, device, dtype or _dtype(model, device), report)
+    trained, about = train(who, settings, Source(str(data), sequences, n_tokens, seed))
+    made = _build(start, trained, about)
+    ikv.write(out, made)
+    if directory is None:
+        shutil.rmtree(work, ignore_errors=True)
+    return Calibrated(out, len(made), len(start.tokens), about, trained.history, who.seconds, peak_bytes(device))
+
+
+def _dtype(model: Path, device: str) -> str:
+    n_weights = sum(math.prod(x.shape) for shard in gguf_file.shards(model) for x in gguf_file.read(shard).tensors)
+    return "float32" if device == "cpu" or n_weights <= _EXACT else "bfloat16"
+
+
+def _build(start: Prefix, trained: Result, about: dict[str, Any]) -> bytes:
+    """The prefix file: as before but for K, V and how they came about."""
+    manifest = {key: value for key, value in start.manifest.items() if key not in ("format", "tokens", "model")}
+    manifest |= {"calibrated": about, "created_by": f"intactkv-export {intactkv_export.__version__}"}
+    layers = sorted(layer.il for layer in start.layers)
+    K, V = (dict(zip(layers, rows, strict=True)) for rows in (trained.K, trained.V))
+    return ikv.build(start.manifest["model"], start.tokens, K, V, manifest)

@@ -1,0 +1,155 @@
+"""The phases of a calibration, one model in memory at a time: the reference writes and answers, the student learns."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from intactkv_export import torch_model
+from intactkv_export.calibration import targets, training
+from intactkv_export.calibration.data import Data, Source, read_sequences, same_source, write_sequences
+from intactkv_export.models import Reference, gguf_file, identity, locate
+from intactkv_export.prefix import Prefix, ikv
+from intactkv_export.texts import token_hash
+from intactkv_export.work import Progress
+
+_HELD_OUT = 8  # one of so many sequences is not trained on
+
+
+@dataclass
+class Participants:
+    """What takes part in one calibration, and what it took: seconds, by phase, of what this process did."""
+
+    reference: Reference
+    model: Path
+    prefix: Prefix
+    directory: Path
+    device: str
+    dtype: str
+    report: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def load(self, path: Path) -> torch_model.TorchModel:
+        """A model in torch, found to mean the same rows as the prefix's. Raises IntactKVError."""
+        self.report(f"load {path.name}", 0, 0)
+        model = torch_model.load(path, device=self.device, dtype=self.dtype)
+        text = model.net.config.get_text_config(decoder=True)
+        torch_model.from_huggingface.check(text, self.prefix.manifest["model"], len(self.prefix.tokens), str(path))
+        return model
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[_Phase]:
+        """Within, the time of a phase is taken; what it yields tells of its progress."""
+        start = time.perf_counter()
+
+        def tell(done: int, total: int, held_out: float | None = None) -> None:
+            self.report(name, done, total, "" if held_out is None else f"held-out KLD {held_out:.4f}")
+
+        yield tell
+        self.seconds[name] = time.perf_counter() - start
+
+
+class _Phase(Protocol):
+    def __call__(self, done: int, total: int, held_out: float | None = None) -> None: ...
+
+
+class _Loaded:
+    """The reference in memory, from the first call to close(): the phases before training may each need it."""
+
+    def __init__(self, who: Participants) -> None:
+        self._who = who
+        self._model: torch_model.TorchModel | None = None
+
+    def __call__(self) -> torch_model.TorchModel:
+        if self._model is None:
+            self._model = self._who.load(self._who.reference.path)
+        return self._model
+
+    def close(self) -> None:
+        self._model = None
+        gc.collect()
+
+
+def train(who: Participants, settings: training.Settings, source: Source) -> tuple[training.Result, dict[str, Any]]:
+    """All phases: the trained prefix, and the manifest's field "calibrated"."""
+    reference, mse = _Loaded(who), "mse" in settings.objective
+    data = _data(who, settings, source, reference)
+    if not mse:
+        reference.close()  # before the student comes
+    weights = locate(who.model, allow_requantize=True)
+    sha256 = identity(weights)
+    K, V = torch_model.prefix_rows(who.prefix)
+    with who.phase("train") as tell:
+        trained = training.train(
+            who.load(who.model),
+            K,
+            V,
+            data,
+            settings,
+            reference=reference() if mse else None,
+            prefix=who.prefix.tokens,
+            state=who.directory / f"{who.model.stem}.pt",
+            identity=sha256,
+            progress=tell,
+        )
+    return trained, _about(who, settings, source, data, trained, weights, sha256)
+
+
+def _data(who: Participants, settings: training.Settings, source: Source, reference: _Loaded) -> Data:
+    """The sequences, and what the reference says of them."""
+    path = who.directory / "sequences.npy"
+    same_source(who.directory, source, who.prefix, who.dtype)
+    if not path.is_file():
+        with who.phase("data") as tell:
+            write_sequences(path, source, who.prefix, who.model, reference, tell)
+    tokens = read_sequences(path, source)
+    n_held_out = max(1, len(tokens) // _HELD_OUT)
+    needed = tokens[:n_held_out] if settings.objective == "mse" else tokens
+    with who.phase("targets") as tell:
+        wanted = targets.make(reference, who.prefix.tokens, needed.tolist(), directory=who.directory, progress=tell)
+    return Data(tokens, wanted, n_held_out)
+
+
+def _about(
+    who: Participants,
+    settings: training.Settings,
+    source: Source,
+    data: Data,
+    trained: training.Result,
+    weights: Reference,
+    sha256: str,
+) -> dict[str, Any]:
+    n_trained = len(data.sequences) - data.n_held_out
+    return {
+        "objective": settings.objective,
+        "steps": trained.steps,
+        "best_step": trained.best_step,
+        "lr": training.peak(settings, trained.before),
+        "batch": settings.batch,
+        "seq_len": source.seq_len,
+        "kv_type": "/".join(dict.fromkeys(settings.kv_type)),
+        "seed": settings.seed,
+        "dtype": who.dtype,
+        "data": {
+            "kind": "self" if source.data == "self" else Path(source.data).name,
+            "sha256": token_hash(data.sequences.tolist()),
+            "n_sequences": n_trained,
+            "n_tokens": n_trained * source.seq_len,
+        },
+        "model": {
+            "name": who.model.name,
+            "sha256": sha256,
+            "type": weights.dtype,
+            "file_type": gguf_file.read(who.model).values.get(ikv.KEY_FILE_TYPE),
+        },
+        "held_out": {
+            "before": trained.before,
+            "after": trained.after,
+            "n_tokens": data.n_held_out * source.seq_len,
+        },
+    }

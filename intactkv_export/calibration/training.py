@@ -1,0 +1,357 @@
+"""IntactKV as trainable parameters: a prefix's K and V, fitted to the quantized model that will read them.
+
+Everything else of the model is frozen and as it will run: dequantized weights, and behind the prefix a cache that is
+rounded to the KV type. Objectives:
+
+    kl   the divergence of the model's next-token distributions from the reference's (targets.py)
+    mse  what the paper minimizes (arXiv 2403.01241, "IntactKV as trainable parameters"): for each decoder layer half
+         the mean squared error of its output against the reference's, summed over the layers
+
+Held-out sequences decide: the prefix that diverges least on them, after rounding to F16, is the result. The prefix that
+training began with is one of the candidates, so on those sequences the result is never worse.
+
+Needs torch and transformers, not llama.cpp.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from intactkv_export.calibration.data import Data, check_same
+from intactkv_export.calibration.targets import divergence
+from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.torch_model import TorchModel
+from intactkv_export.torch_model.rounding import rotate, rotation
+from intactkv_export.work import atomic
+
+OBJECTIVES = ("kl", "mse", "kl+mse")
+LR = 2e-2  # of objectives with kl, relative to each row of K and V
+_MSE_LR = 2e-4  # the paper's
+_COARSE = 0.04  # nats a token: a model that diverges less takes proportionally smaller steps
+_CLIP = 0.3  # norm of the gradient, as in the paper
+_WARM_UP = 5  # steps
+_SAVE = 30  # seconds between two savings of the state, besides those after evaluations
+_PASS = 1024  # tokens in one forward pass of training
+_ACTIVATIONS = 6 << 30  # bytes of activations from which they are computed twice instead of kept
+
+Rows = list[np.ndarray]  # by layer, [n_prefix, n_head_kv, head_dim]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. lr: of AdamW: its peak (_rate()), relative to each row of K and V (_scale()); for mse as in the
+    paper, constant and absolute; None: see peak(). batch: sequences in a step. every: steps between evaluations.
+
+    patience: evaluations without improvement after which training ends. kv_type: of K and V behind the prefix.
+    """
+
+    objective: str = "kl"
+    steps: int = 120
+    lr: float | None = None
+    batch: int = 4
+    kv_type: tuple[str, str] = ("q8_0", "q8_0")
+    seed: int = 0
+    every: int = 10
+    patience: int = 4
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise UsageError(f"no objective {self.objective!r}: give one of {', '.join(OBJECTIVES)}")
+
+
+@dataclass
+class Result:
+    """K, V: float16. best_step: after which step they were taken, 0: they are the uncalibrated ones.
+
+    history: (step, held-out divergence) of each evaluation. steps: how many were made.
+    """
+
+    K: Rows
+    V: Rows
+    best_step: int
+    steps: int
+    history: list[tuple[int, float]]
+
+    @property
+    def before(self) -> float:
+        return self.history[0][1]
+
+    @property
+    def after(self) -> float:
+        return dict(self.history)[self.best_step]
+
+
+def train(
+    student: TorchModel,
+    K: Rows,
+    V: Rows,
+    data: Data,
+    settings: Settings,
+    *,
+    reference: TorchModel | None = None,
+    prefix: Sequence[int] = (),
+    state: Path | None = None,
+    identity: str = "",
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Result:
+    """Train K and V (by layer, rows in llama.cpp's layout) and return the best.
+
+    reference, prefix: the reference model and the prefix's tokens, for an objective with mse. state: a file in which
+    the training is kept as it proceeds, and from which it goes on if there is one; on a CPU the result is the same,
+    bit for bit. identity: of whatever else the result depends on (model, data), so that a file of another training is
+    refused. progress(step, steps, held-out divergence).
+
+    Raises UsageError if the state is of another training, IntactKVError if a gradient is not finite.
+    """
+    about = {**asdict(settings), "identity": identity, "sequences": _hash(data.sequences), "prefix": _hash(K, V)}
+    about = json.loads(json.dumps(about))
+    run = _Training.start(student, K, V, settings)
+    if state is not None and state.is_file():
+        run.restore(state, about)
+    order = _order(range(data.n_held_out, len(data.sequences)), settings)
+    saved = time.monotonic()
+    while True:
+        if run.evaluated < run.step and (run.step % settings.every == 0 or run.step >= settings.steps):
+            run.candidate(_held_out(student, run.rounded(), data, settings))
+            saved = -math.inf
+        if state is not None and time.monotonic() - saved > _SAVE:
+            run.save(state, about)
+            saved = time.monotonic()
+        if progress is not None:
+            progress(run.step, settings.steps, run.history[-1][1])
+        if run.step >= settings.steps or run.misses > settings.patience:
+            break
+        index = order(run.step)
+        run.optimizer.zero_grad()
+        for group in run.optimizer.param_groups:
+            group["lr"] = peak(settings, run.history[0][1]) * _rate(run.step, settings)
+        for part in _parts(index, data.sequences.shape[1]):
+            loss = _loss(student, run, data, part, settings, reference, prefix)
+            (loss * len(part) / len(index)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(run.parameters, _CLIP)
+        if not torch.isfinite(norm):
+            raise IntactKVError(
+                f"the gradient of step {run.step + 1} is {float(norm)}: give a smaller --lr, or compute in float32"
+            )
+        run.optimizer.step()
+        run.step += 1
+    return run.result()
+
+
+@dataclass
+class _Training:
+    """What changes from step to step."""
+
+    K: Tensor  # [n_layer, n_prefix, n_head_kv, head_dim], float32, in units of `scale`; so is V
+    V: Tensor
+    scale: tuple[Tensor, Tensor]  # [n_layer, n_prefix, 1, 1]
+    optimizer: torch.optim.Optimizer
+    best: tuple[Tensor, Tensor]  # float16, on the CPU
+    step: int = 0
+    evaluated: int = -1  # the last step after which there was an evaluation
+    best_step: int = 0
+    history: list[tuple[int, float]] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, student: TorchModel, K: Rows, V: Rows, settings: Settings) -> _Training:
+        rows = [torch.tensor(np.stack(x), dtype=torch.float32, device=student.device) for x in (K, V)]
+        scale_k, scale_v = (_scale(x, settings) for x in rows)
+        k, v = (rows[0] / scale_k).requires_grad_(), (rows[1] / scale_v).requires_grad_()
+        optimizer = torch.optim.AdamW([k, v], weight_decay=0.0)  # lr: of each step
+        return cls(k, v, (scale_k, scale_v), optimizer, (rows[0].half().cpu(), rows[1].half().cpu()))
+
+    @property
+    def parameters(self) -> tuple[Tensor, Tensor]:
+        return self.K, self.V
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """K and V as the student reads them."""
+        return self.K * self.scale[0], self.V * self.scale[1]
+
+    def rounded(self) -> tuple[Tensor, Tensor]:
+        """K and V as a prefix file holds them: float16."""
+        K, V = self.rows()
+        return K.detach().half(), V.detach().half()
+
+    @property
+    def misses(self) -> int:
+        """Evaluations since the best one."""
+        return sum(step > self.best_step for step, _ in self.history)
+
+    def candidate(self, divergence: float) -> None:
+        """Take note of the held-out divergence of the current K and V."""
+        self.history.append((self.step, divergence))
+        self.evaluated = self.step
+        if divergence < dict(self.history)[self.best_step]:
+            self.best_step = self.step
+            k, v = self.rounded()
+            self.best = k.cpu(), v.cpu()
+
+    def result(self) -> Result:
+        K, V = (list(x.numpy()) for x in self.best)
+        return Result(K, V, self.best_step, self.step, self.history)
+
+    def save(self, path: Path, about: dict[str, Any]) -> None:
+        with atomic.output(path) as file:
+            torch.save(
+                {
+                    "about": about,
+                    "K": self.K.detach(),
+                    "V": self.V.detach(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "best": self.best,
+                    "step": self.step,
+                    "evaluated": self.evaluated,
+                    "best_step": self.best_step,
+                    "history": self.history,
+                },
+                file,
+            )
+
+    def restore(self, path: Path, about: dict[str, Any]) -> None:
+        kept = torch.load(path, map_location=self.K.device, weights_only=True)
+        check_same(path.parent, kept["about"], about)
+        with torch.no_grad():
+            self.K.copy_(kept["K"])
+            self.V.copy_(kept["V"])
+        self.optimizer.load_state_dict(kept["optimizer"])
+        self.best = tuple(x.cpu() for x in kept["best"])
+        self.step, self.evaluated = kept["step"], kept["evaluated"]
+        self.best_step, self.history = kept["best_step"], [(step, value) for step, value in kept["history"]]
+
+
+def _loss(
+    student: TorchModel,
+    run: _Training,
+    data: Data,
+    index: Sequence[int],
+    settings: Settings,
+    reference: TorchModel | None,
+    prefix: Sequence[int],
+) -> Tensor:
+    """The objective's mean over the tokens of some sequences."""
+    tokens = torch.from_numpy(data.sequences[list(index)]).long().to(student.device)
+    K, V = run.rows()
+    cache = student.cache(list(K), list(V), settings.kv_type, batch=len(index), grows=False)
+    mse = "mse" in settings.objective
+    with _checkpointed(student, tokens.numel()):
+        logits, outputs = student.forward(tokens, cache, hidden=True) if mse else (student.forward(tokens, cache), [])
+    loss = torch.zeros((), device=student.device)
+    if "kl" in settings.objective:
+        loss = loss + divergence(logits, *data.targets.of(index, student.device)).mean()
+    if mse:
+        assert reference is not None  # the caller's part of the contract
+        whole = torch.cat([torch.tensor([list(prefix)] * len(index), device=student.device).long(), tokens], 1)
+        with torch.no_grad():
+            _, wanted = reference.forward(whole.to(reference.device), hidden=True)
+        for output, want in zip(outputs, wanted, strict=True):
+            loss = loss + 0.5 * (output.float() - want[:, len(prefix) :].to(output).float()).pow(2).mean()
+    return loss
+
+
+def _held_out(student: TorchModel, rows: tuple[Tensor, Tensor], data: Data, settings: Settings) -> float:
+    """Mean divergence on the held-out sequences; infinite if a cache could not hold these rows."""
+    K, V = rows
+    if not all(_storable(student, x, kind, settings.kv_type) for x, kind in ((K, "K"), (V, "V"))):
+        return float("inf")
+    total = 0.0
+    with torch.no_grad():
+        for index in _parts(range(data.n_held_out), data.sequences.shape[1]):
+            tokens = torch.from_numpy(data.sequences[list(index)]).long().to(student.device)
+            cache = student.cache(list(K), list(V), settings.kv_type, batch=len(index), grows=False)
+            targets = data.targets.of(index, student.device)
+            total += float(divergence(student.forward(tokens, cache), *targets).mean()) * len(index)
+    return total / data.n_held_out
+
+
+def _storable(student: TorchModel, rows: Tensor, kind: str, kv_type: tuple[str, str]) -> bool:
+    """Finite in F16, also rotated as a quantized cache of llama.cpp holds them, whatever its type turns out to be."""
+    size = rotation("q8_0", student.head_dim, kind == "V")
+    return bool(torch.isfinite(rows).all() and torch.isfinite(rotate(rows.float(), size).half()).all())
+
+
+def _scale(rows: Tensor, settings: Settings) -> Tensor:
+    """The unit of each row of K or V, [n_layer, n_prefix, 1, 1]: its root mean square.
+
+    In SmolLM2 the first token's V is a third to a tenth of the others' in most layers, and the first layer's a fiftieth
+    of the late ones': a step that moves some would throw others far off.
+    """
+    rms = rows.pow(2).mean((2, 3), keepdim=True).sqrt()
+    return torch.ones_like(rms) if settings.objective == "mse" else torch.where(rms > 0, rms, torch.ones_like(rms))
+
+
+def peak(settings: Settings, before: float) -> float:
+    """The lr that is given; else LR, or less for a model that is close to the reference before it is calibrated.
+
+    before: its held-out divergence, nats a token. A Q6_K or Q8_0 (SmolLM2: 0.003, 0.001) gets worse from LR's steps and
+    better by a tenth of it; a Q4_K_M (0.044) and coarser ones want all of it (docs/concepts/calibration.md).
+    """
+    if settings.lr is not None:
+        return settings.lr
+    return _MSE_LR if settings.objective == "mse" else LR * min(1.0, before / _COARSE)
+
+
+def _rate(step: int, settings: Settings) -> float:
+    """The part of lr in a step: up in the first few, whole to the middle of the training, from there down to 0."""
+    if settings.objective == "mse":
+        return 1.0
+    return min(1.0, (step + 1) / (_WARM_UP + 1), 2 * (1 - step / settings.steps))
+
+
+def _order(index: range, settings: Settings) -> Callable[[int], list[int]]:
+    """Which sequences a step trains on: epoch after epoch, each in an order of its own that the seed decides."""
+
+    def epoch(number: int) -> list[int]:
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
+        return [index[i] for i in torch.randperm(len(index), generator=generator).tolist()]
+
+    def batch(step: int) -> list[int]:
+        first = step * settings.batch
+        return [epoch(i // len(index))[i % len(index)] for i in range(first, first + settings.batch)]
+
+    return batch
+
+
+def _parts(index: Sequence[int], n_tokens: int) -> Iterator[Sequence[int]]:
+    """As many sequences at a time as go into one forward pass."""
+    n = max(1, _PASS // n_tokens)
+    return (index[start : start + n] for start in range(0, len(index), n))
+
+
+@contextmanager
+def _checkpointed(student: TorchModel, n_tokens: int) -> Iterator[None]:
+    """Within, each decoder layer keeps only its input for the backward pass, if all would be too much to keep."""
+    text = student.net.config.get_text_config(decoder=True)
+    a_token = student.n_layer * (16 * text.hidden_size + 4 * text.intermediate_size) * student.net.dtype.itemsize
+    if n_tokens * a_token < _ACTIVATIONS:
+        yield
+        return
+    layers = student.decoder_layers
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own comes back
+
+
+def _hash(*arrays: Any) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

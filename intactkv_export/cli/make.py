@@ -1,0 +1,225 @@
+"""Commands that make a model or a prefix: convert, prefix, calibrate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from intactkv_export.cli.options import (
+    AsJson,
+    BosOnly,
+    Context,
+    Device,
+    Dtype,
+    Engine,
+    KvType,
+    Offload,
+    PrefixTokens,
+    Reference,
+    Requantize,
+    SystemPrompt,
+    Threads,
+    app,
+    number_or_word,
+    text_or_file,
+)
+from intactkv_export.cli.output import megabytes, print_json, print_result, short_path
+from intactkv_export.cli.progress_bar import ProgressBar
+
+
+@app.command()
+def convert(
+    reference: Reference,
+    out: Annotated[Path, typer.Option("--out", "-o", help="OUT.gguf and OUT.ikv are written.", show_default=False)],
+    quant: Annotated[str, typer.Option("--quant", "-q", help="Types of llama.cpp, comma-separated.")] = "Q4_K_M",
+    system_prompt: SystemPrompt = None,
+    bos_only: BosOnly = False,
+    prefix_tokens: PrefixTokens = None,
+    imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix (llama-imatrix).")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Train the prefix for each type, as the command calibrate does.")
+    ] = False,
+    engine: Engine = "auto",
+    embed: Annotated[bool, typer.Option("--embed/--no-embed", help="Store the prefix in the GGUF too.")] = True,
+    keep_reference: Annotated[bool, typer.Option("--keep-reference", help="Keep OUT.reference.gguf.")] = False,
+    allow_requantize: Requantize = False,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    offload_dir: Offload = None,
+    ctx_size: Context = 0,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize a model and compute its prefix: OUT.gguf, ready to chat with, and OUT.ikv.
+
+    The system prompt is rendered by the model's own chat template; the prefix is what every conversation with it
+    begins with. With several types, OUT-TYPE.gguf share one OUT.ikv; calibrated, each has its own OUT-TYPE.ikv.
+
+    \b
+    intactkv-export convert ./SmolLM2 -o smol.gguf --system-prompt @prompt.txt
+    intactkv-export convert HuggingFaceTB/SmolLM2-135M-Instruct -o smol.gguf --quant Q4_0,Q4_K_M,Q2_K
+    intactkv-export convert smol-f16.gguf -o smol.gguf --quant Q3_K_M --calibrate
+    intactkv-export convert smol-f16.gguf -o smol.gguf --bos-only --no-embed
+    """
+    from intactkv_export.conversion import convert as run
+
+    prompt = None if system_prompt is None else text_or_file(system_prompt)
+    with ProgressBar(quiet=as_json) as progress:
+        result = run(
+            reference,
+            out,
+            quant=quant,
+            system_prompt=prompt,
+            bos_only=bos_only,
+            prefix_tokens=number_or_word(prefix_tokens),
+            imatrix=imatrix,
+            calibrate=calibrate,
+            embed=embed,
+            keep_reference=keep_reference,
+            allow_requantize=allow_requantize,
+            engine=engine,
+            dtype=dtype,
+            device=device,
+            offload_dir=offload_dir,
+            n_threads=threads,
+            n_ctx=ctx_size,
+            progress=progress,
+        )
+    print_result(result, as_json)
+
+
+@app.command()
+def prefix(
+    reference: Reference,
+    model: Annotated[Path, typer.Option("--model", "-m", help="A GGUF quantized from it.", show_default=False)],
+    system_prompt: SystemPrompt = None,
+    bos_only: BosOnly = False,
+    prefix_tokens: PrefixTokens = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: MODEL with .ikv.")] = None,
+    embed: Annotated[
+        bool | None,
+        typer.Option("--embed/--no-embed", help="Also store it in MODEL. Default: if it has one.", show_default=False),
+    ] = None,
+    engine: Engine = "auto",
+    allow_requantize: Requantize = False,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    offload_dir: Offload = None,
+    ctx_size: Context = 0,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compute a prefix for another system prompt, for a model that is quantized already.
+
+    \b
+    intactkv-export prefix ./SmolLM2 -m smol.gguf --system-prompt "You are a poet." -o poet.ikv
+    intactkv-export chat smol.gguf --prefix poet.ikv
+    """
+    from intactkv_export.conversion import prefix as run
+
+    prompt = None if system_prompt is None else text_or_file(system_prompt)
+    with ProgressBar(quiet=as_json) as progress:
+        result = run(
+            reference,
+            model,
+            out=out,
+            system_prompt=prompt,
+            bos_only=bos_only,
+            prefix_tokens=number_or_word(prefix_tokens),
+            embed=embed,
+            engine=engine,
+            allow_requantize=allow_requantize,
+            dtype=dtype,
+            device=device,
+            offload_dir=offload_dir,
+            n_threads=threads,
+            n_ctx=ctx_size,
+            progress=progress,
+        )
+    print_result(result, as_json)
+
+
+@app.command()
+def calibrate(
+    reference: Reference,
+    model: Annotated[Path, typer.Option("--model", "-m", help="A GGUF quantized from it.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The prefix file to write.", show_default=False)],
+    prefix_path: Annotated[
+        Path | None, typer.Option("--prefix", help="To begin with. Default: the one embedded or beside the model.")
+    ] = None,
+    data: Annotated[
+        str, typer.Option("--data", help="self: texts the reference writes itself; or FILE: .jsonl, .json, text.")
+    ] = "self",
+    objective: Annotated[str, typer.Option("--objective", help="kl, mse or kl+mse.")] = "kl",
+    steps: Annotated[int | None, typer.Option("--steps", min=0, help="Default: kl 120, mse 160.")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            "--lr",
+            help="Largest step, relative to K and V; mse: absolute. Default: kl 0.02, less where the model is close to "
+            "the reference; mse 0.0002.",
+        ),
+    ] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="Sequences in a step. Default: kl 4, mse 16.")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option("--seq-len", help="Tokens in a sequence. Default: kl 256, mse 1024.")
+    ] = None,
+    sequences: Annotated[int, typer.Option("--sequences", help="To sample or read; one in eight is held out.")] = 256,
+    kv_type: KvType = "q8_0",
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Of torch. Default: float32; over 2^30 weights on a GPU bfloat16.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="The same result for the same seed on one CPU.")] = 0,
+    allow_requantize: Requantize = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a prefix for one quantized model: same size, same speed, smaller error.
+
+    The weights stay as they are; the prefix's keys and values are trained so that the quantized model, with its KV
+    cache as it will be, says what the reference says (kl), or its layers give what the reference's give (mse). What is
+    measured best on held-out sequences is written; that may be what it began with. After an interruption the same
+    command goes on where it was (OUT.calibrating).
+
+    FILE: {"messages": [{"role", "content"}]} or {"conversations": [{"from", "value"}]} a line, an array of those, or
+    plain text.
+
+    \b
+    intactkv-export calibrate ./SmolLM2 -m smol.gguf -o smol-calibrated.ikv
+    intactkv-export embed smol-calibrated.ikv smol.gguf
+    intactkv-export calibrate ./SmolLM2 -m smol.gguf -o chats.ikv --data chats.jsonl --device cuda --steps 400
+    """
+    from intactkv_export.calibration import calibrate as run
+
+    with ProgressBar(quiet=as_json) as progress:
+        result = run(
+            reference,
+            model,
+            prefix=prefix_path,
+            out=out,
+            data=data,
+            objective=objective,
+            steps=steps,
+            lr=lr,
+            batch=batch,
+            seq_len=seq_len,
+            sequences=sequences,
+            kv_type=kv_type,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            allow_requantize=allow_requantize,
+            progress=progress,
+        )
+    if as_json:
+        print_json(result.to_dict())
+        return
+    made, n_held_out = result.manifest, result.manifest["held_out"]["n_tokens"]
+    kept = f"step {made['best_step']} of {made['steps']}" if made["best_step"] else "no step was better: as it began"
+    print(f"\n{short_path(result.out)}: {result.n_tokens} tokens, {result.n_bytes:,} bytes, {kept}")
+    print(f"KL divergence on {n_held_out:,} held-out tokens: {result.before:.4f} -> {result.after:.4f}")
+    for stage, seconds in result.seconds.items():
+        print(f"{stage:24} {seconds:7.1f} s")
+    print(f"{'peak memory':24} {megabytes(result.peak_bytes):>9}")

@@ -1,0 +1,154 @@
+"""Commands that measure: eval, analyze."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from intactkv_export.cli.options import KV_TYPE_NAMES, AsJson, Device, Reference, Threads, app, text_or_file, words
+from intactkv_export.cli.output import print_json, short_path
+from intactkv_export.cli.progress_bar import ProgressBar
+from intactkv_export.evaluation import MODES, REFERENCE
+
+_ROWS = "\n".join(
+    f"{name:11} {what}" for name, what in {REFERENCE: "the full-precision model itself, F16 cache", **MODES}.items()
+)
+_EVAL = f"""\
+Measure how far quantized models are from their reference, through llama.cpp as the runtime uses it.
+
+KL divergence from the reference's next-token distributions in nats (mean and standard error, median, 99th
+percentile, maximum), how often both rank the same token first, perplexity of the text. What the rows differ in:
+
+\b
+{_ROWS}
+
+A line of --tasks is a question: its text as question, question_stem, query, ctx or goal; choices (a list, or an
+object of text and label), endings, or sol1 and sol2; the right one as answer, answerKey, gold or label: its index
+or label. acc: the likeliest choice is right; acc_norm: the likeliest per byte is.
+
+\b
+intactkv-export eval ./SmolLM2 smol.gguf
+intactkv-export eval smol-f16.gguf smol-Q4_0.gguf smol-Q2_K.gguf --kv-type q8_0 --modes plain,prompt
+intactkv-export eval smol-f16.gguf smol.gguf --calibrated tuned.ikv --text self --tasks arc.jsonl --json
+"""
+
+
+@app.command("eval", help=_EVAL)
+def evaluate(
+    reference: Reference,
+    models: Annotated[list[Path], typer.Argument(help="GGUFs quantized from it.", show_default=False)],
+    prefix_path: Annotated[
+        Path | None, typer.Option("--prefix", help="Prefix file. Default: the one embedded or beside each model.")
+    ] = None,
+    calibrated: Annotated[Path | None, typer.Option("--calibrated", help="A prefix calibrated for the model.")] = None,
+    kv_type: Annotated[str, typer.Option("--kv-type", help=f"Types, comma-separated: {KV_TYPE_NAMES}.")] = (
+        "f16,q8_0,q4_0"
+    ),
+    modes: Annotated[
+        str | None,
+        typer.Option(
+            "--modes",
+            help=f"Comma-separated, of {REFERENCE}, {', '.join(MODES)}. Default: all that there are.",
+            show_default=False,
+        ),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text",
+            metavar="FILE|self",
+            help="UTF-8 text; self: conversations that the reference writes (needs torch). "
+            "Default: Python's language reference.",
+            show_default=False,
+        ),
+    ] = None,
+    task_file: Annotated[Path | None, typer.Option("--tasks", help="Multiple-choice questions, JSONL.")] = None,
+    chunks: Annotated[int, typer.Option("--chunks", min=1, help="Texts, each right behind the prefix.")] = 12,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of a text.")] = 256,
+    allow_requantize: Annotated[bool, typer.Option("--allow-requantize", help="Take a quantized reference.")] = False,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    from intactkv_export import evaluation
+
+    texts = evaluation.Texts(
+        n_chunks=chunks,
+        n_tokens=tokens,
+        text=text if text in (None, evaluation.SELF) else text_or_file(f"@{text}"),
+        questions=evaluation.multiple_choice.read(task_file) if task_file else (),
+    )
+    with ProgressBar(quiet=as_json) as progress:
+        results = list(
+            evaluation.evaluate(
+                reference,
+                models,
+                prefix_path,
+                calibrated=calibrated,
+                kv_types=words(kv_type),
+                modes=None if modes is None else words(modes),
+                texts=texts,
+                n_threads=threads,
+                allow_requantize=allow_requantize,
+                progress=progress,
+            )
+        )
+    if as_json:
+        print_json({"reference": reference, "chunks": chunks, "tokens": tokens, **evaluation.metrics.as_json(results)})
+        return
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
+    for part in evaluation.tables.tables(results):
+        console.print(part)
+
+
+@app.command()
+def analyze(
+    reference: Reference,
+    model: Annotated[Path, typer.Option("--model", "-m", help="A GGUF quantized from it.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the figures.", show_default=False)],
+    prefix_path: Annotated[
+        Path | None, typer.Option("--prefix", help="Prefix file. Default: the one embedded or beside the model.")
+    ] = None,
+    html: Annotated[bool, typer.Option("--html/--no-html", help="Write report.html, one file with everything.")] = True,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="UTF-8 text to measure on. Default: Python's language reference.")
+    ] = None,
+    kv_type: Annotated[str, typer.Option("--kv-type", help=f"Type of the KV cache: {KV_TYPE_NAMES}.")] = "q8_0",
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Draw what quantization does to a model and what its prefix undoes, as in the paper.
+
+    Five figures, each as PNG and SVG with its data as JSON: activations of the reference, its attention, the error of
+    the layers against the number of intact tokens, the error of K and V by layer, the KL divergence by position.
+    report.html explains them for this model. Needs the extras convert and plot.
+
+    \b
+    intactkv-export analyze ./SmolLM2 -m smol.gguf -o analysis
+    intactkv-export analyze smol-f16.gguf -m smol-Q4_0.gguf --prefix smol.ikv --text novel.txt -o analysis
+    """
+    from intactkv_export import analysis
+    from intactkv_export.analysis import report
+
+    with ProgressBar(quiet=as_json) as progress:
+        made = analysis.analyze(
+            reference,
+            model,
+            out,
+            prefix=prefix_path,
+            text=text,
+            kv_type=kv_type,
+            device=device,
+            html=html,
+            progress=progress,
+        )
+    if as_json:
+        files = [str(path) for path in made.files]
+        print_json({"files": files, "facts": made.facts, "headlines": report.headlines(made.data)})
+    else:
+        for line in report.summary(made.data):
+            print(line)
+        print(f"\n{len(made.files)} files in {short_path(made.directory)}, beginning with {made.files[-1].name}")

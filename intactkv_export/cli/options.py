@@ -1,0 +1,89 @@
+"""The program itself, and the options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from intactkv_export.libllama import KV_TYPES
+from intactkv_export.models import read_text
+
+PROG = "intactkv-export"
+KV_TYPE_NAMES = ", ".join(KV_TYPES)
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Quantized GGUF models with an intact prefix (IntactKV) for llama.cpp.
+
+    The keys and values of a model's first tokens (its system prompt) are computed once by the full-precision model,
+    stored beside the quantized one, and kept at F16 in front of a quantized KV cache.
+
+    \b
+    intactkv-export convert ./SmolLM2 -o smol.gguf --quant Q4_K_M --system-prompt "You are terse."
+    intactkv-export chat smol.gguf --kv-type q8_0
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. An error is one sentence on stderr.
+    """
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="CPU threads. Default: by the cores.")]
+KvType = Annotated[str, typer.Option("--kv-type", help=f"Type of the KV cache, or K,V: {KV_TYPE_NAMES}.")]
+Reference = Annotated[
+    str, typer.Argument(help="The full-precision model: a directory, a hub id, or a GGUF.", show_default=False)
+]
+SystemPrompt = Annotated[
+    str | None,
+    typer.Option("--system-prompt", "-s", help="TEXT or @FILE. Default: the chat template's own.", show_default=False),
+]
+BosOnly = Annotated[bool, typer.Option("--bos-only", help="Keep only the first token intact; for base models.")]
+PrefixTokens = Annotated[
+    str | None,
+    typer.Option(
+        "--prefix-tokens",
+        metavar="N|auto",
+        help="Keep only the first N tokens of the prefix; auto: as many as help (needs torch).",
+        show_default=False,
+    ),
+]
+Requantize = Annotated[
+    bool, typer.Option("--allow-requantize", help="Take a quantized reference; the prefix file says so.")
+]
+Engine = Annotated[str, typer.Option("--engine", help="What computes the prefix: auto, llama or torch.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="To compute in: float32 (default), auto: as the weights; torch: float16, bfloat16."),
+]
+Device = Annotated[str, typer.Option("--device", help="Of the torch engine: cpu, cuda, ...")]
+Offload = Annotated[
+    Path | None, typer.Option("--offload-dir", help="Where torch puts weights that do not fit in memory.")
+]
+Context = Annotated[
+    int, typer.Option("--ctx-size", "-c", min=0, help="Context the prefix will be used in; LongRoPE models need it.")
+]
+
+
+def text_or_file(value: str) -> str:
+    """An option's TEXT, or the text of the file that @FILE names. Raises UsageError if it cannot be read."""
+    if not value.startswith("@"):
+        return value
+    return read_text(value[1:])
+
+
+def number_or_word(value: str | None) -> int | str | None:
+    return int(value) if value is not None and value.lstrip("-").isdecimal() else value
+
+
+def words(value: str) -> list[str]:
+    return [word.strip() for word in value.split(",")]

@@ -1,0 +1,65 @@
+"""What can be refused before any work: types, names of files, space on the disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.models import Reference, gguf_file, weights
+
+_WEIGHT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+def quantization_types(quant: str | Sequence[str], imatrix: object) -> list[str]:
+    """Upstream's names of the types asked for, each once. Raises UsageError for one that cannot be made."""
+    names = quant.split(",") if isinstance(quant, str) else quant
+    types = list(dict.fromkeys(weights.type_name(name) for name in names))
+    if not types:
+        raise UsageError("no quantization type given: give one or more, for example Q4_K_M")
+    starved = [name for name in types if name in weights.NEEDS_IMATRIX]
+    if starved and imatrix is None:
+        raise UsageError(f"{starved[0]} needs an importance matrix: give one with --imatrix, or a larger type")
+    return types
+
+
+def base_name(out: str | os.PathLike[str]) -> Path:
+    """DIR/NAME of the outputs, without .gguf or .ikv. Raises UsageError if nothing can be written there."""
+    path = Path(out)
+    if path.suffix in (".gguf", ".ikv"):
+        path = path.with_suffix("")
+    if str(out).endswith(os.sep) or path.is_dir() or not path.name:
+        raise UsageError(f"{out} is a directory: give directory/name, from which name.gguf and name.ikv are made")
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no directory {path.parent} to write to: make it, or choose another")
+    return path.absolute()
+
+
+def check_targets(targets: Sequence[Path], found: Reference) -> None:
+    """Raises UsageError if an output is a directory or the reference itself."""
+    for target in targets:
+        if target.is_dir():
+            raise UsageError(f"{target} is a directory, so no file can be written there: choose another name")
+        if target.exists() and any(target.samefile(file) for file in found.files):
+            raise UsageError(f"{target} is the reference model itself: choose another name for the output")
+
+
+def check_space(directory: Path, found: Reference, types: Sequence[str], widen: bool) -> None:
+    """Refuse what cannot fit, by a lower bound of what will lie on the disk at once."""
+    if found.is_gguf:
+        n_weights = sum(prod(t.shape) for file in found.files for t in gguf_file.read(file).tensors)
+    else:
+        n_weights = found.n_bytes // _WEIGHT_BYTES.get(found.dtype, 1)
+    sizes = [int(n_weights * weights.least_bits(name) / 8) for name in types]
+    converted = 0 if found.is_gguf else 2 * n_weights
+    widened = 4 * n_weights if widen and found.dtype != "F32" else 0
+    need = converted + sum(sizes) + max(widened, max(sizes, default=0))
+    free = shutil.disk_usage(directory).free
+    if need > free:
+        raise IntactKVError(
+            f"the conversion needs at least {need / 1e9:.1f} GB in {directory.parent} and {free / 1e9:.1f} GB are free:"
+            " make room, or choose another directory"
+        )

@@ -1,0 +1,67 @@
+"""Another prefix for a model that is quantized already."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from intactkv_export.conversion.checks import base_name, check_space, check_targets
+from intactkv_export.conversion.intact_tokens import Curve, shortest
+from intactkv_export.conversion.result import ConvertResult, result
+from intactkv_export.engines import Engine, compute
+from intactkv_export.models import KEY_REFERENCE, check_same_reference, gguf_file, identity, locate, weights
+from intactkv_export.prefix import check_prefix_tokens, ikv, prompt_for
+from intactkv_export.work import Progress, Stages, atomic
+
+
+def prefix(
+    reference: str | os.PathLike[str],
+    model: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    system_prompt: str | None = None,
+    bos_only: bool = False,
+    prefix_tokens: int | str | None = None,
+    embed: bool | None = None,
+    allow_requantize: bool = False,
+    engine: str = "auto",
+    dtype: str | None = None,
+    device: str = "cpu",
+    offload_dir: str | os.PathLike[str] | None = None,
+    n_threads: int | None = None,
+    n_ctx: int = 0,
+    progress: Progress | None = None,
+) -> ConvertResult:
+    """Compute a prefix for a GGUF that was made from this reference.
+
+    out: the `.ikv` to write; None: MODEL.ikv beside the model. embed: also store it in the model; None: if the model
+    has one embedded, which would hide the new file, and `out` is not given. Otherwise as convert(). Raises
+    IntactKVError if the model was quantized from another reference, by identity or by structure.
+    """
+    settings = Engine(engine, dtype, device, offload_dir, n_threads, n_ctx)
+    model = Path(model)
+    stamped = gguf_file.read(model).values
+    target = base_name(model if out is None else out)
+    target = target.with_name(f"{target.name}.ikv")
+    if embed is None:
+        embed = out is None and ikv.KEY_STATE in stamped
+    found = locate(reference, allow_requantize)
+    computed_by = settings.chosen(found)
+    check_targets([target], found)
+    check_prefix_tokens(prefix_tokens, bos_only)
+    prompt = prompt_for(model, system_prompt, bos_only, prefix_tokens)
+    with atomic.work_directory(target) as directory:
+        work = Stages(directory, progress)
+        check_space(directory, found, [], widen=computed_by == "llama" and settings.widens(found))
+        sha256 = work.run("hash reference", identity, found)
+        check_same_reference(str(model), stamped.get(KEY_REFERENCE), str(found.path), sha256)
+        curves: dict[str, Curve] = {}
+        if prefix_tokens == "auto":
+            prompt, curves = shortest(work, found, {model.name: model}, prompt, device)
+        gguf = weights.reference_gguf(work, found) if computed_by == "llama" else None
+        new = compute(work, settings, found, gguf, prompt, sha256, reader=model)
+        ikv.write(directory / target.name, new.data)
+        if embed:
+            work.run("embed", ikv.embed_file, model, directory / target.name, model)
+        atomic.publish(directory / target.name, target)
+    return result([], target, new, embed, curves, {}, work.done)

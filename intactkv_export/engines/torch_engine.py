@@ -1,0 +1,152 @@
+"""The torch engine: IntactKV of a Hugging Face model, computed by transformers, in llama.cpp's layout.
+
+The rows llama.cpp keeps in its cache are K after RoPE and V, per KV head. Two things differ from transformers:
+
+- The order of K's values in models of RoPE type "norm": torch_model/rope_pairs.py.
+- A context of llama.cpp uses one set of LongRoPE factors for all positions (`llama_model::get_rope_factors`);
+  transformers changes from the short to the long set with the length of the text. Which set the context uses is in the
+  model description, and transformers is made to use it.
+
+Everything is computed in float32 (or the dtype asked for) and rounded to float16 once, at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from intactkv_export.engines.rows import to_float16
+from intactkv_export.errors import IntactKVError
+from intactkv_export.libllama.state import KV
+from intactkv_export.models.dtypes import check_dtype
+from intactkv_export.models.proven import PROVEN
+from intactkv_export.work import Steps
+
+_CHUNK = 512  # tokens a forward pass: bounds the attention matrix, [heads, _CHUNK, n_tokens]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, for the manifest."""
+    import torch
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def compute(
+    hf_dir: str | Path,
+    tokens: Sequence[int],
+    model: Mapping[str, Any] | None,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    offload_dir: str | Path | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    progress: Steps | None = None,
+) -> tuple[KV, KV]:
+    """K and V of `tokens` at positions 0.., each {layer: float16 array [n_tokens, n_head_kv, head_dim]}.
+
+    `model` is the description of the model that will read them (its GGUF in llama.cpp): heads, RoPE and LongRoPE
+    factors must agree with the checkpoint; None skips the comparison. All positions are returned for all layers, also
+    those that a sliding window has left behind.
+
+    dtype: of the weights and the arithmetic: None (float32), "float16", "bfloat16", or "auto" (the checkpoint's).
+    device: "cpu", "cuda", "cuda:1", "mps". offload_dir: let accelerate spread a model larger than memory over GPUs,
+    memory and this folder, within `max_memory` ({"cpu": "8GiB", 0: "20GiB"}; None: what is free). progress counts
+    tokens.
+
+    Raises IntactKVError: checkpoint not proven, incomplete, unreadable or different from `model`; token out of the
+    vocabulary; K or V beyond float16. UsageError: an unknown dtype.
+    """
+    K, V = compute_float32(
+        hf_dir,
+        tokens,
+        model,
+        device=device,
+        dtype=dtype,
+        offload_dir=offload_dir,
+        max_memory=max_memory,
+        progress=progress,
+    )
+    return to_float16(K, "K"), to_float16(V, "V")
+
+
+def compute_float32(
+    hf_dir: str | Path,
+    tokens: Sequence[int],
+    model: Mapping[str, Any] | None,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    offload_dir: str | Path | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    progress: Steps | None = None,
+) -> tuple[KV, KV]:
+    """As compute(), before the rounding: float32 arrays. What engines are compared with."""
+    import torch
+    from transformers import DynamicCache
+
+    from intactkv_export.torch_model.from_huggingface import check, load, quiet, read_config
+    from intactkv_export.torch_model.rope_pairs import halves_to_neighbours
+
+    if not tokens:
+        raise IntactKVError(f"no tokens to compute a prefix of with {hf_dir}: give a prefix of at least one token")
+    check_dtype(dtype)
+    with quiet():
+        config = read_config(hf_dir)
+    text = config.get_text_config(decoder=True)
+    bad = next((t for t in tokens if not 0 <= t < text.vocab_size), None)
+    if bad is not None:
+        raise IntactKVError(
+            f"token {bad} is not in the vocabulary of {hf_dir}, which has {text.vocab_size} tokens: "
+            "tokenize the prefix with this model's tokenizer"
+        )
+    if model is not None:
+        check(text, model, len(tokens), str(hf_dir))
+    _fix_longrope(text, model, len(tokens), str(hf_dir))
+
+    with quiet():
+        net = load(hf_dir, config, device, dtype, offload_dir, max_memory)
+    # Without a config this cache keeps every position of every layer; with one, sliding layers would crop theirs.
+    cache = DynamicCache()
+    with torch.inference_mode():
+        for start in range(0, len(tokens), _CHUNK):
+            part = list(tokens[start : start + _CHUNK])
+            # base_model: no output matrix is needed, K and V are all that is kept
+            net.base_model(input_ids=torch.tensor([part]).to(net.device), past_key_values=cache, use_cache=True)
+            if progress is not None:
+                progress(start + len(part), len(tokens))
+
+    K: KV = {}
+    V: KV = {}
+    for il in range(text.num_hidden_layers):
+        k, v = (x[0].transpose(0, 1).float().cpu().numpy() for x in (cache.layers[il].keys, cache.layers[il].values))
+        if PROVEN[text.model_type] == "norm":
+            k = np.ascontiguousarray(halves_to_neighbours(k))
+        K[il], V[il] = k, v
+    return K, V
+
+
+def _fix_longrope(text: Any, model: Mapping[str, Any] | None, n_tokens: int, hf_dir: str) -> None:
+    """Both sets of LongRoPE factors become the one that llama.cpp uses (no `model`: the one for n_tokens)."""
+    rope = text.rope_parameters
+    if rope.get("rope_type") != "longrope":
+        return
+    if model is None:
+        name = "long_factor" if n_tokens > rope["original_max_position_embeddings"] else "short_factor"
+    else:
+        sha256 = {
+            n: hashlib.sha256(np.asarray(rope[n], "<f4").tobytes()).hexdigest() for n in ("short_factor", "long_factor")
+        }
+        wanted = model["rope"]["factors"]
+        name = next((n for n, digest in sha256.items() if digest == wanted), "")
+        if not name:
+            raise IntactKVError(
+                f"the LongRoPE factors of the GGUF (SHA-256 {wanted}) are neither the short nor the long "
+                f"ones of {hf_dir} ({', '.join(sha256.values())}): use the GGUF made from this checkpoint"
+            )
+    rope["short_factor"] = rope["long_factor"] = list(rope[name])

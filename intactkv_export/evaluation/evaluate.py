@@ -1,0 +1,92 @@
+"""How far a quantized model is from its reference, through the real runtime: divergence, perplexity, questions.
+
+Protocol: the prefix, then independent chunks of a text, each evaluated right behind the prefix. The reference keeps
+its cache at F16. After each token of a chunk the model's next-token distribution is compared with the reference's.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.evaluation.metrics import Figures
+from intactkv_export.evaluation.model import Evaluated
+from intactkv_export.evaluation.modes import MODES, REFERENCE, Given, find_given
+from intactkv_export.evaluation.target import Target, measure_target
+from intactkv_export.evaluation.texts import Texts
+from intactkv_export.libllama import EXACT, kv_pair
+from intactkv_export.models import locate, weights
+from intactkv_export.work import Progress, Stages, silent
+
+
+def evaluate(
+    reference: str | Path,
+    models: Sequence[str | Path],
+    prefix: str | Path | None = None,
+    *,
+    calibrated: str | Path | None = None,
+    kv_types: Sequence[str] = ("q8_0",),
+    modes: Sequence[str] | None = None,
+    texts: Texts | None = None,
+    n_threads: int | None = None,
+    allow_requantize: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[Figures]:
+    """Compare models with the reference; yields the figures of each configuration as they are measured.
+
+    First those of the reference itself (mode "reference"), again whenever a model's prefix has other tokens; then of
+    each model, KV type and mode. Mode "rounded" of an f16 cache is "prompt" itself and is left out.
+
+    reference: a Hugging Face directory or hub id, or a GGUF. models: GGUFs. prefix, calibrated: `.ikv` files, or GGUFs
+    with one embedded (modes.find_given: what None means). modes: of MODES, and "reference"; None: all that there are.
+    texts: what is evaluated behind the prefix; None: Texts().
+
+    Raises IntactKVError if a prefix does not fit, or the text is too short; UsageError for a mode that does not exist,
+    a model without a prefix, or a quantized reference without allow_requantize.
+    """
+    unknown = set(modes or ()) - {REFERENCE, *MODES}
+    if unknown:
+        raise UsageError(f"no mode {sorted(unknown)[0]!r}: the modes are {REFERENCE}, {', '.join(MODES)}")
+    for kv_type in kv_types:
+        kv_pair(kv_type)
+    texts, report = texts or Texts(), progress or silent
+    found = locate(reference, allow_requantize)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Stages(Path(folder), progress)
+        gguf = weights.reference_gguf(work, found)
+        # Whatever is wrong with one of the models is said before the long work.
+        each = [(Path(model), find_given(model, prefix, calibrated, work, found, gguf)) for model in models]
+        for model, given in each:
+            if missing := set(modes or ()) - {REFERENCE, *given.data}:
+                raise IntactKVError(f"{model} cannot be evaluated in mode {missing.pop()!r}: there is no such prefix")
+        target: Target | None = None
+        for model, given in each:
+            if target is None or target.given.tokens != given.tokens:
+                chunks = texts.chunks(work, found, gguf, given.prefix)
+                items = texts.items(gguf, given.prefix)
+                name = found.path.stem
+                target = measure_target(gguf, name, given, chunks, items, n_threads, work.directory, report)
+                if modes is None or REFERENCE in modes:
+                    yield target.figures
+            yield from _compare(target, model, given, kv_types, modes, report)
+
+
+def _compare(
+    target: Target,
+    model: Path,
+    given: Given,
+    kv_types: Sequence[str],
+    modes: Sequence[str] | None,
+    report: Progress,
+) -> Iterator[Figures]:
+    """The figures of one model, by KV type and mode."""
+    for kv_type in kv_types:
+        evaluated = Evaluated(model, kv_type, given.tokens, target.settings)
+        for mode in (mode for mode in MODES if mode in given.data and (modes is None or mode in modes)):
+            if mode == "rounded" and kv_type in EXACT:
+                continue
+            evaluated.begin(given.data[mode], rounded=mode == "rounded")
+            yield target.compare(evaluated, model.stem, kv_type, mode, report)
+        evaluated.llama.close()

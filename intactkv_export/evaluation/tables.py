@@ -1,0 +1,91 @@
+"""The figures of an evaluation as tables: for the eye in a terminal, as plain text in a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from intactkv_export.evaluation.metrics import Difference, Estimate, Figures, differences, summary
+
+_NOISE = " ~"
+LEGEND = "~ within noise: less than two standard errors; of accuracies: p of McNemar's exact test 0.05 or more"
+
+
+def tables(results: Sequence[Figures]) -> Iterator[RenderableType]:
+    """A table of the configurations and one of their differences for each model, then the answers to questions."""
+    references = [r for r in results if r.mode == "reference"]
+    for model in dict.fromkeys(r.model for r in results if r.mode != "reference"):
+        rows = [r for r in results if r.model == model and r.mode != "reference"]
+        compared = list(differences(rows))
+        yield Text(f"\n{model}", style="bold")
+        yield _configurations([*references[:1], *rows])
+        if compared:
+            yield Text("\ndifferences, chunk by chunk")
+            yield _differences(compared)
+        if any(r.answers for r in rows):
+            yield Text("\nquestions")
+            yield _questions([*references[:1], *rows], compared)
+        if compared:
+            yield Text(f"\n{LEGEND}", style="dim")
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=i < 3)
+    return table
+
+
+def _configurations(rows: Sequence[Figures]) -> Table:
+    table = _table("KV", "prefix", "KL divergence", "median", "99 %", "max", "% same top", "perplexity")
+    for r in rows:
+        kld = ["", "", "", ""] if r.mode == "reference" else [str(summary(r.kld))]
+        if len(kld) == 1:
+            kld += [f"{r.percentile(50):.4f}", f"{r.percentile(99):.3f}", f"{r.percentile(100):.2f}"]
+        top1 = "" if r.mode == "reference" else f"{_percent(summary(r.top1)):.1f}"
+        table.add_row(r.kv_type, r.mode, *kld, top1, f"{r.perplexity:.2f}")
+    return table
+
+
+def _differences(rows: Sequence[Difference]) -> Table:
+    table = _table("KV", "difference", "KL divergence", "% same top", "log perplexity")
+    for d in rows:
+        kld, top1, log_perplexity = d.kld, d.top1, d.log_perplexity
+        table.add_row(
+            d.a.kv_type,
+            f"{d.a.mode} - {d.b.mode}",
+            f"{kld:+.4f}{_mark(kld)}",
+            f"{_percent(top1):+.1f}{_mark(top1)}",
+            f"{log_perplexity:+.4f}{_mark(log_perplexity)}",
+        )
+    return table
+
+
+def _questions(rows: Sequence[Figures], compared: Sequence[Difference]) -> Table:
+    n = next(len(r.answers.acc) for r in rows if r.answers)
+    table = _table("KV", "prefix", f"acc of {n}, %", "against plain", "acc_norm, %", "against plain")
+    plain = {(d.a.kv_type, d.a.mode): d for d in compared if d.b.mode == "plain"}
+    for r in rows:
+        if r.answers is None:
+            continue
+        d = plain.get((r.kv_type, r.mode))
+        against = r.answers.against(d.b.answers) if d is not None and d.b.answers is not None else {}
+        cells = []
+        for name in ("acc", "acc_norm"):
+            cells.append(f"{_percent(Estimate(*r.answers.accuracy(name))):.1f}")
+            gain = against.get(name)
+            noise = _NOISE if gain and gain["within_noise"] else ""
+            cells.append(f"{100 * gain['difference']:+.1f} (p {gain['mcnemar_p']:.2g}){noise}" if gain else "")
+        table.add_row(r.kv_type, r.mode, *cells)
+    return table
+
+
+def _percent(x: Estimate) -> Estimate:
+    return Estimate(100 * x.mean, 100 * x.error)
+
+
+def _mark(x: Estimate) -> str:
+    return _NOISE if x.within_noise else ""

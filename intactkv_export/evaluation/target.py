@@ -1,0 +1,112 @@
+"""What the reference makes of texts and questions, and how far from it a model is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from shutil import disk_usage
+from typing import Any
+
+import numpy as np
+
+from intactkv_export.errors import IntactKVError
+from intactkv_export.evaluation import multiple_choice
+from intactkv_export.evaluation.metrics import Figures
+from intactkv_export.evaluation.model import Evaluated
+from intactkv_export.evaluation.modes import REFERENCE, Given
+from intactkv_export.libllama import bindings, errors_logged
+from intactkv_export.work import Progress
+
+
+@dataclass
+class Target:
+    """What the reference makes of everything that models are asked behind one prefix.
+
+    chunks: int32 [n_chunks, n_tokens]. log_probs: float32 [n_chunks, n_tokens, n_vocab], in a file. settings: of every
+    model that is compared. figures: the reference's own, its mode REFERENCE.
+    """
+
+    given: Given
+    chunks: np.ndarray
+    items: list[multiple_choice.Item]
+    log_probs: np.ndarray
+    settings: dict[str, Any]
+    figures: Figures
+
+    def compare(self, model: Evaluated, name: str, kv_type: str, mode: str, report: Progress) -> Figures:
+        """The figures of a model that has begun (Evaluated.begin)."""
+        kld = np.empty(self.chunks.shape, np.float32)
+        same_top = np.empty(self.chunks.shape, bool)
+        nll = np.empty(self.chunks.shape, np.float32)
+        stage, total = f"{name} {kv_type} {mode}", len(self.chunks) + len(self.items)
+        for i, chunk in enumerate(self.chunks):
+            report(stage, i, total)
+            following = np.append(chunk[1:], 0)  # what follows the last token is not known
+            for at, got in model.log_probs(chunk.tolist()):
+                target = self.log_probs[i, at]
+                kld[i, at] = np.einsum("ij,ij->i", np.exp(target), target - got)
+                same_top[i, at] = target.argmax(-1) == got.argmax(-1)
+                nll[i, at] = -np.take_along_axis(got, following[at, None], 1)[:, 0]
+        answers = _answers(model, self.items, lambda done: report(stage, len(self.chunks) + done, total))
+        report(stage, total, total)
+        return Figures(name, kv_type, mode, kld, same_top, nll[:, :-1], answers)
+
+
+def measure_target(
+    gguf: Path,
+    name: str,
+    given: Given,
+    chunks: Sequence[Sequence[int]],
+    items: list[multiple_choice.Item],
+    n_threads: int | None,
+    folder: Path,
+    report: Progress,
+) -> Target:
+    """Ask the reference, its cache at F16. gguf, name: of the reference. folder: for the file of log probabilities.
+
+    Raises IntactKVError if the prefix does not fit the reference, or the disk is too small.
+    """
+    tokens = np.array(chunks, np.int32)
+    longest = max([tokens.shape[1], *(item.n_tokens for item in items)])
+    settings = {
+        "n_ctx": len(given.tokens) + longest,
+        "n_batch": longest,
+        "n_ubatch": longest,
+        "n_threads": n_threads,
+        "n_threads_batch": n_threads,
+    }
+    model = Evaluated(gguf, "f16", given.tokens, settings)
+    with errors_logged():
+        bindings.verify(given.prefix.data, model.llama.ctx)
+    model.begin(None)
+    log_probs = _room(folder / "targets", (*tokens.shape, model.llama.n_vocab()))
+    total = len(tokens) + len(items)
+    for i, chunk in enumerate(tokens.tolist()):
+        report(f"{name} reference", i, total)
+        for at, got in model.log_probs(chunk):
+            log_probs[i, at] = got
+    answers = _answers(model, items, lambda done: report(f"{name} reference", len(tokens) + done, total))
+    nll = -np.take_along_axis(log_probs[:, :-1], tokens[:, 1:, None], 2)[..., 0]
+    none = np.zeros(tokens.shape, np.float32)
+    figures = Figures(name, "f16", REFERENCE, none, none == 0, nll, answers)
+    model.llama.close()
+    return Target(given, tokens, items, log_probs, settings, figures)
+
+
+def _room(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A float32 array in a file. Raises IntactKVError if the disk is too small for it, now instead of by a crash."""
+    wanted, free = 4 * prod(shape), disk_usage(path.parent).free
+    if wanted > free:
+        raise IntactKVError(
+            f"what the reference says of {shape[0]} texts of {shape[1]} tokens needs {wanted / 1e9:.1f} GB in "
+            f"{path.parent} and {free / 1e9:.1f} GB are free: give fewer or shorter texts, or set TMPDIR"
+        )
+    return np.memmap(path, np.float32, "w+", shape=shape)
+
+
+def _answers(
+    model: Evaluated, items: list[multiple_choice.Item], report: Callable[[int], None]
+) -> multiple_choice.Answers | None:
+    return multiple_choice.score(items, model.likelihoods, report) if items else None

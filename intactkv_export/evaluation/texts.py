@@ -1,0 +1,73 @@
+"""What models are evaluated on: chunks of text, and questions, that stand right behind the prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from intactkv_export import extras
+from intactkv_export.errors import UsageError
+from intactkv_export.evaluation import multiple_choice
+from intactkv_export.libllama import Vocabulary
+from intactkv_export.models import Reference, gguf_file
+from intactkv_export.prefix import Prefix
+from intactkv_export.texts import Turns, cut_text, default_text, sample_from
+from intactkv_export.work import Stages
+
+SELF = "self"
+_SEED = 20_240_304  # nobody calibrates with it by chance
+
+
+@dataclass(frozen=True)
+class Texts:
+    """n_chunks chunks of n_tokens tokens, each evaluated right behind the prefix, and questions.
+
+    text: what is cut into chunks, tokenized without special tokens; None: Python's language reference (default_text);
+    SELF: conversations that the reference writes, with a seed of their own: not those that calibration is given.
+    tokens: the chunks themselves, instead of a text. questions: multiple_choice.read(). Raises UsageError.
+    """
+
+    n_chunks: int = 12
+    n_tokens: int = 256
+    text: str | None = None
+    tokens: Sequence[Sequence[int]] | None = None
+    questions: Sequence[multiple_choice.Question] = ()
+
+    def __post_init__(self) -> None:
+        if self.text is not None and self.tokens is not None:
+            raise UsageError("both a text and the tokens of chunks are given: give one of them")
+        if self.n_chunks < 1 or self.n_tokens < 2:
+            raise UsageError(
+                f"{self.n_chunks} chunks of {self.n_tokens} tokens measure nothing: give one or more, of two or more"
+            )
+
+    def chunks(self, work: Stages, reference: Reference, gguf: Path, prefix: Prefix) -> list[list[int]]:
+        """The chunks behind a prefix, as tokens. gguf: the reference as one, for its tokenizer.
+
+        Raises IntactKVError if the text is too short, UsageError if torch is missing for SELF.
+        """
+        if self.tokens is not None:
+            return [list(chunk) for chunk in self.tokens]
+        if self.text == SELF:
+            extras.require("torch", "text of the reference's own", "give a text file")
+            return work.run(
+                "sample conversations",
+                sample_from,
+                reference.path,
+                gguf,
+                prefix.data,
+                counted=True,
+                n=self.n_chunks,
+                n_tokens=self.n_tokens,
+                seed=_SEED,
+            )
+        return cut_text(gguf, default_text() if self.text is None else self.text, self.n_chunks, self.n_tokens)
+
+    def items(self, gguf: Path, prefix: Prefix) -> list[multiple_choice.Item]:
+        """The questions as tokens behind a prefix, by the tokenizer and the chat template of a GGUF."""
+        if not self.questions:
+            return []
+        with Vocabulary(gguf) as vocabulary:
+            template = gguf_file.read(gguf).values.get("tokenizer.chat_template")
+            return multiple_choice.encode(self.questions, Turns(prefix, vocabulary, template))

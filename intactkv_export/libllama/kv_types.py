@@ -1,0 +1,19 @@
+"""The types that a KV cache can have, in one list."""
+
+from __future__ import annotations
+
+from intactkv_export.errors import UsageError
+
+# name -> ggml_type (ggml.h), in the order in which help lists them
+KV_TYPES = {"f16": 1, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2, "bf16": 30, "iq4_nl": 20, "f32": 0}
+EXACT = {"f16", "f32"}  # hold a prefix exactly: its cells are ordinary ones
+
+
+def kv_pair(kv_type: str | tuple[str, str]) -> tuple[str, str]:
+    """The types of K and V: of "q8_0", of "q8_0,q4_0" (K, V), or of such a pair. Raises UsageError for others."""
+    names = kv_type.split(",") if isinstance(kv_type, str) else kv_type
+    pair = tuple(name.strip() for name in names)
+    pair = pair * 2 if len(pair) == 1 else pair
+    if len(pair) != 2 or not set(pair) <= KV_TYPES.keys():
+        raise UsageError(f"kv_type={kv_type!r}: give one of {', '.join(KV_TYPES)}, or a pair of them for K and V")
+    return pair[0], pair[1]

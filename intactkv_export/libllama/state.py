@@ -1,0 +1,250 @@
+"""A sequence's state as llama.cpp writes it: the only reader and writer of these bytes in Python.
+
+Little endian (llama_context::state_seq_save_file, llama_kv_cache::state_write, and write_state of native/src/cells).
+A *file* of llama_state_seq_save_file begins
+
+    u32 magic 'ggsq', u32 version 3, u32 n_tokens, i32 tokens[n_tokens]
+
+a *buffer* of llama_state_seq_get_data with 8 bytes: u32 magic, i32 sequence. After either comes, per KV cache,
+
+    u32 n_stream = 1, u32 n_cells, per cell { i32 pos, u32 n_seq_id, i32 seq_id[n_seq_id] },
+    u32 v_trans, u32 n_layer, its highest bit set where some cells are intact
+    per layer { i32 type, u64 row_bytes, n_cells rows of K }, the same for V; or for a V that is transposed
+    per layer { i32 type, u32 value_bytes, u32 n_embd, n_embd rows of n_cells values }
+    intact cells, if the bit is set: u32 n, u32 index[n] into the cells,
+        per layer { u64 row_bytes, n F16 rows of K }, the same for V
+
+Nothing read is trusted: every length is compared with what is left.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+
+from intactkv_export.errors import IntactKVError
+
+KV = dict[int, np.ndarray]  # by layer: [n_tokens, n_head_kv, head_dim]
+
+MAGIC, VERSION = 0x67677371, 3  # of a file
+BUFFER_HEADER = 8
+MAX_LAYERS = 4096
+INTACT = 0x80000000  # bit of n_layer
+F32, F16 = 0, 1  # ggml_type
+REMAKE = "make the prefix again with this version of intactkv-export"
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Rows of a layer: K has n_head_kv * head_dim_k values a token, V n_head_kv * head_dim_v."""
+
+    il: int
+    n_head_kv: int
+    head_dim_k: int
+    head_dim_v: int
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """One KV cache of the model; a sliding-window model has a base cache and one with a window."""
+
+    n_swa: int
+    swa_type: int  # llama_swa_type: 0 none, 1 standard, 2 chunked, 3 symmetric
+    layers: tuple[LayerShape, ...]
+
+    def positions(self, n_tokens: int) -> list[int]:
+        """Which of the positions 0..n_tokens-1 it still holds after them (llama_hparams::is_masked_swa)."""
+        last = n_tokens - 1
+        return [pos for pos in range(n_tokens) if not self._masked(pos, last)]
+
+    def _masked(self, pos: int, last: int) -> bool:
+        if self.swa_type == 1:
+            return last - pos >= self.n_swa
+        if self.swa_type == 2:
+            return pos < last // self.n_swa * self.n_swa
+        if self.swa_type == 3:
+            return last - pos > self.n_swa // 2
+        return False
+
+
+def shapes(model: Mapping[str, Any]) -> list[CacheShape]:
+    """The KV caches of a model description (bindings.describe), in the order of the state."""
+    names = LayerShape.__dataclass_fields__
+    return [
+        CacheShape(c["n_swa"], c["swa_type"], tuple(LayerShape(**{n: x[n] for n in names}) for x in c["layers"]))
+        for c in model["caches"]
+    ]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """K or V of one layer in a state. `at`: where its header begins; data: of the rows alone."""
+
+    at: int
+    type: int  # ggml_type
+    row_bytes: int  # of a cell; of a transposed V n_embd * value_bytes
+    transposed: bool
+    data: memoryview
+
+    def values(self, n_cells: int) -> np.ndarray:
+        """float32 or float16 [n_cells, n_values]. Raises IntactKVError for a quantized type."""
+        if self.type not in (F32, F16):
+            raise IntactKVError(f"rows of type {self.type} at byte {self.at} of a state are neither F32 nor F16")
+        values = np.frombuffer(self.data, "<f4" if self.type == F32 else "<f2")
+        return values.reshape(-1, n_cells).T if self.transposed else values.reshape(n_cells, -1)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One KV cache in a state. `at` and the like: offsets, for messages. intact: its section's bytes, or None."""
+
+    at: int
+    n_stream: int
+    positions: np.ndarray  # int32 [n_cells]
+    cells: list[tuple[int, list[int]]]  # of each cell: where its entry begins, its sequences
+    v_trans: int
+    n_layer: int
+    layers_at: int  # where v_trans stands, and n_layer behind it
+    K: list[Rows]
+    V: list[Rows]
+    intact: memoryview | None
+    end: int
+
+    @property
+    def n_cells(self) -> int:
+        return len(self.positions)
+
+
+class _Reader:
+    def __init__(self, data: bytes | memoryview, at: int, end: int) -> None:
+        self.data, self.at, self.end = memoryview(data), at, end
+
+    def take(self, n: int, name: str) -> memoryview:
+        if n > self.end - self.at:
+            raise IntactKVError(
+                f"its state ends inside {name}: {n} bytes are needed at byte {self.at} and {self.end - self.at} are "
+                f"left: {REMAKE}"
+            )
+        self.at += n
+        return self.data[self.at - n : self.at]
+
+    def get(self, layout: str, name: str) -> int:
+        return struct.unpack("<" + layout, self.take(struct.calcsize("<" + layout), name))[0]
+
+
+def sections(data: bytes | memoryview, at: int = BUFFER_HEADER, end: int | None = None) -> Iterator[Section]:
+    """The caches of a state, from byte `at` to `end`. Raises IntactKVError where the bytes end too early."""
+    read = _Reader(data, at, len(data) if end is None else end)
+    while read.at < read.end:
+        yield _section(read)
+
+
+def _section(read: _Reader) -> Section:
+    start = read.at
+    n_stream = read.get("I", "number of streams")
+    if n_stream != 1:
+        refuse("number of streams", n_stream, start, 1)
+    n_cells = read.get("I", "number of cells")
+    if n_cells == 0:  # llama.cpp writes nothing more of it
+        return Section(start, n_stream, np.empty(0, np.int32), [], 0, 0, read.at, [], [], None, read.at)
+    if 8 * n_cells > read.end - read.at:  # before anything of that size is made
+        read.take(8 * n_cells, "the cells")
+    positions, cells = np.empty(n_cells, np.int32), []
+    for i in range(n_cells):
+        at = read.at
+        positions[i] = read.get("i", "position of a cell")
+        n_seq = read.get("I", "number of sequences of a cell")
+        cells.append((at, np.frombuffer(read.take(4 * n_seq, "sequence of a cell"), "<i4").tolist()))
+    layers_at = read.at
+    v_trans = read.get("I", "flag for a transposed V")
+    flagged = read.get("I", "number of layers")
+    n_layer, has_intact = flagged & ~INTACT, flagged & INTACT
+    if n_layer > MAX_LAYERS:
+        raise IntactKVError(f"its number of layers is {n_layer} at byte {layers_at + 4}, over {MAX_LAYERS}: {REMAKE}")
+    K = [_rows(read, n_cells, False) for _ in range(n_layer)]
+    V = [_rows(read, n_cells, bool(v_trans)) for _ in range(n_layer)]
+    intact = _intact(read, n_layer) if has_intact else None
+    return Section(start, n_stream, positions, cells, v_trans, n_layer, layers_at, K, V, intact, read.at)
+
+
+def _rows(read: _Reader, n_cells: int, transposed: bool) -> Rows:
+    at = read.at
+    kind = read.get("i", "type of a layer's rows")
+    if transposed:
+        row_bytes = read.get("I", "size of a layer's values") * read.get("I", "number of a layer's values")
+    else:
+        row_bytes = read.get("Q", "row size of a layer")
+    return Rows(at, kind, row_bytes, transposed, read.take(n_cells * row_bytes, "the rows of a layer"))
+
+
+def _intact(read: _Reader, n_layer: int) -> memoryview:
+    start = read.at
+    n = read.get("I", "number of intact cells")
+    read.take(4 * n, "the intact cells")
+    for _ in range(2 * n_layer):
+        read.take(n * read.get("Q", "row size of an intact layer"), "the intact rows of a layer")
+    return read.data[start : read.at]
+
+
+def refuse(name: str, found: int, at: int, wanted: int) -> NoReturn:
+    """Raise the error for a number of a state that is not what it must be."""
+    raise IntactKVError(f"its {name} is {found} at byte {at} and must be {wanted}: {REMAKE}")
+
+
+def rows_by_layer(data: bytes, model: Mapping[str, Any], n_tokens: int) -> tuple[KV, KV]:
+    """(K, V) of a buffer, F16 or F32 as the cache was, as float32; rows that a window has left behind are zero.
+
+    model: the description of the model whose context gave the state.
+    """
+    K: KV = {}
+    V: KV = {}
+    for cache, section in zip(shapes(model), sections(data), strict=True):
+        for side, found, head_dim in ((K, section.K, "head_dim_k"), (V, section.V, "head_dim_v")):
+            for layer, rows in zip(cache.layers, found, strict=True):
+                shape = n_tokens, layer.n_head_kv, getattr(layer, head_dim)
+                side[layer.il] = np.zeros(shape, np.float32)
+                side[layer.il][section.positions] = rows.values(section.n_cells).reshape(-1, *shape[1:])
+    return K, V
+
+
+def without_intact_cells(data: bytes) -> bytes:
+    """A buffer with its intact cells made ordinary: their copies in the cache's own type are all that is left."""
+    out = bytearray(data[:BUFFER_HEADER])
+    for section in sections(data):
+        if section.n_cells == 0:
+            out += data[section.at : section.end]
+            continue
+        n_layer_at = section.layers_at + 4
+        rows_end = section.end - (len(section.intact) if section.intact is not None else 0)
+        out += data[section.at : n_layer_at] + struct.pack("<I", section.n_layer) + data[n_layer_at + 4 : rows_end]
+    return bytes(out)
+
+
+def file_header(tokens: Sequence[int]) -> bytes:
+    """What a file begins with."""
+    return struct.pack(f"<III{len(tokens)}i", MAGIC, VERSION, len(tokens), *tokens)
+
+
+def f16_section(cache: CacheShape, n_tokens: int, K: Mapping[int, np.ndarray], V: Mapping[int, np.ndarray]) -> bytes:
+    """A cache's section: of those of n_tokens tokens that it still holds, the F16 rows, in sequence 0.
+
+    K, V: by layer, float16 [n_tokens, n_head_kv, head_dim]. Raises IntactKVError for other shapes or types.
+    """
+    positions = cache.positions(n_tokens)
+    parts = [struct.pack("<II", 1, len(positions))]
+    parts += [struct.pack("<iIi", pos, 1, 0) for pos in positions]
+    parts.append(struct.pack("<II", 0, len(cache.layers)))
+    for name, rows, head_dim in (("K", K, "head_dim_k"), ("V", V, "head_dim_v")):
+        for layer in cache.layers:
+            shape = n_tokens, layer.n_head_kv, getattr(layer, head_dim)
+            array = rows.get(layer.il)
+            if array is None or array.shape != shape or array.dtype != np.float16:
+                found = "missing" if array is None else f"{array.dtype} {array.shape}"
+                raise IntactKVError(f"{name} of layer {layer.il} is {found} and must be float16 {shape}")
+            parts.append(struct.pack("<iQ", F16, 2 * shape[1] * shape[2]))
+            parts.append(np.ascontiguousarray(array[positions], "<f2").tobytes())
+    return b"".join(parts)

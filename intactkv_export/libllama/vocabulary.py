@@ -1,0 +1,92 @@
+"""The tokenizer of a GGUF: llama.cpp's own, which the runtime uses, without loading the weights."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import Any
+
+from intactkv_export import library
+from intactkv_export.errors import IntactKVError
+from intactkv_export.libllama.log import errors_logged
+
+
+class Vocabulary:
+    """Tokens of a model: text to tokens and back. Also what the model's header says about it.
+
+    A context manager: frees the model. Raises IntactKVError if llama.cpp cannot load the vocabulary.
+    """
+
+    def __init__(self, gguf: str | os.PathLike[str]) -> None:
+        self._llama_cpp: Any = library.load()
+        self.path = gguf
+        with errors_logged() as lines:
+            params = self._llama_cpp.llama_model_default_params()
+            params.vocab_only = True
+            self._model = self._llama_cpp.llama_model_load_from_file(os.fsencode(gguf), params)
+        if not self._model:
+            reason = lines[-1].rstrip(".") if lines else "no reason given"
+            raise IntactKVError(f"llama.cpp cannot load the vocabulary of {gguf} ({reason}): convert the model again")
+        self._vocab = self._llama_cpp.llama_model_get_vocab(self._model)
+
+    def __enter__(self) -> Vocabulary:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self._llama_cpp.llama_model_free(self._model)
+
+    def tokenize(self, text: str, special: bool) -> list[int]:
+        """Tokens of a text without an added BOS. special: text of control tokens becomes these tokens."""
+        raw = text.encode()
+        out = (self._llama_cpp.llama_token * (len(raw) + 8))()  # a token is one byte at least; SPM adds a space
+        n = self._llama_cpp.llama_tokenize(self._vocab, raw, len(raw), out, len(out), False, special)
+        if n < 0:
+            raise IntactKVError(f"llama.cpp cannot tokenize a text of {len(raw)} bytes with {self.path}")
+        return list(out[:n])
+
+    def text(self, tokens: list[int]) -> str:
+        """The text of tokens, control tokens too."""
+        out = bytearray()
+        buffer = self._llama_cpp.ctypes.create_string_buffer(1 << 12)
+        for token in tokens:
+            n = self._llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
+            out += buffer.raw[: max(n, 0)]
+        return out.decode("utf-8", "replace")
+
+    def token_name(self, token: int) -> str:
+        """The token as the vocabulary writes it; "" for -1 (llama.cpp's "the model has none")."""
+        return "" if token < 0 else self._llama_cpp.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace")
+
+    def is_control(self, token: int) -> bool:
+        return bool(self._llama_cpp.llama_vocab_is_control(self._vocab, token))
+
+    def ends_reply(self, token: int) -> bool:
+        """Whether generation ends with this token: end of turn, of message, of text (llama_vocab_is_eog)."""
+        return bool(self._llama_cpp.llama_vocab_is_eog(self._vocab, token))
+
+    @property
+    def bos(self) -> int:
+        """-1: the model has none."""
+        return int(self._llama_cpp.llama_vocab_bos(self._vocab))
+
+    @property
+    def eos(self) -> int:
+        """-1: the model has none."""
+        return int(self._llama_cpp.llama_vocab_eos(self._vocab))
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether plain text is given a BOS in front."""
+        return bool(self._llama_cpp.llama_vocab_get_add_bos(self._vocab))
+
+    def refusal(self) -> str:
+        """Why a model of this architecture cannot carry a prefix, as far as the header tells; "" if it may."""
+        for test, why in (
+            ("recurrent", "it is recurrent, it has a state instead of a KV cache"),
+            ("hybrid", "it is a hybrid, part of its memory is a recurrent state"),
+        ):
+            if getattr(self._llama_cpp, f"llama_model_is_{test}")(self._model):
+                return why
+        if self._llama_cpp.llama_model_has_encoder(self._model):
+            return "its encoder sees the whole prompt, so no part of it can be computed ahead"
+        return ""

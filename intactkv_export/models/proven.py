@@ -1,0 +1,64 @@
+"""For which Hugging Face models it is proven how their K and V lie in llama.cpp's cache.
+
+tests/engines/test_torch_engine.py proves each entry against llama.cpp; an architecture that is not proven there has no
+place here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# Hugging Face text model_type -> RoPE layout of the GGUF: which values RoPE pairs (torch_model/rope_pairs.py)
+PROVEN: dict[str, str] = {
+    "llama": "norm",
+    "mistral": "norm",
+    "mixtral": "norm",
+    "granite": "norm",
+    "smollm3": "norm",
+    "qwen2": "neox",
+    "qwen3": "neox",
+    "gemma": "neox",
+    "gemma2": "neox",
+    "gemma3_text": "neox",
+    "phi3": "neox",
+}
+_WRAPPED = {"gemma3": "gemma3_text"}  # multimodal model_type -> its text model: the prefix is text
+_ROPE_SCALING = {
+    "llama": {"default", "linear", "llama3", "yarn"},
+    "qwen2": {"default", "yarn"},
+    "qwen3": {"default", "yarn"},
+    "gemma3_text": {"default", "linear"},
+    "phi3": {"default", "longrope"},
+}
+# Settings of a RoPE scaling that upstream's converter drops or llama.cpp combines in another way
+_ROPE_UNPROVEN = (
+    "attention_factor",
+    "attn_factor",
+    "mscale",
+    "mscale_all_dim",
+    "extrapolation_factor",
+    "truncate",
+)
+
+
+def supports(config: Any) -> bool:
+    """Whether the K/V layout of a model is proven. config: a transformers configuration, or config.json's dictionary.
+
+    False for other architectures, for RoPE scalings not proven for the architecture, and for checkpoints that
+    transformers would run quantized.
+    """
+    full = config if isinstance(config, Mapping) else config.to_dict()
+    text = full.get("text_config") or full
+    outer = full.get("model_type", "")
+    model_type = text.get("model_type") or _WRAPPED.get(outer)
+    if model_type not in PROVEN or _WRAPPED.get(outer, outer) != model_type:
+        return False
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    each = [r for r in rope.values() if isinstance(r, Mapping)] or [rope]
+    types = {r.get("rope_type", r.get("type", "default")) for r in each}
+    return (
+        types <= _ROPE_SCALING.get(model_type, {"default"})
+        and not full.get("quantization_config")
+        and not any(r.get(key) is not None for r in each for key in _ROPE_UNPROVEN)
+    )

@@ -1,0 +1,190 @@
+"""Weights: Hugging Face -> GGUF with upstream's converter, GGUF -> quantized GGUF with upstream's quantizer.
+
+The first two do their work in the calling process; conversion runs them as stages of their own, since either may take
+all memory or abort.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import re
+import runpy
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from intactkv_export import extras, library
+from intactkv_export.errors import IntactKVError, UsageError, first_line
+from intactkv_export.libllama import ERROR
+from intactkv_export.models import gguf_file, tensor_types
+from intactkv_export.models.imatrix import Imatrix
+from intactkv_export.models.reference import Reference
+from intactkv_export.work import Stages, Steps
+
+# Name -> llama_ftype: QUANT_OPTIONS of upstream's tools/quantize/quantize.cpp.
+TYPES: dict[str, int] = {
+    "Q1_0": 40, "Q2_0": 41, "Q4_0": 2, "Q4_1": 3, "MXFP4_MOE": 38, "Q5_0": 8, "Q5_1": 9, "IQ2_XXS": 19, "IQ2_XS": 20,
+    "IQ2_S": 28, "IQ2_M": 29, "IQ1_S": 24, "IQ1_M": 31, "TQ1_0": 36, "TQ2_0": 37, "Q2_K": 10, "Q2_K_S": 21,
+    "IQ3_XXS": 23, "IQ3_S": 26, "IQ3_M": 27, "IQ3_XS": 22, "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13, "IQ4_NL": 25,
+    "IQ4_XS": 30, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "Q8_0": 7, "F16": 1, "BF16": 32,
+    "F32": 0,
+}  # fmt: skip
+ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+# Without an importance matrix upstream refuses these.
+NEEDS_IMATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "Q2_K_S"}
+_CONVERTED = ("F32", "F16", "BF16")  # types that upstream's converter writes
+CONVERTER_VARIABLE = "INTACTKV_CONVERTER"  # another convert_hf_to_gguf.py than the one installed
+
+
+def type_name(name: str) -> str:
+    """Upstream's name of a quantization type, whatever the case; aliases resolved. Raises UsageError if unknown."""
+    upper = name.strip().upper()
+    upper = ALIASES.get(upper, upper)
+    if upper not in TYPES:
+        raise UsageError(f"unknown quantization type {name!r}: give one of {', '.join(sorted(TYPES))}")
+    return upper
+
+
+def least_bits(name: str) -> float:
+    """A lower bound of the bits a weight of this type takes, from its name: for an estimate before the work."""
+    return float(re.findall(r"\d+", name)[0])
+
+
+def huggingface_to_gguf(
+    directory: Path, out: Path, dtype: str = "F16", *, name: str | None = None, vocab_only: bool = False
+) -> None:
+    """Convert a Hugging Face directory to a GGUF of type F32, F16 or BF16; vocab_only: its header without tensors.
+
+    name: of the model, in the GGUF; None: upstream finds one.
+
+    Upstream's convert_hf_to_gguf.py, with the gguf package it brings. Takes over this process: its modules shadow
+    others of the same names. Raises IntactKVError with the converter's own reason.
+    """
+    script = Path(os.environ.get(CONVERTER_VARIABLE) or library.converter_path())
+    arguments = [str(script), str(directory), "--outfile", str(out), "--outtype", dtype.lower()]
+    sys.argv = arguments + (["--model-name", name] if name else []) + (["--vocab-only"] if vocab_only else [])
+    sys.path.insert(0, str(script.parent))
+    said = _Said()
+    logging.getLogger().addHandler(said)
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as error:
+        if error.code:
+            raise IntactKVError(_conversion_failed(directory, said.last or "no reason given")) from error
+    except OSError as error:
+        _check_disk(out, error.strerror or str(error))
+        raise IntactKVError(_conversion_failed(directory, str(error))) from error
+    except ImportError as error:
+        raise UsageError(extras.sentence(error.name or str(error), f"converting {directory}")) from error
+    except Exception as error:
+        raise IntactKVError(_conversion_failed(directory, f"{type(error).__name__}: {first_line(error)}")) from error
+    if not out.is_file():
+        raise IntactKVError(_conversion_failed(directory, said.last or f"it wrote no {out.name}"))
+    tensor_types.check_complete(gguf_file.read(out))
+
+
+def quantize(
+    source: Path,
+    out: Path,
+    quant: str,
+    *,
+    imatrix: Imatrix | None = None,
+    allow_requantize: bool = False,
+    n_threads: int | None = None,
+    progress: Steps | None = None,
+) -> float:
+    """Quantize a GGUF to a type of TYPES (llama_model_quantize); returns the bits per weight of the result.
+
+    The first of several parts stands for all; the result is one file. n_threads: None: all cores. progress counts
+    tensors. Raises IntactKVError with upstream's own reason.
+    """
+    L = library.load()
+    params = L.llama_model_quantize_default_params()
+    params.ftype = TYPES[quant]
+    params.allow_requantize = allow_requantize
+    params.nthread = n_threads or 0
+    keep = imatrix.attach(params) if imatrix else None
+    with _log(progress) as errors:
+        failed = L.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params))
+    del keep
+    if failed:
+        reason = errors[-1].split("failed to quantize: ")[-1].rstrip(".") if errors else "no reason given"
+        _check_disk(out, reason)
+        raise IntactKVError(f"{source} cannot be quantized to {quant}: {reason}")
+    result = gguf_file.read(out)
+    try:
+        tensor_types.check_complete(result)  # upstream does not notice when the disk is full
+    except IntactKVError as error:
+        _check_disk(out, "it was cut off")
+        raise IntactKVError(f"{source} could not be quantized to {quant}: the output was cut off") from error
+    return tensor_types.bits_per_weight(result)
+
+
+def reference_gguf(work: Stages, reference: Reference) -> Path:
+    """The reference as a GGUF, in its own precision."""
+    if reference.is_gguf:
+        return reference.path
+    gguf = work.directory / "reference.gguf"
+    dtype = reference.dtype if reference.dtype in _CONVERTED else "BF16"
+    # A directory of the hub's cache is named by a commit.
+    name = None if reference.name == reference.path.resolve().name else reference.name
+    work.run("convert to GGUF", huggingface_to_gguf, reference.path, gguf, dtype, name=name)
+    return gguf
+
+
+@contextlib.contextmanager
+def _log(progress: Steps | None) -> Iterator[list[str]]:
+    """Collect upstream's error lines, and turn "[  12/ 272] blk.0..." into progress."""
+    L = library.load()
+    errors: list[str] = []
+
+    @L.llama_log_callback
+    def listen(level: int, text: bytes, user_data: Any) -> None:
+        line = text.decode("utf-8", "replace")
+        if level == ERROR and line.strip(" \n="):
+            errors.append(line.strip())
+        counted = re.match(r"\[ *(\d+)/ *(\d+)\]", line)
+        if counted and progress is not None:
+            progress(int(counted[1]), int(counted[2]))
+
+    L.llama_log_set(listen, None)
+    try:
+        yield errors
+    finally:
+        L.llama_log_set(L._logger.llama_log_callback, None)
+
+
+class _Said(logging.Handler):
+    """Remembers the last thing that was logged as an error."""
+
+    last = ""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.last = record.getMessage()
+
+
+def _conversion_failed(directory: Path, reason: str) -> str:
+    return f"upstream's converter cannot convert {directory}: {reason.rstrip('.')}"
+
+
+def _check_disk(out: Path, reason: str) -> None:
+    """Raise IntactKVError if it is for lack of space that `out` could not be written."""
+    free = shutil.disk_usage(out.parent).free
+    written = out.stat().st_size if out.exists() else 0
+    if free < 1 << 20 or "space" in reason.lower():
+        raise IntactKVError(
+            f"cannot write {out.name}: the disk is full after {written} bytes, {free} are free: make room"
+        )
+    if "iostream" in reason or "large" in reason or "cut off" in reason:
+        raise IntactKVError(
+            f"cannot write more than {written} bytes of {out.name} to {out.parent} though {free} are free: raise the "
+            "limit of file sizes (ulimit -f) or the quota"
+        )

@@ -1,0 +1,18 @@
+"""The prefix: a system prompt becomes tokens; their K and V become an `.ikv`, which is read back verified."""
+
+from intactkv_export.prefix import ikv, inspection
+from intactkv_export.prefix.ikv import Prefix, check_reference, of_model
+from intactkv_export.prefix.prompt import (
+    Prompt,
+    Template,
+    check_prefix_tokens,
+    check_prompt,
+    first_tokens,
+    make_prompt,
+    prompt_for,
+)
+
+__all__ = [
+    "Prefix", "Prompt", "Template", "check_prefix_tokens", "check_prompt", "check_reference", "first_tokens", "ikv",
+    "inspection", "make_prompt", "of_model", "prompt_for",
+]  # fmt: skip

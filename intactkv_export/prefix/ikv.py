@@ -1,0 +1,322 @@
+"""Prefix files (`.ikv`): build, read, find, and embed in a GGUF. docs/reference/format.md has the bytes.
+
+    a llama.cpp sequence-state file with F16 rows    libllama/state.py; stock llama_state_seq_load_file loads it
+    manifest, UTF-8 JSON                             manifest.py
+    u64 manifest length, SHA-256 of all bytes before that length, 8 bytes "INTACTKV"
+
+Of the state's freedoms a prefix file uses none: sequence 0, F16 rows, V not transposed, no intact cells marked. K rows
+are after RoPE. In a GGUF the whole file is the uint8 array `intactkv.state`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.libllama import state
+from intactkv_export.libllama.state import REMAKE, CacheShape
+from intactkv_export.models import KEY_REFERENCE, check_same_reference, gguf_file
+from intactkv_export.prefix import manifest as manifests
+from intactkv_export.work import atomic
+
+KEY_FORMAT = "intactkv.format"
+KEY_STATE = "intactkv.state"
+KEY_FILE_TYPE = "general.file_type"  # llama.cpp's own: how a GGUF is quantized, a number of its enum llama_ftype
+
+_TRAILER_MAGIC = b"INTACTKV"
+_TRAILER = struct.Struct("<Q32s8s")
+_DOWNLOAD = "get it again"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """K and V of a layer: float16 [len(positions), n_head_kv, head_dim_k or head_dim_v].
+
+    positions: of the tokens whose rows are kept, ascending in files made here; a sliding window keeps the last ones.
+    """
+
+    il: int
+    positions: np.ndarray
+    K: np.ndarray
+    V: np.ndarray
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A prefix file that was read and verified. `layers` are views into `data`, ascending by il."""
+
+    tokens: list[int]
+    manifest: dict[str, Any]
+    layers: list[Layer]
+    sha256: str
+    source: Path | None  # None: read from bytes
+    embedded: bool  # source is a GGUF
+    data: bytes = field(repr=False)
+
+
+def build(
+    model: Mapping[str, Any],
+    tokens: Sequence[int],
+    K: Mapping[int, np.ndarray],
+    V: Mapping[int, np.ndarray],
+    manifest: Mapping[str, Any],
+) -> bytes:
+    """The bytes of a prefix file.
+
+    model: the description of the model (bindings.describe). K, V: {layer: float16 [n_tokens, n_head_kv, head_dim]},
+    K after RoPE in llama.cpp's layout; rows that a sliding window has left behind are not stored. manifest: its other
+    fields; format, tokens and model are filled in. Raises IntactKVError if anything does not fit or is not finite.
+    """
+    text = manifests.encode({"format": manifests.FORMAT, "tokens": list(tokens), "model": dict(model), **manifest})
+    caches = (state.f16_section(cache, len(tokens), K, V) for cache in state.shapes(model))
+    body = b"".join([state.file_header(tokens), *caches, text])
+    data = body + _TRAILER.pack(len(text), hashlib.sha256(body).digest(), _TRAILER_MAGIC)
+    read(data)  # what is written can be read: finite, complete, and as the manifest says
+    return data
+
+
+def read(source: str | os.PathLike[str] | bytes) -> Prefix:
+    """Read and verify a prefix: an `.ikv` file, a GGUF with one embedded, or the bytes of an `.ikv`.
+
+    Checksum, manifest, structure and finite values are checked; nothing in the file is trusted before. Whether it
+    fits a model is for bindings.verify. Raises IntactKVError, one sentence.
+    """
+    if isinstance(source, bytes):
+        return _parse(source, None, False)
+    path = Path(source)
+    embedded = gguf_file.is_gguf(path)
+    data = _embedded_bytes(path) if embedded else _file_bytes(path)
+    try:
+        return _parse(data, path, embedded)
+    except IntactKVError as error:
+        raise IntactKVError(f"{path}: {error}") from error
+
+
+def find(model_path: str | os.PathLike[str]) -> Path | None:
+    """Where the prefix of a model is: embedded in the GGUF, or the file convert put beside it, or None.
+
+    Beside NAME.gguf that is NAME.ikv; beside NAME-TYPE.gguf also NAME.ikv, if made from the same reference.
+    """
+    path = Path(model_path)
+    values = gguf_file.read(path).values
+    if KEY_STATE in values:
+        return path
+    own = path.with_suffix(".ikv")
+    if own.is_file():
+        return own
+    name, dash, _ = path.stem.rpartition("-")
+    shared = path.with_name(f"{name}.ikv")
+    if dash and shared.is_file() and read(shared).manifest["reference"]["sha256"] == values.get(KEY_REFERENCE):
+        return shared
+    return None
+
+
+def of_model(model: str | os.PathLike[str], given: str | os.PathLike[str] | None = None) -> Prefix:
+    """The prefix of a model: the one given, or else where find() finds it. Raises UsageError if there is none."""
+    path = find(model) if given is None else Path(given)
+    if path is None:
+        raise UsageError(
+            f"{model} has no prefix, neither embedded nor beside it: make one with `intactkv-export prefix`, or name "
+            "one with --prefix"
+        )
+    return read(path)
+
+
+def load(path: str | os.PathLike[str]) -> Prefix:
+    """A prefix from an `.ikv`, a GGUF with one embedded, or a GGUF beside its `.ikv`. Raises IntactKVError."""
+    return read((find(path) if gguf_file.is_gguf(path) else None) or path)
+
+
+def check_reference(prefix: Prefix, sha256: str | None, name: str) -> None:
+    """Raises IntactKVError if what `name` says belongs to another reference model than the prefix; None passes."""
+    own = f"the prefix {prefix.source}" if prefix.source else "the prefix"
+    check_same_reference(own, prefix.manifest["reference"]["sha256"], name, sha256)
+
+
+def calibrated_for_another(prefix: Prefix, file_type: int | str | None) -> str | None:
+    """The model that a prefix was calibrated for, if its file type (general.file_type) is not this one."""
+    about = (prefix.manifest["calibrated"] or {}).get("model")
+    if not isinstance(about, dict):
+        return None
+    wanted = about.get("file_type")
+    return str(about.get("name")) if None not in (wanted, file_type) and str(wanted) != str(file_type) else None
+
+
+def write(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write the bytes of a prefix file: whole, or not at all. Raises IntactKVError."""
+    with atomic.output(path) as file:
+        file.write(data)
+
+
+def embed(gguf: str | os.PathLike[str], prefix: Prefix, out: str | os.PathLike[str] | None = None) -> Path:
+    """Store a prefix in a GGUF, replacing one that is there; everything else of the GGUF stays byte for byte.
+
+    out: where to write; None: the GGUF itself. Returns it. Raises IntactKVError if the GGUF was made from another
+    reference, is damaged, or cannot be written.
+    """
+    ours = prefix.manifest["reference"]["sha256"]
+    check_reference(prefix, gguf_file.read(gguf).values.get(KEY_REFERENCE), str(gguf))
+    return rewrite(gguf, {KEY_FORMAT: manifests.FORMAT, KEY_REFERENCE: ours, KEY_STATE: prefix.data}, out)
+
+
+def embed_file(gguf: Path, prefix: Path, out: Path) -> None:
+    """As embed(), of a prefix file: a stage of its own."""
+    embed(gguf, read(prefix), out)
+
+
+def extract(gguf: str | os.PathLike[str], out: str | os.PathLike[str]) -> Prefix:
+    """Write the prefix embedded in a GGUF to a file of its own, verified. Raises IntactKVError."""
+    prefix = _parse(_embedded_bytes(Path(gguf)), Path(gguf), True)
+    write(out, prefix.data)
+    return prefix
+
+
+def stamp(gguf: str | os.PathLike[str], reference_sha256: str, out: str | os.PathLike[str] | None = None) -> Path:
+    """Note in a GGUF which reference it was quantized from; a prefix embedded before is removed."""
+    return rewrite(gguf, {KEY_FORMAT: manifests.FORMAT, KEY_REFERENCE: reference_sha256, KEY_STATE: None}, out)
+
+
+def rewrite(
+    gguf: str | os.PathLike[str],
+    changes: Mapping[str, int | str | bytes | None],
+    out: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Write a GGUF again with some keys set or removed (None): to `out`, or in its own place."""
+    path = Path(gguf if out is None else out)
+    with atomic.output(path) as file:
+        gguf_file.copy(gguf, file, changes)
+    return path
+
+
+def _file_bytes(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise IntactKVError(f"cannot read {path}: {os.strerror(error.errno or 0)}: check the path") from error
+    if not data:
+        raise IntactKVError(f"{path} is empty: {_DOWNLOAD}")
+    if data[:4] != struct.pack("<I", state.MAGIC):
+        raise IntactKVError(
+            f"{path} is neither a prefix file nor a GGUF: it begins with the bytes {data[:4].hex()}: check the path"
+        )
+    return data
+
+
+def _embedded_bytes(path: Path) -> bytes:
+    values = gguf_file.read(path).values
+    if KEY_STATE not in values:
+        raise IntactKVError(
+            f"{path} has no prefix embedded: name an .ikv file, or embed one with `intactkv-export embed`"
+        )
+    data = values[KEY_STATE]
+    if not isinstance(data, bytes):
+        raise IntactKVError(f"the key {KEY_STATE} of {path} is not an array of uint8: embed the prefix again")
+    return data
+
+
+def _parse(data: bytes, source: Path | None, embedded: bool) -> Prefix:
+    body, text = _check_trailer(data)
+    manifest = manifests.decode(text)
+    tokens: list[int] = manifest["tokens"]
+    start = _check_header(data, len(body), tokens)
+    layers: list[Layer] = []
+    end = start
+    found = state.sections(data, start, len(body))
+    for cache in manifests.caches(manifest):
+        section = next(found, None)
+        if section is None:
+            raise IntactKVError(f"its state ends at byte {end}, before its last KV cache: {REMAKE}")
+        layers += _checked_layers(section, cache, len(tokens))
+        end = section.end
+    if end != len(body):
+        raise IntactKVError(f"its state ends at byte {end} and its manifest begins at {len(body)}: {REMAKE}")
+    layers.sort(key=lambda layer: layer.il)
+    return Prefix(tokens, manifest, layers, hashlib.sha256(data).hexdigest(), source, embedded, data)
+
+
+def _check_trailer(data: bytes) -> tuple[memoryview, bytes]:
+    """(state, manifest), after the checksum was found right."""
+    size = len(data) - _TRAILER.size
+    if size < 0:
+        raise IntactKVError(f"the prefix file has {len(data)} bytes and its trailer alone {_TRAILER.size}: {_DOWNLOAD}")
+    length, checksum, magic = _TRAILER.unpack_from(data, size)
+    if magic != _TRAILER_MAGIC:
+        raise IntactKVError(
+            f"the prefix file ends in {magic.hex()}, not {_TRAILER_MAGIC.hex()} (INTACTKV), so it is cut off or no "
+            f"prefix file: {_DOWNLOAD}"
+        )
+    if length > size:
+        raise IntactKVError(f"its manifest should have {length} bytes and only {size} are before it: {_DOWNLOAD}")
+    body = memoryview(data)[:size]
+    actual = hashlib.sha256(body)
+    if actual.digest() != checksum:
+        raise IntactKVError(
+            f"the prefix file is damaged: its bytes have the SHA-256 {actual.hexdigest()} and byte {size + 8} says "
+            f"{checksum.hex()}: {_DOWNLOAD}"
+        )
+    return body[: size - length], bytes(body[size - length :])
+
+
+def _check_header(data: bytes, end: int, tokens: Sequence[int]) -> int:
+    """Compare what a state file begins with; returns where the first cache begins."""
+    wanted = state.file_header(tokens)
+    if end < len(wanted):
+        raise IntactKVError(f"its state has {end} bytes, the tokens of its manifest alone need {len(wanted)}: {REMAKE}")
+    names = ("magic number", "state version", "n_tokens")
+    found, expected = np.frombuffer(data, "<i4", len(wanted) // 4), np.frombuffer(wanted, "<i4")
+    for i in np.flatnonzero(found != expected)[:1].tolist():
+        state.refuse(names[i] if i < 3 else "token", int(found[i]), 4 * i, int(expected[i]))
+    return len(wanted)
+
+
+def _checked_layers(section: state.Section, cache: CacheShape, n_tokens: int) -> list[Layer]:
+    """A cache's layers, after everything in its section was found to be as the manifest says."""
+    expected = sorted(cache.positions(n_tokens))
+    if section.n_cells != len(expected):
+        state.refuse("number of cells", section.n_cells, section.at + 4, len(expected))
+    missing = set(expected)
+    for i, (pos, (at, sequences)) in enumerate(zip(section.positions.tolist(), section.cells, strict=True)):
+        if pos not in missing:
+            raise IntactKVError(
+                f"its cell {i} has position {pos} at byte {at}, which is given twice or not among the {len(expected)} "
+                f"that a prefix of {n_tokens} tokens has in this cache: {REMAKE}"
+            )
+        missing.remove(pos)
+        if sequences != [0]:
+            raise IntactKVError(f"its cell {i} at byte {at} is of the sequences {sequences} and must be of 0: {REMAKE}")
+    if section.v_trans:
+        state.refuse("flag for a transposed V", section.v_trans, section.layers_at, 0)
+    if section.n_layer != len(cache.layers) or section.intact is not None:
+        flagged = section.n_layer | (state.INTACT if section.intact is not None else 0)
+        state.refuse("number of layers", flagged, section.layers_at + 4, len(cache.layers))
+    layers = []
+    for x, k, v in zip(cache.layers, section.K, section.V, strict=True):
+        K = _finite(section, k, "K", x.il, x.n_head_kv, x.head_dim_k)
+        V = _finite(section, v, "V", x.il, x.n_head_kv, x.head_dim_v)
+        layers.append(Layer(x.il, section.positions, K, V))
+    return layers
+
+
+def _finite(section: state.Section, rows: state.Rows, name: str, il: int, n_head_kv: int, head_dim: int) -> np.ndarray:
+    """K or V of a layer, float16 [n_cells, n_head_kv, head_dim]."""
+    if rows.type != state.F16:
+        state.refuse("type of a layer's rows", rows.type, rows.at, state.F16)
+    if rows.row_bytes != 2 * n_head_kv * head_dim:
+        state.refuse("row size of a layer", rows.row_bytes, rows.at + 4, 2 * n_head_kv * head_dim)
+    values = np.frombuffer(rows.data, "<f2").reshape(section.n_cells, n_head_kv, head_dim)
+    finite = np.isfinite(values).all(axis=(1, 2))
+    if not finite.all():
+        token = int(section.positions[np.argmin(finite)])
+        raise IntactKVError(
+            f"it has NaN or infinity in {name} of layer {il}, token {token}, where all values must be finite: compute "
+            "it again with the engine in F32"
+        )
+    return values

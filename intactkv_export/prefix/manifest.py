@@ -1,0 +1,160 @@
+"""The manifest of a prefix file: what it must say, and which bytes follow from it.
+
+The same rules as native/src/prefix_file/manifest.cpp, which checks again before anything reaches a cache.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from intactkv_export.errors import IntactKVError, first_line
+from intactkv_export.libllama.state import MAX_LAYERS, REMAKE, CacheShape, shapes
+
+FORMAT = 1
+_MAX_BYTES = 16 << 20  # a million tokens with their text
+_MAX_HEADS, _MAX_HEAD_DIM = 1 << 16, 1 << 16
+
+
+def encode(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest's bytes. Raises IntactKVError if a field is missing or wrong."""
+    data = json.dumps(manifest, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    decode(data)
+    return data
+
+
+def decode(data: bytes) -> dict[str, Any]:
+    """Parse and check the bytes of a manifest. Raises IntactKVError naming the first field that is wrong."""
+    if len(data) > _MAX_BYTES:
+        raise IntactKVError(f"the manifest has {len(data)} bytes and at most {_MAX_BYTES} are allowed: {REMAKE}")
+    try:
+        root = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise IntactKVError(f"the manifest is not JSON ({first_line(error)}): {REMAKE}") from error
+    _check(_Field(root, "manifest"))
+    return root
+
+
+def caches(manifest: Mapping[str, Any]) -> list[CacheShape]:
+    """The KV caches of a checked manifest's model, in the order of the state."""
+    return shapes(manifest["model"])
+
+
+@dataclass(frozen=True)
+class _Field:
+    """A value with its name, so that every check can say where it failed."""
+
+    value: Any
+    name: str
+
+    def expect(self, ok: bool, what: str) -> _Field:
+        if not ok:
+            shown = type(self.value).__name__ if isinstance(self.value, list | dict) else ascii(self.value)[:100]
+            raise IntactKVError(f"the manifest's field {self.name} is {shown}, not {what}: {REMAKE}")
+        return self
+
+    def __getitem__(self, key: str) -> _Field:
+        self.expect(isinstance(self.value, dict), "an object")
+        if key not in self.value:
+            raise IntactKVError(f"the manifest has no field {self.name}.{key}: {REMAKE}")
+        return _Field(self.value[key], f"{self.name}.{key}")
+
+    def items(self, low: int, high: int) -> list[_Field]:
+        ok = isinstance(self.value, list) and low <= len(self.value) <= high
+        self.expect(ok, f"an array of {low} to {high}")
+        return [_Field(value, f"{self.name}[{i}]") for i, value in enumerate(self.value)]
+
+    def integer(self, low: int, high: int) -> int:
+        ok = type(self.value) is int and low <= self.value <= high
+        self.expect(ok, f"an integer from {low} to {high}")
+        return self.value
+
+    def number(self) -> None:
+        self.expect(type(self.value) in (int, float) and math.isfinite(self.value), "a finite number")
+
+    def text(self) -> None:
+        self.expect(isinstance(self.value, str), "a string")
+
+    def truth(self) -> None:
+        self.expect(isinstance(self.value, bool), "true or false")
+
+    def sha256(self) -> None:
+        ok = isinstance(self.value, str) and re.fullmatch("[0-9a-f]{64}", self.value) is not None
+        self.expect(ok, "a SHA-256 of 64 hexadecimal digits")
+
+
+def _check(root: _Field) -> None:
+    if type(root["format"].value) is not int or root["format"].value != FORMAT:  # true == 1 in Python
+        raise IntactKVError(
+            f"the manifest's format is {ascii(root['format'].value)[:100]} and this version reads format {FORMAT}: "
+            "use the version of intactkv-export that made the prefix, or make it again"
+        )
+    model = root["model"]
+    model["arch"].text()
+    model["n_ctx_train"].integer(0, 2**32 - 1)
+    model["vocab_sha256"].sha256()
+    n_vocab = model["n_vocab"].integer(1, 2**31 - 1)
+    _check_caches(model["caches"])
+    _check_rope(model["rope"])
+    for token in root["tokens"].items(1, 2**31 - 1):
+        token.integer(0, n_vocab - 1)
+    _check_origin(root)
+
+
+def _check_caches(field: _Field) -> None:
+    n_layer = 0
+    for cache in field.items(1, 2):
+        swa_type = cache["swa_type"].integer(0, 3)
+        cache["n_swa"].integer(0 if swa_type == 0 else 1, 2**31 - 1)
+        last = -1
+        for layer in cache["layers"].items(0, MAX_LAYERS):
+            il = layer["il"].integer(0, MAX_LAYERS - 1)
+            layer["il"].expect(il > last, f"above that of the layer before it, {last}")
+            last = il
+            layer["n_head_kv"].integer(0, _MAX_HEADS)
+            layer["head_dim_k"].integer(1, _MAX_HEAD_DIM)
+            layer["head_dim_v"].integer(1, _MAX_HEAD_DIM)
+            layer["rope_base"].number()
+            n_layer += 1
+    field.expect(n_layer > 0, "caches with layers")
+
+
+def _check_rope(rope: _Field) -> None:
+    for key in ("type", "scaling", "factors"):
+        rope[key].text()
+    rope["n_rot"].integer(0, _MAX_HEAD_DIM)
+    rope["n_ctx_orig"].integer(0, 2**32 - 1)
+    for key in ("scale", "ext_factor", "attn_factor", "beta_fast", "beta_slow"):
+        rope[key].number()
+    for key, value in rope.value.items():
+        rope[key].expect(not isinstance(value, list | dict), "a number or a string")
+
+
+def _check_origin(root: _Field) -> None:
+    root["text"].text()
+    if root["messages"].value is not None:
+        for message in root["messages"].items(0, 1 << 16):
+            message["role"].text()
+            message["content"].text()
+    root["bos_only"].truth()
+    if root["chat_template_sha256"].value is not None:
+        root["chat_template_sha256"].sha256()
+    reference = root["reference"]
+    reference["sha256"].sha256()
+    reference["dtype"].text()
+    reference["name"].text()
+    reference["quantized"].truth()
+    engine = root["engine"]
+    engine["name"].text()
+    engine["dtype"].text()
+    versions = engine["versions"]
+    versions.expect(isinstance(versions.value, dict), "an object")
+    for name in versions.value:
+        versions[name].text()
+    calibrated = root["calibrated"]
+    calibrated.expect(calibrated.value is None or isinstance(calibrated.value, dict), "an object or null")
+    root["created_by"].text()

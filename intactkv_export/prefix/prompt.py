@@ -1,0 +1,234 @@
+"""A system prompt as prefix tokens: what every later conversation with this prompt begins with.
+
+The model's own chat template is rendered by llama-cpp-python's formatter and tokenized whole by llama.cpp, as the
+runtime does for every request, for several conversations that begin with the same system prompt. Their longest common
+token prefix is the prefix. Tokens at its end that merge with what follows, or that depend on the date, fall out by
+themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from intactkv_export import extras, library
+from intactkv_export.errors import IntactKVError, UsageError, first_line
+from intactkv_export.libllama import Vocabulary
+from intactkv_export.models import gguf_file
+
+Messages = list[dict[str, str]]
+
+# First user messages that begin with every class of character that tokenizers tell apart, and an empty one. None
+# begins with a line break or with several blanks: these would merge with the line break that most templates put
+# before the message, and cost every conversation that token. The runtime computes such a conversation as usual.
+_FIRST_MESSAGES = (
+    "Hello, who are you?",
+    "",
+    "a",
+    "Zürich",
+    "7 * 6 =",
+    "1,000",
+    " one blank",
+    "!",
+    "'s",
+    "...",
+    "#include <stdio.h>",
+    "def f(x):\n    return x\n",
+    '{"a": [1]}',
+    "<b>",
+    "[INST",
+    "|",
+    "_",
+    "@you",
+    "你好",
+    "こんにちは",
+    "Да",
+    "é",
+    "😀",
+)
+# Every part of a date differs.
+_DATES = (datetime(2024, 7, 26, 9, 8, 7), datetime(2031, 12, 5, 21, 45, 30), datetime(1999, 2, 13, 14, 36, 59))
+_BOS_ONLY = "use --bos-only"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Prefix tokens and where they come from.
+
+    text: that of the tokens. messages: what a conversation has to begin with, so that its tokens begin with these;
+    None if no system prompt was given. The tokens may be only the first of what these messages render (first_tokens()).
+    """
+
+    tokens: list[int]
+    text: str
+    messages: Messages | None
+    bos_only: bool
+    chat_template_sha256: str | None
+
+
+def make_prompt(
+    vocabulary: Vocabulary, template: str | None, system_prompt: str | None, bos_only: bool = False
+) -> Prompt:
+    """The prefix of a system prompt (None: of the template's own), or with `bos_only` of every text.
+
+    template: the model's chat template, None if it has none. Raises UsageError if there is no template, it refuses
+    the conversation or puts the system prompt where no common prefix can hold it, or if the prompt's text contains
+    control tokens of the model.
+    """
+    names = vocabulary.token_name(vocabulary.bos), vocabulary.token_name(vocabulary.eos)
+    if bos_only:
+        return _bos(vocabulary, template, names)
+    chat = Template(template, *names)
+    variants = [vocabulary.tokenize(text, special=True) for text in chat.conversations(system_prompt)]
+    tokens = _common(variants)
+    if system_prompt is not None:
+        other = "Z" if not system_prompt.startswith("Z") else "Q"
+        neutral = vocabulary.tokenize(chat.conversation(other), special=True)
+        _refuse_control_tokens(vocabulary, variants[0], neutral)
+        _refuse_unreached(vocabulary, tokens, variants[0], neutral)
+    if not tokens:
+        raise UsageError(f"conversations of this chat template have no token in common at their beginning: {_BOS_ONLY}")
+    messages = None if system_prompt is None else _messages(system_prompt)
+    return Prompt(tokens, vocabulary.text(tokens), messages, False, chat.sha256)
+
+
+def first_tokens(made: Prompt, n: int, vocabulary: Vocabulary) -> Prompt:
+    """The first n tokens of a prefix: a shorter prefix of the same conversations. Raises UsageError."""
+    if not 1 <= n <= len(made.tokens):
+        raise UsageError(
+            f"--prefix-tokens is {n}, and the conversations of this prompt begin with {len(made.tokens)} tokens that "
+            f"are always the same: give 1 to {len(made.tokens)}"
+        )
+    return replace(made, tokens=made.tokens[:n], text=vocabulary.text(made.tokens[:n]))
+
+
+def prompt_for(gguf: Path, system_prompt: str | None, bos_only: bool, prefix_tokens: int | str | None) -> Prompt:
+    """Prefix tokens by the GGUF's tokenizer; refused if its header tells that the model can have no prefix."""
+    values = gguf_file.read(gguf).values
+    arch = values.get("general.architecture")
+    with Vocabulary(gguf) as vocabulary:
+        why_not = vocabulary.refusal()
+        if why_not:
+            raise IntactKVError(f"a model of architecture {arch!r} cannot carry a prefix: {why_not}")
+        made = make_prompt(vocabulary, values.get("tokenizer.chat_template"), system_prompt, bos_only)
+        if isinstance(prefix_tokens, int):
+            made = first_tokens(made, prefix_tokens, vocabulary)
+    limit = values.get(f"{arch}.context_length")
+    if isinstance(limit, int) and len(made.tokens) >= limit:
+        raise UsageError(f"the prefix has {len(made.tokens)} tokens, the model's context {limit}: shorten the prompt")
+    return made
+
+
+def check_prefix_tokens(prefix_tokens: int | str | None, bos_only: bool) -> None:
+    if isinstance(prefix_tokens, str) and prefix_tokens != "auto":
+        raise UsageError(f"--prefix-tokens is {prefix_tokens!r}: give a number of tokens, or auto")
+    if prefix_tokens == "auto":
+        extras.require("torch", "--prefix-tokens auto", "give a number of tokens")
+    if bos_only and prefix_tokens is not None:
+        raise UsageError(f"--bos-only keeps one token and --prefix-tokens says {prefix_tokens}: give one of both")
+
+
+def check_prompt(chat_template: str | None, system_prompt: str | None, bos_only: bool) -> None:
+    """What can be known about the prompt without a tokenizer, before any work."""
+    if bos_only and system_prompt is not None:
+        raise UsageError("--bos-only keeps no system prompt: give one of both")
+    if not bos_only:
+        Template(chat_template, "<s>", "</s>").conversation(system_prompt)
+
+
+class Template:
+    """A chat template as the runtime renders it. Raises UsageError if there is none or it cannot be compiled."""
+
+    def __init__(self, template: str | None, bos: str, eos: str) -> None:
+        library.load()
+        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+        if not template:
+            raise UsageError(f"the model has no chat template, so a system prompt has no place: {_BOS_ONLY}")
+        self.sha256 = hashlib.sha256(template.encode()).hexdigest()
+        try:
+            self._formatter: Any = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)
+        except Exception as error:  # a template is a program: anything can happen
+            reason = first_line(error)
+            raise UsageError(f"the model's chat template cannot be compiled ({reason}): {_BOS_ONLY}") from error
+
+    def conversation(self, system_prompt: str | None, *rest: str, date: datetime = _DATES[0]) -> str:
+        """The text of a conversation: system prompt, then user and assistant in turns. UsageError if refused."""
+        turns = rest or _FIRST_MESSAGES[:1]
+        messages = [] if system_prompt is None else _messages(system_prompt)
+        messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+        self._formatter.strftime_now = date.strftime
+        try:
+            return self._formatter(messages=messages).prompt
+        except Exception as error:
+            without = "" if system_prompt is None else "leave out the system prompt, or "
+            raise UsageError(
+                f"the model's chat template refuses the conversation ({first_line(error)}): {without}{_BOS_ONLY}"
+            ) from error
+
+    def conversations(self, system_prompt: str | None) -> Iterable[str]:
+        """Conversations that differ in everything but the system prompt."""
+        for date in _DATES:
+            yield self.conversation(system_prompt, date=date)
+        yield self.conversation(system_prompt, "Hello", "Hi! What can I do?", "2 + 2?")
+        for message in _FIRST_MESSAGES[1:]:
+            try:
+                yield self.conversation(system_prompt, message)
+            except UsageError:
+                continue  # this message will be refused at run time too
+
+
+def _bos(vocabulary: Vocabulary, template: str | None, names: tuple[str, str]) -> Prompt:
+    """The first token of every text: BOS where the model's texts have one, else the template's first token."""
+    token = vocabulary.bos
+    sha256 = None
+    if template and not vocabulary.adds_bos:
+        with contextlib.suppress(UsageError):  # a template that is of no use is as good as none
+            chat = Template(template, *names)
+            tokens = _common([vocabulary.tokenize(text, special=True) for text in chat.conversations(None)])
+            token, sha256 = (tokens or [token])[0], chat.sha256
+    if token < 0:
+        raise UsageError(
+            "the model has no BOS token and no chat template, so its texts have no common beginning: "
+            "there is no prefix to keep intact"
+        )
+    return Prompt([token], vocabulary.text([token]), None, True, sha256)
+
+
+def _refuse_control_tokens(vocabulary: Vocabulary, tokens: Sequence[int], neutral: Sequence[int]) -> None:
+    """The prompt may not bring control tokens of its own: `neutral` has those of the template."""
+    ours, theirs = ([t for t in text if vocabulary.is_control(t)] for text in (tokens, neutral))
+    if ours != theirs:
+        same = len(_common([ours, theirs]))
+        name = vocabulary.token_name((ours[same:] or [vocabulary.eos])[0])
+        raise UsageError(
+            f"the system prompt contains {name!r}, a control token of the model, or changes those of its template: "
+            "write it in another way"
+        )
+
+
+def _refuse_unreached(
+    vocabulary: Vocabulary, prefix: Sequence[int], tokens: Sequence[int], neutral: Sequence[int]
+) -> None:
+    """The prefix must go on beyond the place where another system prompt makes a difference."""
+    if len(prefix) <= len(_common([tokens, neutral])):
+        raise UsageError(
+            f"the model's chat template does not begin every conversation with the system prompt: all that its "
+            f"conversations have in common are {len(prefix)} tokens, {vocabulary.text(list(prefix))!r}, as if it comes "
+            f"after the date, in a later message, or not at all: {_BOS_ONLY}"
+        )
+
+
+def _common(sequences: Sequence[Sequence[int]]) -> list[int]:
+    columns = zip(*sequences, strict=False)
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+
+
+def _messages(system_prompt: str) -> Messages:
+    return [{"role": "system", "content": system_prompt}]

@@ -1,0 +1,42 @@
+"""Texts cut into chunks of equal length, each of which may stand right behind a prefix."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from intactkv_export.errors import IntactKVError
+from intactkv_export.libllama import Vocabulary
+
+
+def default_text() -> str:
+    """Prose that every Python has: the language reference's topics (pydoc_data.topics), keys in order."""
+    from pydoc_data import topics
+
+    return "\n".join(topics.topics[key] for key in sorted(topics.topics))[:60000]
+
+
+def cut_text(gguf: str | Path, text: str, n_chunks: int, n_tokens: int) -> list[list[int]]:
+    """The first n_chunks chunks of n_tokens tokens of a text, by the GGUF's tokenizer, without special tokens.
+
+    Raises IntactKVError if the text is too short.
+    """
+    with Vocabulary(gguf) as vocabulary:
+        tokens = vocabulary.tokenize(text, special=False)
+    if len(tokens) < n_chunks * n_tokens:
+        raise IntactKVError(
+            f"the text has {len(tokens)} tokens, {n_chunks} chunks of {n_tokens} need {n_chunks * n_tokens}: "
+            "give a longer text, or fewer or shorter chunks"
+        )
+    return [tokens[i * n_tokens : (i + 1) * n_tokens] for i in range(n_chunks)]
+
+
+def token_hash(sequences: Sequence[Sequence[int]]) -> str:
+    """SHA-256, hex, of the sequences: for each its length and its tokens, 32 bit little endian."""
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(np.asarray([len(sequence), *sequence], "<i4").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,10 @@
+"""The same models in torch: a Hugging Face directory or a GGUF goes in, a model with a mixed cache comes out.
+
+Imported inside functions only: it loads torch and transformers.
+"""
+
+from intactkv_export.torch_model import from_huggingface, layers, rounding
+from intactkv_export.torch_model.mixed_cache import Layout, MixedCache
+from intactkv_export.torch_model.model import TorchModel, load, prefix_rows
+
+__all__ = ["Layout", "MixedCache", "TorchModel", "from_huggingface", "layers", "load", "prefix_rows", "rounding"]

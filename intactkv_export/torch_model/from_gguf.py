@@ -1,0 +1,245 @@
+"""A GGUF as a transformers model: its header becomes a configuration, its tensors are dequantized by gguf-py.
+
+transformers reads GGUFs too, but leaves out what some models cannot do without: RoPE scaling, the size of a head that
+is not n_embd / n_head, Granite's multipliers. What is here is proven against the directories that the GGUFs were
+converted from (tests/torch_model/test_model.py); the rest is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf.quants import dequantize
+from torch import Tensor
+
+from intactkv_export.errors import IntactKVError
+from intactkv_export.models import gguf_file
+from intactkv_export.models.proven import PROVEN
+from intactkv_export.torch_model.rope_pairs import neighbours_to_halves
+from intactkv_export.torch_model.rounding import rounded, straight
+
+# Architecture of the GGUF -> model_type of transformers
+_MODEL_TYPES = {
+    "llama": "llama",
+    "granite": "granite",
+    "smollm3": "smollm3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "phi3": "phi3",
+}
+# Type of a matrix -> what activations are rounded to before it; q8_K for all others
+_ACTIVATIONS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+_ACTIVATIONS |= dict.fromkeys(("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "MXFP4"), "q8_0")
+_INSTEAD = (
+    "a reference can be given as a Hugging Face directory, a quantized model of this kind not yet be trained with"
+)
+
+
+def load(path: str | Path, device: str, dtype: str, attention: str, round_activations: bool = False) -> Any:
+    """A causal language model of transformers with the GGUF's weights, in evaluation mode, on the device.
+
+    round_activations: to 8 bits before they meet quantized weights, as llama.cpp's CPU backend does
+    (vec_dot_type of type_traits_cpu in ggml-cpu.c); gradients pass that straight through.
+
+    Raises IntactKVError if the GGUF is damaged or incomplete, or the architecture, RoPE scaling or a tensor type is
+    not among those that are proven.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = _Model(Path(path), [gguf_file.read(file) for file in gguf_file.shards(path)])
+    config = AutoConfig.for_model(**model.config())
+    attention = "eager" if config.model_type == "gemma2" else attention
+    with init_empty_weights(include_buffers=False):
+        net = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
+    weights = dict(model.weights(list(net.state_dict()), net.dtype, device))
+    net.load_state_dict(weights, strict=False, assign=True)
+    net.tie_weights()
+    missing = sorted(name for name, weight in net.state_dict().items() if weight.is_meta)
+    if missing:
+        raise IntactKVError(
+            f"{path} lacks {len(missing)} of the model's tensors, the first is {missing[0]!r}: convert the model again"
+        )
+    if model.rope_factors is not None:
+        rotary = net.get_decoder().rotary_emb
+        rotary.inv_freq = rotary.inv_freq / model.rope_factors
+    if round_activations:
+        model.round_activations(net)
+    return net.eval().to(device)
+
+
+class _Model:
+    """The files of one GGUF model."""
+
+    def __init__(self, path: Path, files: list[gguf_file.Gguf]) -> None:
+        self.path = path
+        self.values = files[0].values
+        self.tensors = {tensor.name: (file.path, tensor) for file in files for tensor in file.tensors}
+        self.arch = str(self.values.get("general.architecture"))
+        self.model_type = _MODEL_TYPES.get(self.arch)
+        if self.model_type is None or f"{self.arch}.expert_count" in self.values:
+            raise IntactKVError(
+                f"{path} is of architecture {self.arch!r}{'' if self.model_type is None else ' with experts'}, which "
+                f"torch cannot read from a GGUF, only {', '.join(_MODEL_TYPES)}: {_INSTEAD}"
+            )
+        if "rope_factors_short.weight" in self.tensors:
+            raise IntactKVError(f"{path} has LongRoPE factors, which torch cannot read from a GGUF: {_INSTEAD}")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value of the header, below the architecture's name."""
+        value = self.values.get(f"{self.arch}.{key}", default)
+        if value is None and default is None:
+            raise IntactKVError(f"{self.path} does not give {self.arch}.{key} as one number: convert the model again")
+        return value
+
+    def config(self) -> dict[str, Any]:
+        """Arguments of AutoConfig.for_model()."""
+        heads, n_embd = self.get("attention.head_count"), self.get("embedding_length")
+        head_dim = self.get("attention.key_length", n_embd // heads)
+        config = {
+            "model_type": self.model_type,
+            "vocab_size": self.tensors["token_embd.weight"][1].shape[1],
+            "hidden_size": n_embd,
+            "intermediate_size": self.get("feed_forward_length"),
+            "num_hidden_layers": self.get("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self.get("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "max_position_embeddings": self.get("context_length"),
+            "rms_norm_eps": self.get("attention.layer_norm_rms_epsilon"),
+            "tie_word_embeddings": "output.weight" not in self.tensors,
+            "attention_bias": "blk.0.attn_q.bias" in self.tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in self.tensors,
+            "rope_parameters": self.rope(),
+            # a padding token of the class's own would be another vocabulary's
+            **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+        }
+        return config | self._own(head_dim, n_embd // heads)
+
+    def _own(self, head_dim: int, embd_per_head: int) -> dict[str, Any]:
+        """What only some architectures have; as llama.cpp's src/models/ARCH.cpp reads it."""
+        n_layer = self.get("block_count")
+        if self.arch == "granite":
+            keys = {"embedding_multiplier": "embedding_scale", "attention_multiplier": "attention.scale",
+                    "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale"}  # fmt: skip
+            return {name: self.get(key) for name, key in keys.items()}
+        if self.arch == "phi3":
+            rotary = self.get("rope.dimension_count", head_dim) / head_dim
+            return {"sliding_window": None, "partial_rotary_factor": rotary}
+        if self.arch == "qwen2":
+            return {"sliding_window": None, "use_sliding_window": False}
+        if self.arch == "gemma2":
+            return {
+                "attn_logit_softcapping": self.get("attn_logit_softcapping", 50.0),
+                "final_logit_softcapping": self.get("final_logit_softcapping", 30.0),
+                "sliding_window": self.get("attention.sliding_window", 4096),
+                "query_pre_attn_scalar": embd_per_head if n_layer == 46 else head_dim,  # 46: Gemma 2 27B
+            }
+        if self.arch == "gemma3":
+            return {
+                "final_logit_softcapping": self.get("final_logit_softcapping", 0.0) or None,
+                "sliding_window": self.get("attention.sliding_window", 0) or None,
+                "query_pre_attn_scalar": embd_per_head if n_layer == 62 else head_dim,  # 62: Gemma 3 27B
+                "layer_types": ["full_attention" if il % 6 == 5 else "sliding_attention" for il in range(n_layer)],
+                "rope_parameters": {
+                    "full_attention": self.rope(),
+                    "sliding_attention": {"rope_type": "default", "rope_theta": self.get("rope.freq_base_swa", 1e4)},
+                },
+            }
+        return {}
+
+    def rope(self) -> dict[str, Any]:
+        """rope_parameters of transformers."""
+        base = {"rope_theta": self.get("rope.freq_base", 1e4)}
+        kind = self.get("rope.scaling.type", "none")
+        if kind == "none":
+            return base | {"rope_type": "default"}
+        if kind not in ("linear", "yarn"):
+            raise IntactKVError(
+                f"{self.path} has RoPE scaling {kind!r}, and torch reads only linear and yarn from a GGUF: {_INSTEAD}"
+            )
+        base |= {"rope_type": kind, "factor": self.get("rope.scaling.factor")}
+        if kind == "yarn":
+            base["original_max_position_embeddings"] = self.get("rope.scaling.original_context_length")
+        return base
+
+    @property
+    def rope_factors(self) -> Tensor | None:
+        """What divides each RoPE frequency, [n_rot/2]: Llama 3's scaling, worked out by the converter."""
+        name = "rope_freqs.weight"
+        return torch.from_numpy(self._dequantized(name)) if name in self.tensors else None
+
+    def weights(self, names: list[str], dtype: torch.dtype, device: str) -> Iterator[tuple[str, Tensor]]:
+        """Each of the transformers model's tensors that the GGUF has."""
+        for name in names:
+            own = self._own_name(name)
+            if own in self.tensors:
+                weight = self._in_order(name, self._dequantized(own))
+                yield name, torch.from_numpy(np.ascontiguousarray(weight)).to(device, dtype)
+
+    def round_activations(self, net: Any) -> None:
+        """Before each matrix of the net, round what comes in as ggml does for that matrix's type."""
+        for name, module in net.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                own = self._own_name(f"{name}.weight")
+                _, tensor = self.tensors[own if own in self.tensors else "token_embd.weight"]  # tied
+                kind = _ACTIVATIONS.get(self._kind(tensor).name, "q8_K")
+                module.register_forward_pre_hook(lambda _, x, kind=kind: (_rounded(x[0], kind),))
+
+    def _own_name(self, name: str) -> str | None:
+        """The GGUF's name of a tensor of transformers; None if it has none."""
+        arch = next(key for key, own in gguf.MODEL_ARCH_NAMES.items() if own == self.arch)
+        names = gguf.get_tensor_name_map(arch, self.get("block_count"))
+        return names.get_name(name, try_suffixes=(".weight", ".bias"))
+
+    def _in_order(self, name: str, weight: np.ndarray) -> np.ndarray:
+        """Undo what upstream's converter does to a tensor of transformers."""
+        if self.arch.startswith("gemma") and name.endswith("norm.weight"):
+            return weight - 1
+        heads = {"q_proj": "attention.head_count", "k_proj": "attention.head_count_kv"}.get(name.split(".")[-2])
+        if heads and PROVEN[str(self.model_type)] == "norm":
+            by_head = weight.reshape(self.get(heads), -1, weight.size // len(weight)).swapaxes(1, 2)
+            return neighbours_to_halves(by_head).swapaxes(1, 2).reshape(weight.shape)
+        return weight
+
+    def _dequantized(self, name: str) -> np.ndarray:
+        """float32, slowest dimension first."""
+        path, tensor = self.tensors[name]
+        kind = self._kind(tensor)
+        block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+        size = prod(tensor.shape) // block * n_bytes
+        raw = np.fromfile(path, np.uint8, size, offset=tensor.offset)
+        if len(raw) < size:
+            raise IntactKVError(
+                f"{path} is cut off inside {name}, {size} bytes from byte {tensor.offset}: get it again"
+            )
+        try:
+            return dequantize(raw.reshape(*reversed(tensor.shape[1:]), -1), kind).astype(np.float32, copy=False)
+        except NotImplementedError as error:
+            raise self._unknown(tensor) from error
+
+    def _kind(self, tensor: gguf_file.Tensor) -> gguf.GGMLQuantizationType:
+        try:
+            return gguf.GGMLQuantizationType(tensor.type)
+        except ValueError as error:
+            raise self._unknown(tensor) from error
+
+    def _unknown(self, tensor: gguf_file.Tensor) -> IntactKVError:
+        return IntactKVError(
+            f"{self.path} holds {tensor.name} in type {tensor.type}, and gguf-py {version('gguf')} cannot read it: "
+            "use another quantization type"
+        )
+
+
+def _rounded(x: Tensor, kind: str) -> Tensor:
+    return straight(x, lambda x: rounded(x.float(), kind).to(x.dtype))

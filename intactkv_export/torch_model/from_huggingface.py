@@ -1,0 +1,150 @@
+"""A Hugging Face directory as a transformers model, where its K/V layout is proven (models/proven.py)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from intactkv_export.errors import IntactKVError, first_line
+from intactkv_export.models.proven import PROVEN, supports
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its progress bars and notes: what matters to a user is raised as an error."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def read_config(hf_dir: str | Path) -> Any:
+    from transformers import AutoConfig
+
+    path = Path(hf_dir) / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        config = AutoConfig.from_pretrained(hf_dir, trust_remote_code=False, local_files_only=True)
+        proven = supports(config)
+    except (OSError, ValueError, KeyError) as e:
+        raise IntactKVError(
+            f"cannot read the model configuration {path}: {first_line(e)}: give a directory that "
+            "transformers can load, or use the llama engine"
+        ) from e
+    if not proven or raw.get("quantization_config"):
+        raise IntactKVError(
+            f"the K/V layout of {hf_dir} (model type {config.model_type!r}) is not proven for the torch "
+            f"engine, which knows unquantized {', '.join(PROVEN)}: use the llama engine"
+        )
+    return config
+
+
+def load(
+    hf_dir: str | Path,
+    config: Any,
+    device: str,
+    dtype: str | None,
+    offload_dir: str | Path | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    attention: str = "eager",
+) -> Any:
+    """The model in evaluation mode; every weight comes from the checkpoint."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    place: dict[str, Any] = {}
+    if offload_dir is not None:
+        place = {"device_map": "auto", "offload_folder": str(offload_dir), "max_memory": max_memory}
+    elif device != "cpu":
+        place = {"device_map": {"": device}}
+    try:
+        # The default, eager: the only attention of transformers that applies Gemma 2's soft cap, and softmax
+        # stays in float32
+        net, report = AutoModelForCausalLM.from_pretrained(
+            hf_dir,
+            config=config,
+            dtype="auto" if dtype == "auto" else getattr(torch, dtype or "float32"),
+            attn_implementation=attention,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **place,
+        )
+    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as e:
+        raise IntactKVError(
+            f"cannot load the weights in {hf_dir} on {device}: {first_line(e)}: check that the "
+            "download is complete and the device exists"
+        ) from e
+    # transformers fills what it does not find with random numbers
+    absent = sorted(report["missing_keys"])
+    if absent:
+        raise IntactKVError(
+            f"{hf_dir} lacks {len(absent)} of the model's tensors, the first is {absent[0]!r}: "
+            "get the complete checkpoint"
+        )
+    return net.eval()
+
+
+def check(text: Any, model: Mapping[str, Any], n_tokens: int, hf_dir: str) -> None:
+    """The checkpoint and the description of the model that will use the prefix must mean the same rows."""
+
+    def same(what: str, checkpoint: Any, described: Any) -> None:
+        equal = (
+            math.isclose(checkpoint, described, rel_tol=1e-5)
+            if isinstance(checkpoint, float)
+            else checkpoint == described
+        )
+        if not equal:
+            raise IntactKVError(
+                f"{what} is {checkpoint} in {hf_dir} but {described} in the GGUF: use the GGUF made "
+                "from this checkpoint"
+            )
+
+    # In the description a sliding-window model has one cache for its full layers and one for the others.
+    layers = {layer["il"]: (layer, cache["n_swa"]) for cache in model["caches"] for layer in cache["layers"]}
+    same("number of layers", text.num_hidden_layers, len(layers))
+    same("RoPE type", PROVEN[text.model_type], model["rope"]["type"])
+    for il in range(text.num_hidden_layers):
+        layer, n_swa = layers[il]
+        kind, head_dim = _layer_type(text, il), _head_dim(text)
+        rope = text.rope_parameters.get(kind, text.rope_parameters)
+        same(f"n_head_kv of layer {il}", text.num_key_value_heads, layer["n_head_kv"])
+        same(f"head_dim of K of layer {il}", head_dim, layer["head_dim_k"])
+        same(f"head_dim of V of layer {il}", head_dim, layer["head_dim_v"])
+        same(f"RoPE base of layer {il}", float(rope["rope_theta"]), layer["rope_base"])
+        same("n_rot", int(head_dim * rope.get("partial_rotary_factor", 1.0)), model["rope"]["n_rot"])
+        if kind != "sliding_attention":
+            scaled = rope["rope_type"] in ("linear", "yarn")
+            same("RoPE scale", 1.0 / rope["factor"] if scaled else 1.0, model["rope"]["scale"])
+        # Upstream ignores the window of some models (Mistral, Phi-3): the same numbers while no token is
+        # outside.
+        window = (text.sliding_window or 0) if kind == "sliding_attention" else 0
+        if window != n_swa and n_tokens > min(w for w in (window, n_swa) if w):
+            raise IntactKVError(
+                f"layer {il} has a sliding window of {window} tokens in {hf_dir} but {n_swa} in the GGUF "
+                f"(0: none), and the prefix has {n_tokens} tokens: shorten it or use the llama engine"
+            )
+
+
+def _layer_type(text: Any, il: int) -> str:
+    """'full_attention' or 'sliding_attention': models without a list of them have the window everywhere."""
+    types = getattr(text, "layer_types", None)
+    if types:
+        return types[il]
+    return "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
+
+
+def _head_dim(text: Any) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -1,0 +1,63 @@
+"""What the decoder layers of a model make of texts behind a prefix, of which some tokens are intact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from intactkv_export.torch_model.mixed_cache import MixedCache
+from intactkv_export.torch_model.model import TorchModel
+
+
+def alone(model: TorchModel, tokens: Sequence[int], chunks: Sequence[Sequence[int]]) -> tuple[list[Tensor], MixedCache]:
+    """The model computes everything itself, its cache at float32: outputs for the chunks, as layer_outputs(), cache."""
+    cache = empty_cache(model, len(chunks))
+    return layer_outputs(model, tokens, chunks, cache), cache
+
+
+def with_intact(
+    model: TorchModel,
+    tokens: Sequence[int],
+    chunks: Sequence[Sequence[int]],
+    K: Sequence[Tensor],
+    V: Sequence[Tensor],
+    n: int,
+    kv_type: str,
+) -> tuple[list[Tensor], MixedCache]:
+    """The model is given the first n tokens' K and V (by layer, llama.cpp's rows): outputs for the chunks, cache."""
+    cache = model.cache([k[:n] for k in K], [v[:n] for v in V], kv_type, batch=len(chunks))
+    return layer_outputs(model, tokens[n:], chunks, cache), cache
+
+
+def layer_outputs(
+    model: TorchModel, tokens: Sequence[int], chunks: Sequence[Sequence[int]], cache: MixedCache
+) -> list[Tensor]:
+    """Outputs of the decoder layers for the chunks, each chunk behind the cache and `tokens`.
+
+    By layer, [n_chunks, n_tokens, n_embd] in float32, in main memory.
+    """
+    outputs: list[Tensor] = []
+    n = len(chunks[0])
+    with torch.inference_mode(), model.outputs_of_layers(lambda states: outputs.append(states[:, -n:].float().cpu())):
+        model.decode([[*tokens, *chunk] for chunk in chunks], cache)
+    return outputs
+
+
+def empty_cache(model: TorchModel, batch: int = 1) -> MixedCache:
+    """A cache at float32 that nothing is in."""
+    nothing = [torch.empty(0, model.n_head_kv, model.head_dim)] * model.n_layer
+    return model.cache(nothing, nothing, "f32", batch)
+
+
+def cached_rows(model: TorchModel, cache: MixedCache, n_tokens: int) -> tuple[list[Tensor], list[Tensor]]:
+    """K and V of the first n_tokens tokens in a cache, rounded to F16: by layer, llama.cpp's rows."""
+    K = [model.to_rows(layer.keys[:1, :, :n_tokens], "K").half().cpu() for layer in cache.layers]
+    V = [model.to_rows(layer.values[:1, :, :n_tokens], "V").half().cpu() for layer in cache.layers]
+    return K, V
+
+
+def errors(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    """Mean squared error of each layer's outputs."""
+    return [float((a - b).square().mean()) for a, b in zip(outputs, expected, strict=True)]

@@ -1,0 +1,177 @@
+"""A model in torch: the reference, or the weights of a quantized GGUF, dequantized (the student of a calibration).
+
+A GGUF's tensors are dequantized one by one (gguf-py, every type it knows) and put under the names, and in the order of
+rows, that transformers uses. Its rows of K in llama.cpp's layout, its cache with an intact prefix: mixed_cache.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from intactkv_export.errors import UsageError
+from intactkv_export.models import gguf_file
+from intactkv_export.models.dtypes import FLOATS, check_dtype
+from intactkv_export.models.proven import PROVEN
+from intactkv_export.prefix.ikv import Prefix
+from intactkv_export.torch_model import from_gguf, from_huggingface
+from intactkv_export.torch_model.mixed_cache import Layout, MixedCache
+
+_EAGER_ONLY = {"gemma2"}  # the soft cap of its attention
+
+
+@dataclass(frozen=True)
+class TorchModel:
+    """A causal language model of transformers in evaluation mode, all its weights frozen."""
+
+    net: Any
+    n_layer: int
+    n_vocab: int
+    layout: Layout
+
+    @property
+    def n_head_kv(self) -> int:
+        return self.layout.n_head_kv
+
+    @property
+    def head_dim(self) -> int:
+        return self.layout.head_dim
+
+    @property
+    def rope(self) -> str:
+        """RoPE type of llama.cpp: "norm" pairs neighbouring values, "neox" the halves of a head."""
+        return "norm" if self.layout.interleaved else "neox"
+
+    @property
+    def device(self) -> torch.device:
+        return self.net.device
+
+    @property
+    def _cache_argument(self) -> str:
+        """transformers 5.24 calls it otherwise than the versions before."""
+        return "cache" if "cache" in inspect.signature(self.net.forward).parameters else "past_key_values"
+
+    @property
+    def decoder_layers(self) -> Sequence[torch.nn.Module]:
+        return self.net.get_decoder().layers
+
+    def to_cache(self, rows: Tensor, kind: str) -> Tensor:
+        """llama.cpp's rows [n, n_head_kv, head_dim] of kind "K" or "V" -> transformers' [1, n_head_kv, n, head_dim]."""
+        return self.layout.to_cache(rows, kind)[None]
+
+    def to_rows(self, cached: Tensor, kind: str) -> Tensor:
+        """The inverse of to_cache()."""
+        return self.layout.to_rows(cached, kind)[0]
+
+    def cache(
+        self,
+        K: Sequence[Tensor | np.ndarray],
+        V: Sequence[Tensor | np.ndarray],
+        kv_type: str | tuple[str, str] = "f16",
+        batch: int = 1,
+        grows: bool = True,
+    ) -> MixedCache:
+        """A cache that begins with a prefix, the same one for each of `batch` sequences.
+
+        K, V: by layer, llama.cpp's rows [n_prefix, n_head_kv, head_dim], K after RoPE; tensors may require a gradient.
+        They stay as they are; later rows are rounded to kv_type (a name of libllama.KV_TYPES, or a pair for K and V).
+        grows: see MixedCache.
+        """
+        kinds = (kv_type, kv_type) if isinstance(kv_type, str) else kv_type
+        place = {"device": self.device, "dtype": self.net.dtype}
+        k, v = (
+            [self.to_cache(torch.as_tensor(x).to(**place), kind).expand(batch, -1, -1, -1) for x in rows]
+            for rows, kind in ((K, "K"), (V, "V"))
+        )
+        return MixedCache(k, v, self.layout, kinds, grows)
+
+    def forward(
+        self, tokens: Tensor | Sequence[Sequence[int]], cache: MixedCache | None = None, hidden: bool = False
+    ) -> Any:
+        """Logits [batch, n, n_vocab], float32, of the tokens [batch, n] that follow what is in the cache.
+
+        hidden: also return the outputs of the decoder layers, a list of n_layer tensors [batch, n, n_embd], in the
+        net's dtype and before the last norm.
+        """
+        ids = torch.as_tensor(tokens, device=self.device)
+        outputs: list[Tensor] = []
+        with self.outputs_of_layers(outputs.append) if hidden else nullcontext():
+            out = self.net(input_ids=ids, use_cache=cache is not None, **{self._cache_argument: cache})
+        logits = out.logits.float()
+        return (logits, outputs) if hidden else logits
+
+    def decode(self, tokens: Sequence[Sequence[int]], cache: MixedCache) -> None:
+        """Run the decoder layers alone: the logits of a large vocabulary would take more memory than all else."""
+        ids = torch.tensor(tokens, device=self.device)
+        self.net.get_decoder()(input_ids=ids, use_cache=True, **{self._cache_argument: cache})
+
+    @contextmanager
+    def outputs_of_layers(self, take: Callable[[Tensor], None]) -> Iterator[None]:
+        """Within, take() is given what each decoder layer puts out, [batch, n, n_embd], first layer first."""
+
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            take(output[0] if isinstance(output, tuple) else output)
+
+        hooks = [layer.register_forward_hook(hook) for layer in self.decoder_layers]
+        try:
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    round_activations: bool = False,
+) -> TorchModel:
+    """A Hugging Face directory, or a GGUF of any type that gguf-py can dequantize.
+
+    device: "cpu", "cuda", "cuda:1", "mps". dtype: of weights and arithmetic, "float32", "float16" or "bfloat16".
+    attention: "sdpa", or "eager" (what Gemma 2 gets in any case). round_activations: of a GGUF, see from_gguf.load().
+
+    Raises UsageError for an unknown dtype or attention, IntactKVError if the architecture is not proven
+    (models/proven.py) or the weights cannot be loaded.
+    """
+    check_dtype(dtype, FLOATS)
+    if attention not in ("sdpa", "eager"):
+        raise UsageError(f"attention {attention!r} is unknown: give sdpa or eager")
+    with from_huggingface.quiet():
+        if gguf_file.is_gguf(Path(path)):
+            net = from_gguf.load(path, device, dtype, attention, round_activations)
+        else:
+            config = from_huggingface.read_config(path)
+            if config.get_text_config(decoder=True).model_type in _EAGER_ONLY:
+                attention = "eager"
+            net = from_huggingface.load(path, config, device, dtype, attention=attention)
+    net.requires_grad_(False)
+    text = net.config.get_text_config(decoder=True)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    layout = Layout(text.num_key_value_heads, head_dim, PROVEN[text.model_type] == "norm")
+    return TorchModel(net.eval(), text.num_hidden_layers, text.vocab_size, layout)
+
+
+def prefix_rows(prefix: Prefix) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """K and V of a prefix file by layer, float16 [n_tokens, n_head_kv, head_dim]: arguments of TorchModel.cache().
+
+    Rows that a sliding window has left behind are zero; no later token sees them.
+    """
+
+    def whole(rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        full = np.zeros((len(prefix.tokens), *rows.shape[1:]), rows.dtype)
+        full[positions] = rows
+        return full
+
+    layers = sorted(prefix.layers, key=lambda layer: layer.il)
+    return [whole(x.K, x.positions) for x in layers], [whole(x.V, x.positions) for x in layers]

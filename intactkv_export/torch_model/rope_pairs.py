@@ -1,0 +1,27 @@
+"""The order of a head's values: which two of them RoPE turns together.
+
+"neox": value j with j + head_dim/2, the halves of a head; so does transformers. "norm": 2j with 2j + 1, neighbours; so
+does llama.cpp for Llama-type models, for which upstream's converter reorders W_q and W_k (LlamaModel.permute of
+conversion/llama.py). Both functions take numpy arrays and torch tensors, and reorder the last axis.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+Values = TypeVar("Values")  # numpy.ndarray or torch.Tensor [..., head_dim]
+
+
+def halves_to_neighbours(x: Values) -> Values:
+    """From transformers' order to that of RoPE type "norm": value (s, j) of [2, head_dim/2] goes to 2j + s."""
+    return _transposed(x, 2, x.shape[-1] // 2)  # type: ignore[attr-defined]
+
+
+def neighbours_to_halves(x: Values) -> Values:
+    """The inverse."""
+    return _transposed(x, x.shape[-1] // 2, 2)  # type: ignore[attr-defined]
+
+
+def _transposed(x: Values, n: int, m: int) -> Values:
+    grid = x.reshape(*x.shape[:-1], n, m)  # type: ignore[attr-defined]
+    return grid.swapaxes(-1, -2).reshape(x.shape)  # type: ignore[attr-defined]

@@ -1,0 +1,11 @@
+"""How long work is run. A function goes in, with its arguments; its value comes out, with time and peak memory.
+
+Stages are processes of their own; files are written whole or not at all; progress is told by one protocol.
+"""
+
+from intactkv_export.work import atomic
+from intactkv_export.work.memory import peak_bytes
+from intactkv_export.work.progress import Progress, Steps, silent
+from intactkv_export.work.stages import Stage, Stages, run
+
+__all__ = ["Progress", "Stage", "Stages", "Steps", "atomic", "peak_bytes", "run", "silent"]

@@ -1,0 +1,383 @@
+"""Prefix files: what is written is read back, llama.cpp reads it the same way, and no damage goes unnoticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from intactkv_export import library
+from intactkv_export.errors import IntactKVError
+from intactkv_export.libllama import bindings, state
+from intactkv_export.models import gguf_file
+from intactkv_export.prefix import ikv
+from intactkv_export.work import atomic
+
+needs_patch = pytest.mark.skipif(not library.is_patched(), reason="the libraries have no intact cells")
+ROPE = {
+    "type": "norm", "n_rot": 64, "scale": 1.0, "scaling": "none", "n_ctx_orig": 8192, "ext_factor": 0.0,
+    "attn_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "factors": "none",
+}  # fmt: skip
+ORIGIN = {
+    "text": "<s>Grüße", "messages": [{"role": "system", "content": "Grüße"}], "bos_only": False,
+    "chat_template_sha256": "0" * 64,
+    "reference": {"sha256": "ab" * 32, "dtype": "F16", "name": "x.gguf", "quantized": False},
+    "engine": {"name": "llama", "dtype": "f32", "versions": {"llama_cpp_python": "0"}}, "calibrated": None,
+    "created_by": "intactkv-export 0",
+}  # fmt: skip
+
+
+def layer(il: int, heads: int = 2, k: int = 4, v: int = 6) -> dict:
+    return {"il": il, "n_head_kv": heads, "head_dim_k": k, "head_dim_v": v, "rope_base": 1e4}
+
+
+def describe(*caches: dict) -> dict:
+    model = {"arch": "llama", "n_ctx_train": 99, "n_vocab": 1000, "vocab_sha256": "cd" * 32}
+    return {**model, "caches": list(caches), "rope": ROPE}
+
+
+def cache(layers: list[dict], n_swa: int = 0, swa_type: int = 0) -> dict:
+    return {"n_swa": n_swa, "swa_type": swa_type, "layers": layers}
+
+
+def rows(model: dict, n: int, seed: int = 0) -> tuple[dict, dict]:
+    rng = np.random.default_rng(seed)
+    K, V = {}, {}
+    for one in model["caches"]:
+        for x in one["layers"]:
+            K[x["il"]] = rng.standard_normal((n, x["n_head_kv"], x["head_dim_k"])).astype(np.float16)
+            V[x["il"]] = rng.standard_normal((n, x["n_head_kv"], x["head_dim_v"])).astype(np.float16)
+    return K, V
+
+
+def sample() -> bytes:
+    model = describe(cache([layer(0), layer(2)]), cache([layer(1, v=4)], n_swa=3, swa_type=1))
+    return ikv.build(model, [1, 5, 7, 9, 999], *rows(model, 5), ORIGIN)
+
+
+@st.composite
+def prefixes(draw: st.DrawFn) -> tuple[dict, list[int], int]:
+    sizes = st.integers(1, 5)
+    layers = [layer(il, draw(st.integers(0, 3)), draw(sizes), draw(sizes)) for il in range(draw(sizes))]
+    caches = [cache(layers)]
+    if draw(st.booleans()):
+        inside = draw(st.sets(st.sampled_from(range(len(layers)))))
+        swa = [x for x in layers if x["il"] in inside]
+        caches = [cache([x for x in layers if x["il"] not in inside]), cache(swa, draw(sizes), draw(st.integers(0, 3)))]
+    tokens = draw(st.lists(st.integers(0, 999), min_size=1, max_size=12))
+    return describe(*caches), tokens, draw(st.integers(0, 2**32))
+
+
+@settings(max_examples=60, deadline=None)
+@given(prefixes())
+def test_round_trip(made):
+    """Every array comes back bit for bit, and the C++ parser accepts the same bytes."""
+    model, tokens, seed = made
+    K, V = rows(model, len(tokens), seed)
+    data = ikv.build(model, tokens, K, V, ORIGIN)
+    back = ikv.read(data)
+    assert back.tokens == tokens
+    assert back.manifest == {"format": 1, "tokens": tokens, "model": model, **ORIGIN}
+    assert [x.il for x in back.layers] == sorted(K)
+    for x in back.layers:
+        np.testing.assert_array_equal(x.K, K[x.il][x.positions])
+        np.testing.assert_array_equal(x.V, V[x.il][x.positions])
+    assert back.sha256 == hashlib.sha256(data).hexdigest()
+    if library.is_patched():
+        assert bindings.verify(data) == len(tokens)
+
+
+@pytest.mark.parametrize(
+    "swa_type, n_swa, kept",
+    [(0, 3, range(10)), (1, 3, range(7, 10)), (1, 100, range(10)), (2, 4, range(8, 10)), (3, 4, range(7, 10))],
+)
+def test_sliding_window_keeps_what_llama_cpp_keeps(swa_type, n_swa, kept):
+    assert state.CacheShape(n_swa, swa_type, ()).positions(10) == list(kept)
+
+
+def test_damage_is_noticed_wherever_it_is():
+    """One flipped bit in any byte, and every length shorter than the whole."""
+    data = sample()
+    for at in range(len(data)):
+        broken = bytearray(data)
+        broken[at] ^= 1 << at % 8
+        with pytest.raises(IntactKVError):
+            ikv.read(bytes(broken))
+    for end in range(len(data)):
+        with pytest.raises(IntactKVError):
+            ikv.read(data[:end])
+    with pytest.raises(IntactKVError, match="INTACTKV"):
+        ikv.read(data + b"\0")
+
+
+def sealed(body: bytes, text: bytes) -> bytes:
+    """A file whose checksum is right whatever is in it."""
+    return body + text + struct.pack("<Q32s8s", len(text), hashlib.sha256(body + text).digest(), b"INTACTKV")
+
+
+def split(data: bytes) -> tuple[bytes, bytes]:
+    (length,) = struct.unpack_from("<Q", data, len(data) - 48)
+    return data[: len(data) - 48 - length], data[len(data) - 48 - length : len(data) - 48]
+
+
+def test_a_right_checksum_is_not_enough():
+    """Each byte of the state changed under a right checksum: refused, or another value of K and V."""
+    body, text = split(sample())
+    accepted = 0
+    for at in range(len(body)):
+        broken = bytearray(body)
+        broken[at] ^= 0x80
+        data = sealed(bytes(broken), text)
+        try:
+            ikv.read(data)
+        except IntactKVError as error:
+            assert "\n" not in str(error)
+            if library.is_patched():
+                with pytest.raises(IntactKVError):
+                    bindings.verify(data)
+        else:
+            accepted += 1
+            if library.is_patched():
+                assert bindings.verify(data) == 5
+    # Both bytes of each value may change: signs, and the lowest byte's highest bit.
+    n_values = 2 * (5 * 2 * 4 + 5 * 2 * 6) + (3 * 2 * 4 + 3 * 2 * 4)
+    assert accepted == 2 * n_values
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        ("format", 2, "reads format 1"),
+        ("tokens", [], "tokens is list"),
+        ("tokens", [1, 5, 7, 9, 1000], r"tokens\[4\] is 1000"),
+        ("tokens", [1, 5, 7, 9, True], r"tokens\[4\] is True"),
+        ("model.n_vocab", 0, "n_vocab"),
+        ("model.vocab_sha256", "xyz", "SHA-256"),
+        ("model.caches", [], "caches"),
+        ("model.rope.scale", "1", "scale"),
+        ("model.rope.more", [1], "more"),
+        ("reference", None, "reference"),
+        ("reference.sha256", "AB" * 32, "SHA-256"),
+        ("engine.versions", {"a": 1}, "versions.a"),
+        ("messages", [{"role": "system"}], r"messages\[0\].content"),
+        ("bos_only", 1, "bos_only"),
+    ],
+)
+def test_manifest_is_checked(path, value, message):
+    body, text = split(sample())
+    root = json.loads(text)
+    *parents, last = path.split(".")
+    node = root
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    with pytest.raises(IntactKVError, match=message):
+        ikv.read(sealed(body, json.dumps(root).encode()))
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff", b"1e999", b"[" * 100_000, b'{"format":NaN}'])
+def test_manifest_that_is_none(text):
+    body, _ = split(sample())
+    with pytest.raises(IntactKVError):
+        ikv.read(sealed(body, text))
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("missing", lambda k: None),
+        ("float32", lambda k: k.astype(np.float32)),
+        (r"\(5, 2, 3\)", lambda k: k[..., :3]),
+        ("NaN", lambda k: np.where(k == k[3, 1, 2], np.float16("nan"), k)),
+        ("infinity", lambda k: np.where(k == k[0, 0, 0], np.float16("inf"), k)),
+    ],
+)
+def test_build_refuses_rows_that_do_not_fit(name, change):
+    model = describe(cache([layer(0)]))
+    K, V = rows(model, 5)
+    K = {il: changed for il, k in K.items() if (changed := change(k)) is not None}
+    with pytest.raises(IntactKVError, match=name):
+        ikv.build(model, [1, 2, 3, 4, 5], K, V, ORIGIN)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(None, "No such file"), (b"", "empty"), (b"hello", "neither a prefix file nor a GGUF"), (b"GGUF", "not a whole")],
+)
+def test_files_that_are_none(tmp_path, content, message):
+    path = tmp_path / "x.ikv"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(IntactKVError, match=message) as caught:
+        ikv.read(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_embed_changes_nothing_else(tmp_path, model):
+    """Real quantized model: metadata and tensor data stay, an embedded prefix is replaced, extract gives it back."""
+    gguf = pytest.importorskip("gguf")
+    source, out = model("Q4_K_M"), tmp_path / "out.gguf"
+    first, data = sample(), sample()
+    ikv.embed(source, ikv.read(first), out)
+    ikv.embed(out, ikv.read(data))
+
+    ours, theirs = gguf.GGUFReader(out), gguf.GGUFReader(source)
+    added = {"intactkv.format", "intactkv.reference.sha256", "intactkv.state"}
+    assert set(ours.fields) - added - {"GGUF.kv_count"} == set(theirs.fields) - {"GGUF.kv_count"}
+    for name in set(theirs.fields) - {"GGUF.kv_count"}:
+        for a, b in zip(ours.fields[name].parts, theirs.fields[name].parts, strict=True):
+            assert a.tobytes() == b.tobytes()
+    types = set()
+    for a, b in zip(ours.tensors, theirs.tensors, strict=True):
+        assert (a.name, a.tensor_type, a.shape.tolist()) == (b.name, b.tensor_type, b.shape.tolist())
+        assert a.data.tobytes() == b.data.tobytes()
+        assert a.data_offset % 32 == 0
+        types.add(a.tensor_type.name)
+    assert len(types) > 2
+
+    assert ikv.find(out) == out
+    back = ikv.read(out)
+    assert back.data == data and back.embedded and back.source == out
+    ikv.extract(out, tmp_path / "back.ikv")
+    assert (tmp_path / "back.ikv").read_bytes() == data
+
+    ikv.stamp(out, "ef" * 32)
+    values = gguf_file.read(out).values
+    assert values["intactkv.reference.sha256"] == "ef" * 32 and "intactkv.state" not in values
+    with pytest.raises(IntactKVError, match="no prefix embedded"):
+        ikv.read(out)
+    with pytest.raises(IntactKVError, match="ef" * 32):
+        ikv.embed(out, back)
+
+
+@pytest.mark.parametrize("alignment", [8, 32, 256])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q8_0", "Q2_K", "IQ4_XS", "I8"])
+def test_copy_keeps_alignment_and_types(tmp_path, alignment, kind):
+    gguf = pytest.importorskip("gguf")
+    dtype = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[dtype]
+    rng = np.random.default_rng(1)
+    data = {f"t{i}": rng.integers(0, 255, (i + 1, 512 // block * size), np.uint8) for i in range(3)}
+    writer = gguf.GGUFWriter(tmp_path / "in.gguf", "llama")
+    writer.add_custom_alignment(alignment)
+    writer.add_array("a.strings", ["x", "", "grüß"])
+    writer.add_array("a.numbers", [1.5, 2.5])
+    writer.add_bool("a.bool", True)
+    for name, values in data.items():
+        writer.add_tensor(name, values, raw_dtype=dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    ikv.rewrite(tmp_path / "in.gguf", {"new.bytes": b"\1\2\3", "a.bool": None}, tmp_path / "out.gguf")
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    assert "a.bool" not in reader.fields and bytes(reader.fields["new.bytes"].contents()) == b"\1\2\3"
+    assert reader.fields["a.strings"].contents() == ["x", "", "grüß"]
+    header = gguf_file.read(tmp_path / "out.gguf", arrays=True)
+    assert header.values["a.numbers"] == [1.5, 2.5] and header.alignment == alignment
+    for tensor, ours in zip(reader.tensors, header.tensors, strict=True):
+        assert tensor.data.tobytes() == data[tensor.name].tobytes()
+        assert tensor.data_offset == ours.offset and ours.offset % alignment == 0
+
+
+def test_find_beside_the_model(tmp_path, model):
+    path = ikv.stamp(model("Q4_K_M"), "ab" * 32, tmp_path / "smol-Q4_K_M.gguf")
+    assert ikv.find(path) is None
+    ikv.write(tmp_path / "smol.ikv", sample())
+    assert ikv.find(path) == tmp_path / "smol.ikv"
+    ikv.stamp(path, "99" * 32)  # the same name, another model
+    assert ikv.find(path) is None
+    ikv.write(tmp_path / "smol-Q4_K_M.ikv", sample())
+    assert ikv.find(path) == tmp_path / "smol-Q4_K_M.ikv"
+
+
+@needs_patch
+def test_every_cut_of_a_gguf_header_is_one_sentence(tmp_path, model):
+    """A GGUF cut off anywhere in its header, and with each of its first bytes changed."""
+    whole = model("Q4_K_M").read_bytes()[:3000]
+    path = tmp_path / "cut.gguf"
+    for n in [*range(64), *range(64, 3000, 97)]:
+        path.write_bytes(whole[:n])
+        with pytest.raises(IntactKVError) as caught:
+            gguf_file.read(path)
+        assert "\n" not in str(caught.value)
+    for at in range(64):
+        broken = bytearray(whole)
+        broken[at] ^= 0xFF
+        path.write_bytes(broken)
+        with pytest.raises(IntactKVError):
+            gguf_file.read(path)
+
+
+# Atomic outputs
+
+
+def in_child(code: str, *arguments: object) -> subprocess.Popen:
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_interrupted_output_is_absent(tmp_path):
+    for error in (KeyboardInterrupt, IntactKVError, ZeroDivisionError):
+        with pytest.raises(error), atomic.output(tmp_path / "x") as file:
+            file.write(b"half")
+            raise error
+        with pytest.raises(error), atomic.work_directory(tmp_path / "x") as directory:
+            (directory / "y").write_bytes(b"half")
+            raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_process_leaves_only_what_the_next_one_removes(tmp_path):
+    code = """
+        import sys, time
+        from intactkv_export import atomic
+        with atomic.output(sys.argv[1]) as file, atomic.work_directory(sys.argv[1]) as directory:
+            file.write(b"half"); file.flush(); (directory / "y").write_bytes(b"half")
+            print("ready", flush=True); time.sleep(60)
+    """
+    path = tmp_path / "x.ikv"
+    process = in_child(code, path)
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    left = {f".x.ikv.tmp-{process.pid}", f".x.ikv.tmp-{process.pid}.d"}
+    ikv.write(path, b"another one, at the same time")
+    assert {p.name for p in tmp_path.iterdir()} == left | {"x.ikv"}  # it lives, so they stay
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    ikv.write(path, b"whole")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.ikv"] and path.read_bytes() == b"whole"
+
+
+def test_disk_full_is_one_sentence(tmp_path):
+    """A limit on the size of files: the write fails in the middle. And a device that is always full."""
+    code = """
+        import resource, sys
+        from intactkv_export import prefix_file
+        from intactkv_export.errors import IntactKVError
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            prefix_file.write(sys.argv[1], b"x" * 100_000)
+        except IntactKVError as error:
+            print(error)
+    """
+    (tmp_path / "x.ikv").write_bytes(b"old")
+    said, _ = in_child(code, tmp_path / "x.ikv").communicate()
+    assert "cannot write" in said and "ulimit" in said and said.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["x.ikv"] and (tmp_path / "x.ikv").read_bytes() == b"old"
+    if os.path.exists("/dev/full"):
+        with pytest.raises(IntactKVError, match="the disk is full"), atomic.explained(tmp_path / "x.ikv"):
+            Path("/dev/full").write_bytes(b"x" * 100_000)
+    with pytest.raises(IntactKVError, match="No such file"):
+        ikv.write(tmp_path / "absent" / "x.ikv", b"")

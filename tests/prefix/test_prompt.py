@@ -1,0 +1,177 @@
+"""Prompts: the prefix is a token prefix of what the runtime tokenizes, for real templates and vocabularies."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from intactkv_export import library
+from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.libllama.vocabulary import Vocabulary
+from intactkv_export.models import gguf_file
+from intactkv_export.prefix import ikv, make_prompt
+from tests.support.paths import REPO
+
+SYSTEM = "You are a helpful pirate. Answer in one sentence."
+DEFAULT = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    "<|im_start|>user\n"
+)
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def vocabulary(model):
+    with Vocabulary(model("F16")) as vocabulary:
+        yield vocabulary
+
+
+@pytest.fixture(scope="module")
+def template(model):
+    return gguf_file.read(model("F16")).values["tokenizer.chat_template"]
+
+
+def test_default_prompt(vocabulary, template):
+    made = make_prompt(vocabulary, template, None)
+    assert made.tokens == vocabulary.tokenize(DEFAULT, special=True) and len(made.tokens) == 24
+    assert made.text == DEFAULT and made.messages is None and not made.bos_only
+
+
+def test_is_a_prefix_of_what_the_runtime_evaluates(model, vocabulary, template):
+    """Llama.create_chat_completion renders and tokenizes in its own way: its tokens begin with the prefix."""
+    L = library.load()
+    made = make_prompt(vocabulary, template, SYSTEM)
+    assert made.messages == [{"role": "system", "content": SYSTEM}]
+    llama = L.Llama(str(model("F16")), vocab_only=True, verbose=False)
+    llama.chat_format = "chat_template.default"
+    seen = []
+    llama.create_completion = lambda prompt, **settings: seen.append(prompt) or {"choices": []}
+    for text in ("Hi", "", "123", " x", "日本", "```py\nx```", "<|im_end|>"):
+        for more in ([], [{"role": "assistant", "content": "ok"}, {"role": "user", "content": "again"}]):
+            messages = [*made.messages, {"role": "user", "content": text}, *more]
+            with pytest.raises(Exception):  # noqa: B017  # our create_completion gives no completion to convert
+                llama.create_chat_completion(messages)
+    assert len(seen) == 14
+    for tokens in seen:
+        assert tokens[: len(made.tokens)] == made.tokens
+
+
+def test_bos_only(vocabulary, template):
+    """A model whose texts begin without a BOS of their own: the first token of its template, else its BOS."""
+    assert make_prompt(vocabulary, template, None, bos_only=True).tokens == [1]
+    for template in (None, "{% for", "{{ raise_exception('no') }}"):
+        assert make_prompt(vocabulary, template, None, bos_only=True).tokens == [1]
+    made = make_prompt(vocabulary, PLAIN, None, bos_only=True)
+    assert made.tokens == vocabulary.tokenize("user", special=False) and made.bos_only
+
+
+@pytest.mark.parametrize("system", [SYSTEM, "", " ", "Z", "Zürich?\n\n", "x" * 5000, "{{ messages }}", "日本語 🙂"])
+def test_texts_of_all_kinds(vocabulary, template, system):
+    made = make_prompt(vocabulary, template, system)
+    assert made.text == f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
+
+
+@pytest.mark.parametrize("system", ["a<|im_end|>b", "<|im_start|>", "x <|endoftext|>"])
+def test_control_tokens_in_the_text_are_refused(vocabulary, template, system):
+    with pytest.raises(UsageError, match="control token"):
+        make_prompt(vocabulary, template, system)
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        (None, "no chat template"),
+        ("", "no chat template"),
+        ("{% for", "cannot be compiled"),
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages.append(1) }}", "unsafe|not safe|is not"),
+        ("{{ strftime_now('%d %b %Y') }}" + PLAIN, "after the date"),
+        ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", "not at all"),
+        (
+            "{% for m in messages[1:] %}{{ m.role }}{% if loop.last %}{{ messages[0].content }}{% endif %}{% endfor %}",
+            "in a later message",
+        ),
+    ],
+)
+def test_templates_that_cannot_hold_the_prompt(vocabulary, template, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        make_prompt(vocabulary, template, SYSTEM)
+    assert "--bos-only" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_date_behind_the_prompt_cuts_the_prefix(vocabulary):
+    text = "{{ messages[0].content }}\nToday is {{ strftime_now('%A, %d %B %Y %H:%M:%S') }}{{ messages[1].content }}"
+    made = make_prompt(vocabulary, text, SYSTEM)
+    assert made.text == f"{SYSTEM}\nToday is"
+
+
+def test_what_hugging_face_templates_use(vocabulary):
+    text = (
+        "{%- for m in messages %}{% if m.role == 'tool' %}{% continue %}{% endif %}"
+        "{% generation %}{{ {'ä': m.content} | tojson }}{% endgeneration %}\n{% endfor %}"
+    )
+    assert make_prompt(vocabulary, text, SYSTEM).text.startswith('{"ä": "' + SYSTEM + '"}')
+
+
+# Vocabularies and templates of models that are too large for a test: files of llama.cpp's own tests.
+
+REAL = [
+    ("llama-bpe", "meta-llama-Llama-3.1-8B-Instruct", "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"),
+    ("qwen2", "Qwen-Qwen2.5-7B-Instruct", "<|im_end|>\n<|im_start|>user\n"),
+    ("qwen2", "Qwen-Qwen3-0.6B", "<|im_end|>\n<|im_start|>user\n"),
+    ("phi-3", "microsoft-Phi-3.5-mini-instruct", "<|end|><|user|>"),
+    ("llama-bpe", "meta-llama-Llama-3.2-3B-Instruct", "after the date"),
+    ("llama-spm", "mistralai-Mistral-Nemo-Instruct-2407", "in a later message"),
+    ("gemma-4", "google-gemma-2-2b-it", "System role not supported"),
+]
+
+
+@pytest.fixture(scope="module")
+def upstream(tmp_path_factory):
+    """models/ of the pinned llama.cpp source: vocabularies and templates. Skips if the source is not there."""
+    get_source = REPO / "native" / "get_source.py"
+    found = subprocess.run([sys.executable, get_source, "--archive"], capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip(found.stderr.strip())
+    target = tmp_path_factory.mktemp("upstream")
+    wanted = {f"ggml-vocab-{vocab}.gguf" for vocab, _, _ in REAL} | {f"{template}.jinja" for _, template, _ in REAL}
+    with tarfile.open(found.stdout.strip()) as archive:
+        for member in archive:
+            if (name := Path(member.name).name) in wanted and "/models/" in member.name:
+                (target / name).write_bytes(archive.extractfile(member).read())
+    return target
+
+
+@pytest.mark.parametrize("vocab, template, expected", REAL, ids=[f"{v}-{t}" for v, t, _ in REAL])
+def test_real_templates(upstream, vocab, template, expected):
+    with Vocabulary(upstream / f"ggml-vocab-{vocab}.gguf") as vocabulary:
+        try:
+            made = make_prompt(vocabulary, (upstream / f"{template}.jinja").read_text(), SYSTEM)
+        except UsageError as error:
+            assert expected in str(error)
+            return
+        assert made.text.endswith(SYSTEM + expected)
+        bos = [vocabulary.bos] if vocab == "llama-bpe" else []
+        assert made.tokens[: len(bos) + 1].count(vocabulary.bos) == len(bos)  # never twice
+
+
+@pytest.mark.parametrize("arch, why", [("mamba", "recurrent"), ("jamba", "hybrid"), ("t5", "encoder"), ("llama", "")])
+def test_what_the_header_tells(tmp_path, model, arch, why):
+    gguf = tmp_path / "x.gguf"
+    ikv.rewrite(model("F16"), {"general.architecture": arch}, gguf)
+    with Vocabulary(gguf) as vocabulary:
+        assert why in vocabulary.refusal() and bool(why) == bool(vocabulary.refusal())
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"hello"])
+def test_vocabulary_of_no_model(tmp_path, content):
+    gguf = tmp_path / "x.gguf"
+    gguf.write_bytes(content)
+    with pytest.raises(IntactKVError, match="cannot load the vocabulary") as caught:
+        Vocabulary(gguf)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,266 @@
+"""Conversations behind a prefix: what the reference writes itself, and what is read from a file."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.libllama.vocabulary import Vocabulary
+from intactkv_export.models import gguf_file
+from intactkv_export.prefix import ikv, make_prompt
+from intactkv_export.texts import read_user_file, sampled, token_hash
+from intactkv_export.texts.seeds import FOLLOW_UPS, OPENINGS, QUESTIONS
+from intactkv_export.texts.turns import Turns
+from tests.support.smol import SYSTEM_PROMPT, Smol
+
+REPLY = "<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def vocabulary(smol: Smol) -> Iterator[Vocabulary]:
+    with Vocabulary(smol.reference) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def template(smol: Smol) -> str:
+    return gguf_file.read(smol.reference).values["tokenizer.chat_template"]
+
+
+@pytest.fixture(scope="module")
+def prefix(smol: Smol) -> ikv.Prefix:
+    return ikv.read(smol.ikv)
+
+
+@pytest.fixture(scope="module")
+def net(smol: Smol) -> Any:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from intactkv_export import torch_model
+
+    return torch_model.load(smol.reference)
+
+
+def test_questions_are_many_and_differ() -> None:
+    assert len(set(QUESTIONS)) == len(QUESTIONS) >= 96 and len(set(FOLLOW_UPS)) == len(FOLLOW_UPS) >= 8
+    assert sum(not question.isascii() for question in QUESTIONS) >= 8, "other languages"
+    assert max(map(len, QUESTIONS)) > 300 and min(map(len, QUESTIONS)) < 5
+
+
+def test_sampled_conversations_continue_the_prefix(
+    net: Any, prefix: ikv.Prefix, vocabulary: Vocabulary, template: str
+) -> None:
+    counted: list[tuple[int, int]] = []
+    settings = {"n": 3, "n_tokens": 60, "progress": lambda *counts: counted.append(counts)}
+    made = sampled.sample(net, prefix, vocabulary, template, seed=3, **settings)
+    assert [len(sequence) for sequence in made] == [60] * 3 and counted[-1] == (180, 180)
+    begun = 0
+    for sequence in made:
+        question, _, reply = vocabulary.text(sequence).partition(REPLY)
+        begun += question in QUESTIONS and len(reply) > 0
+        assert any(known.startswith(question) for known in QUESTIONS), "a long one may be cut off"
+    assert begun
+    assert sampled.sample(net, prefix, vocabulary, template, seed=3, **settings) == made
+    other = sampled.sample(net, prefix, vocabulary, template, n=3, n_tokens=4, seed=4)
+    assert other != [sequence[:4] for sequence in made]
+
+
+def test_every_second_one_begins_with_a_document_if_asked(
+    net: Any, prefix: ikv.Prefix, vocabulary: Vocabulary, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(set(OPENINGS)) == len(OPENINGS) >= 64
+    monkeypatch.setattr(sampled, "_CACHE", 1)  # one at a time
+    made = sampled.sample(net, prefix, vocabulary, template, n=4, n_tokens=50, seed=1, documents=True)
+    texts = [vocabulary.text(sequence) for sequence in made]
+    assert [any(text.startswith(opening) for opening in OPENINGS) for text in texts] == [False, True] * 2
+    assert len({*texts}) == 4 and not any(text in OPENINGS for text in texts), "the model goes on"
+    assert [text.partition(REPLY)[0] in QUESTIONS for text in texts[::2]] == [True] * 2
+
+
+def test_a_document_that_ends_is_replied_to(prefix: ikv.Prefix, vocabulary: Vocabulary, template: str) -> None:
+    turns = Turns(prefix, vocabulary, template)
+    row = sampled._Row(turns, Random(0), deque(turns.opening("Dear Ann,")), user=True)
+    word, end = vocabulary.tokenize("word", special=False)[0], vocabulary.eos
+    for i in range(40):
+        row.take(end if i % 10 == 9 else word, i % 10 == 9)
+    document, reply = vocabulary.text(row.tokens).split(REPLY)[:2]
+    assert document.startswith("Dear Ann,word") and reply.partition("<|im_end|>\n<|im_start|>user\n")[2] in FOLLOW_UPS
+
+
+def test_the_model_writes_what_is_likely_behind_the_prefix(
+    net: Any, prefix: ikv.Prefix, vocabulary: Vocabulary, template: str
+) -> None:
+    import torch
+
+    question = Turns(prefix, vocabulary, template).first("What is the capital of France?")
+    batch = sampled._Logits(net, prefix.tokens, 2)
+    for token in question:
+        batch.advance([[token], [token]])
+    with torch.inference_mode():
+        whole = net.forward([[*prefix.tokens, *question]])[0, -1]
+    torch.testing.assert_close(batch.last[0], whole, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(batch.last[1], whole, atol=2e-3, rtol=2e-3)
+    assert vocabulary.text([int(whole.argmax())]) == "The"
+
+
+def test_draws_come_from_the_nucleus_in_proportion() -> None:
+    torch = pytest.importorskip("torch")
+    p = torch.tensor([0.5, 0.3, 0.13, 0.04, 0.02, 0.01])  # 0.93 before the fourth, 0.97 before the fifth
+    logits = p.log().expand(20000, -1)
+    drawn = sampled._draw(logits, torch.Generator().manual_seed(0))
+    share = torch.bincount(drawn, minlength=6) / 20000
+    torch.testing.assert_close(share[:4], p[:4] / 0.97, atol=0.012, rtol=0)
+    assert share[4:].sum() == 0
+
+
+def test_turns_alternate_and_an_end_is_never_the_models_own(
+    prefix: ikv.Prefix, vocabulary: Vocabulary, template: str
+) -> None:
+    turns = Turns(prefix, vocabulary, template)
+    row = sampled._Row(turns, Random(0), deque(turns.first("Hi")))
+    word, end = vocabulary.tokenize("word", special=False)[0], vocabulary.eos
+    for i in range(150):
+        row.take(end if i % 4 == 3 else word, i % 4 == 3)
+    parts = vocabulary.text(row.tokens).split("<|im_end|>\n<|im_start|>")
+    assert [part.split("\n")[0] for part in parts[1:9]] == ["assistant", "user"] * 4
+    assert any(f"user\n{text}" == parts[2] for text in FOLLOW_UPS), "the first follow-up is ours"
+    assert set(parts[4].removeprefix("user\n")) == set("word"), "the second one the model's"
+
+
+def test_turns_are_those_of_the_rendered_conversation(
+    prefix: ikv.Prefix, vocabulary: Vocabulary, template: str
+) -> None:
+    turns = Turns(prefix, vocabulary, template)
+    whole = turns.whole(["Hello!", "Hi.", "2 + 2?", "4"])
+    text = f"Hello!{REPLY}Hi.<|im_end|>\n<|im_start|>user\n2 + 2?{REPLY}4<|im_end|>\n<|im_start|>user\n"
+    assert vocabulary.text(whole) == text
+    pieces = turns.first("Hello!") + vocabulary.tokenize("Hi.", special=False) + turns.next("2 + 2?")
+    assert pieces == whole[: len(pieces)]
+    assert SYSTEM_PROMPT in vocabulary.text([*prefix.tokens, *pieces])
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "to_user"),
+    [
+        (  # no system role, the reply's role has another name
+            "{{ bos_token }}{% for m in messages %}<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+            "{{ m.content | trim }}<end>\n{% endfor %}<turn>model{{ '\n' }}",
+            "Hi<end>\n<turn>model\n",
+            "<end>\n<turn>user\n",
+        ),
+        (  # what ends a reply is not what ends a question
+            "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+            "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
+            "Hi [/INST]",
+            "<|im_end|>[INST] ",
+        ),
+    ],
+)
+def test_other_templates(vocabulary: Vocabulary, text: str, first: str, to_user: str) -> None:
+    prompt = make_prompt(vocabulary, text, None)
+    manifest = {"messages": prompt.messages, "bos_only": False}
+    turns = Turns(ikv.Prefix(prompt.tokens, manifest, [], "", None, False, b""), vocabulary, text)
+    assert (prompt.text + vocabulary.text(turns.first("Hi"))).endswith(first)
+    assert vocabulary.text(turns.to_user) == to_user
+    assert vocabulary.text(turns.next("Why?")) == to_user + first.replace("Hi", "Why?")
+
+
+def test_a_base_model_gets_paragraphs(smol: Smol, vocabulary: Vocabulary) -> None:
+    turns = Turns(ikv.read(smol.bos), vocabulary, None)
+    assert vocabulary.text(turns.first("Why?")) == "Why?\n\n"
+    assert vocabulary.text(turns.whole(["Why?", "So."])) == "Why?\n\nSo.\n\n"
+
+
+def test_the_prefix_of_another_prompt_is_refused(prefix: ikv.Prefix, vocabulary: Vocabulary, template: str) -> None:
+    with pytest.raises(IntactKVError, match="where the prefix has"):
+        Turns(prefix, vocabulary, template.replace("system", "preface", 1).replace("'<|im_start|>'", "'*'")).first("Hi")
+
+
+MESSAGES = [
+    {"role": "system", "content": "Another one."},
+    {"role": "user", "content": "Name a colour."},
+    {"role": "assistant", "content": "Blue, as the sea is on a clear day."},
+]
+SHARE_GPT = [
+    {"from": "gpt", "value": "cut off"},
+    {"from": "human", "value": "Name an animal."},
+    {"from": "gpt", "value": "A snail, which carries its house."},
+    {"from": "human", "value": "never answered"},
+]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_read_conversations(
+    tmp_path: Path, prefix: ikv.Prefix, vocabulary: Vocabulary, template: str, suffix: str
+) -> None:
+    file = tmp_path / f"data{suffix}"
+    records = [{"messages": MESSAGES}, {"conversations": SHARE_GPT}, {"id": 3, "messages": MESSAGES}]
+    lines = "\n".join(json.dumps(record) for record in records) + "\n\n"
+    file.write_text(json.dumps(records) if suffix == ".json" else lines)
+    made = read_user_file(file, prefix, vocabulary, template, n_tokens=40)
+    first = "Name a colour." + REPLY + "Blue, as the sea is on a clear day.<|im_end|>\n<|im_start|>user\n"
+    second = "Name an animal." + REPLY + "A snail, which carries its house.<|im_end|>\n<|im_start|>user\n"
+    joined = vocabulary.tokenize(first + second, special=True)
+    assert 40 <= len(joined) < 80 and made == [joined[:40]], "short ones are joined, what is left over is left out"
+    each = read_user_file(file, prefix, vocabulary, template, n_tokens=10)
+    assert [vocabulary.text(s)[:6] for s in each].count("Name a") == 3, "each begins with a conversation's beginning"
+
+
+def test_read_plain_text(tmp_path: Path, prefix: ikv.Prefix, vocabulary: Vocabulary, template: str) -> None:
+    text = "The ferry left at noon, <|im_end|> and nobody waved. " * 20
+    file = tmp_path / "story.txt"
+    file.write_text(text)
+    tokens = vocabulary.tokenize(text, special=False)
+    made = read_user_file(file, prefix, vocabulary, template, n_tokens=50)
+    assert made == [tokens[i : i + 50] for i in range(0, len(tokens) - 49, 50)] and vocabulary.eos not in made[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"messages": []}\n{"messages"\n', "line 2 is not JSON"),
+        ("a.jsonl", '{"text": "x"}', "line 1 has neither"),
+        ("a.jsonl", "[1]", "line 1 has neither"),
+        ("a.json", '[{"messages": [1]}]', "entry 1: message 1 needs a role"),
+        ("a.jsonl", '\n{"messages": [{"role": "tool", "content": "x"}]}', "line 2: message 1 .* 'tool'"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": ["x"]}]}', "line 1: message 1 .* list"),
+        ("a.jsonl", json.dumps({"messages": MESSAGES[1:2] * 2}), "line 1: message 2 is the second of 'user' in a row"),
+        ("a.txt", "too short", "has 2 tokens and one sequence needs 64"),
+        ("a.jsonl", "", "has 0 tokens"),
+    ],
+)
+def test_files_that_cannot_be_used(
+    tmp_path: Path,
+    prefix: ikv.Prefix,
+    vocabulary: Vocabulary,
+    template: str,
+    name: str,
+    text: str,
+    message: str,
+) -> None:
+    file = tmp_path / name
+    file.write_text(text)
+    with pytest.raises(IntactKVError, match=message) as raised:
+        read_user_file(file, prefix, vocabulary, template, n_tokens=64)
+    assert name in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_unreadable_files(tmp_path: Path, prefix: ikv.Prefix, vocabulary: Vocabulary, template: str) -> None:
+    with pytest.raises(UsageError, match="nowhere.txt"):
+        read_user_file(tmp_path / "nowhere.txt", prefix, vocabulary, template, n_tokens=8)
+    file = tmp_path / "latin.txt"
+    file.write_bytes("Zürich".encode("latin-1"))
+    with pytest.raises(IntactKVError, match="UTF-8 at byte 1"):
+        read_user_file(file, prefix, vocabulary, template, n_tokens=8)
+
+
+def test_the_hash_tells_sequences_apart() -> None:
+    same, cut = token_hash([[1, 2], [3]]), token_hash([[1], [2, 3]])
+    assert same == token_hash([(1, 2), (3,)]) and same != cut and len(same) == 64
