@@ -2,6 +2,7 @@
 # make test     set up and run the whole suite
 # make build    the package and the patched llama.cpp libraries, in .venv (editable)
 # make lint     ruff and mypy
+# make docs     the pages of docs/ that are made from the program
 # make clean    remove all of the above
 #
 # Needs Python >= 3.10 and a C++ compiler. PYTHON=python3.12 chooses another Python, VENV=dir another place.
@@ -24,7 +25,7 @@ logged = mkdir -p build; $(1) > $(LOG) 2>&1 || { \
 fetch = $(PIP) install $(1) || { \
 	echo "make: pip could not install what is needed: check the network and pip's index settings"; exit 1; }
 
-.PHONY: build test demo lint clean
+.PHONY: build test demo lint docs clean
 .DELETE_ON_ERROR:
 
 build: $(VENV)/.built
@@ -38,6 +39,9 @@ demo: $(VENV)/.built $(VENV)/.model
 lint: $(VENV)/.all
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.built
+	$(call stage,docs,$(BIN)/python docs/generate.py)
 
 clean:
 	rm -rf $(VENV) build dist
