@@ -4,7 +4,9 @@
 #include "api.h"
 
 #include "cells.h"
-#include "file.h"
+#include "prefix_file/compatible.h"
+#include "prefix_file/parse.h"
+#include "prefix_file/read_bytes.h"
 
 #include "llama-arch.h"
 #include "llama-context.h"
