@@ -3,7 +3,7 @@
 #include "intactkv.h"
 #include "api.h"
 
-#include "cells.h"
+#include "cells/arena.h"
 #include "prefix_file/compatible.h"
 #include "prefix_file/parse.h"
 #include "prefix_file/read_bytes.h"
