@@ -14,6 +14,7 @@
 #include "llama-kv-cache.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <cstring>
 #include <exception>
 #include <stdexcept>
@@ -163,10 +164,9 @@ size_t intactkv_arena_bytes(const llama_context * ctx) {
 }
 
 const char * intactkv_attention(const llama_context * ctx) {
-    for (const llama_kv_cache * kv : caches_of(ctx)) {
-        if (kv->intact) {
-            return kv->intact->attention_now();
-        }
-    }
-    return "stock";
+    const auto caches = caches_of(ctx);
+    const bool fused  = !caches.empty() && std::all_of(caches.begin(), caches.end(), [&](const llama_kv_cache * kv) {
+        return kv->intact && kv->intact->fused(ctx->get_cparams());
+    });
+    return fused ? "fused" : intactkv_n_cells(ctx, -1) > 0 ? "portable" : "stock";
 }

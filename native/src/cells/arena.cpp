@@ -2,6 +2,8 @@
 
 #include "fused.h"
 
+#include "llama-cparams.h"
+#include "llama-hparams.h"
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
 
@@ -52,11 +54,27 @@ arena::arena(llama_kv_cache & kv) :
     layers(kv.layers.size()) {
 }
 
-const char * arena::attention_now() const {
-    const bool f32 = std::any_of(kv.layers.begin(), kv.layers.end(), [](const auto & layer) {
-        return layer.k->type == GGML_TYPE_F32 || layer.v->type == GGML_TYPE_F32;
-    });
-    return fused() && !f32 ? "fused" : n_cells(-1) > 0 ? "portable" : "stock";
+// whether the kernel takes a cache of this type with heads of this size, asked as if a token were to be stored
+static bool kernel_knows(const ggml_tensor * cache, int64_t head_dim, int64_t n_head_kv) {
+    ggml_tensor cur = {};
+    cur.type  = GGML_TYPE_F32;
+    cur.nb[0] = sizeof(float);
+    cur.ne[0] = head_dim;
+    cur.ne[1] = n_head_kv;
+    cur.ne[2] = 1;
+    cur.ne[3] = 1;
+    return fused_store_supported(cache, &cur);
+}
+
+bool arena::fused(int32_t il, const llama_cparams & cparams) const {
+    const uint32_t n_head_kv = kv.hparams.n_head_kv(il);
+    return kind == attention_kind::fused && cparams.flash_attn &&
+           kernel_knows(cache_k(il), kv.hparams.n_embd_head_k(il), n_head_kv) &&
+           kernel_knows(cache_v(il), kv.hparams.n_embd_head_v(il), n_head_kv);
+}
+
+bool arena::fused(const llama_cparams & cparams) const {
+    return std::all_of(kv.layers.begin(), kv.layers.end(), [&](const auto & layer) { return fused(layer.il, cparams); });
 }
 
 const arena_layer & arena::layer(int32_t il) const {

@@ -19,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+struct llama_cparams;
 struct llama_hparams;
 class llama_kv_cache;
 
@@ -53,15 +54,14 @@ public:
     // changes whenever the rows move in memory: a graph built before must not be reused
     uint64_t generation() const { return gen; }
 
-    // whether graphs use the fused kernel, with and without intact cells; INTACTKV_ATTN=stock keeps upstream's graph
-    // to the bit
-    bool fused() const { return kind == attention_kind::fused; }
+    // Whether the fused kernel does layer il's attention (every layer's) in the graphs of a context, with and without
+    // intact cells. Graphs choose by it, intactkv_attention() reports it. INTACTKV_ATTN=stock keeps upstream's graph to
+    // the bit
+    bool fused(int32_t il, const llama_cparams & cparams) const;
+    bool fused(const llama_cparams & cparams) const;
 
     // false: no attention of this cache would read an intact cell, so none may be made
     bool reads_intact() const { return kind != attention_kind::stock; }
-
-    // "stock", "portable" or "fused": what the next batch will use
-    const char * attention_now() const;
 
     //
     // layers: the arena's rows, and the cache's own tensors

@@ -104,8 +104,8 @@ layer_attention graph_cells::layer(
     if (a == nullptr || cparams.training) {
         return {};
     }
-    layer_attention res(*this, il, cparams.flash_attn && bias == nullptr);
-    if (!a->fused() || !res.flash || k == nullptr || v == nullptr) {
+    layer_attention res(*this, il, bias == nullptr && a->fused(il, cparams));
+    if (!res.is_fused || k == nullptr || v == nullptr) {
         return res;
     }
     ggml_tensor * k_cache = a->cache_k(il);
@@ -146,7 +146,7 @@ ggml_tensor * layer_attention::attend(
     const arena & a = *cells->a;
     const bool has_intact = cells->n_intact > 0;
 
-    const bool fused = a.fused() && flash && fused_supported(q, k, v, mask, sinks);
+    const bool fused = is_fused && fused_supported(q, k, v, mask, sinks);
     GGML_ASSERT(fused || !is_whole);
     if (fused) {
         const llama_hparams & hparams = a.hparams();

@@ -26,7 +26,7 @@ class graph_cells;
 class layer_attention {
 public:
     layer_attention() = default;
-    layer_attention(const graph_cells & cells, int32_t il, bool flash) : cells(&cells), il(il), flash(flash) {}
+    layer_attention(const graph_cells & cells, int32_t il, bool fused) : cells(&cells), il(il), is_fused(fused) {}
 
     // The fused kernel does all of it: store() takes the place of upstream's rotations of K and V and of their copies
     // into the cache, attend() that of upstream's rotations of Q and of the result.
@@ -50,7 +50,7 @@ private:
     const graph_cells * cells = nullptr;
 
     int32_t il       = -1;
-    bool    flash    = false; // upstream's would be flash attention
+    bool    is_fused = false; // arena::fused(), and upstream's would be flash attention without a bias
     bool    is_whole = false;
 };
 
