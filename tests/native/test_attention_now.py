@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import lowlevel
 import numpy as np
 import pytest
-from lowlevel import Context, L
 
 from intactkv_export import library
+from tests.support import lowlevel
+from tests.support.lowlevel import Context, L
 
 N_EMBD, N_HEAD, N_LAYER, N_VOCAB = 64, 2, 2, 64
 OPERATIONS = {"CUSTOM", "FLASH_ATTN_EXT", "SOFT_MAX"}  # fused attention; upstream's, with flash attention and without
