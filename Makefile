@@ -1,7 +1,8 @@
 # make demo     set up, convert a small model, chat with it, and show what IntactKV changed
 # make test     set up and run the whole suite
+# make check    the part of the suite that takes under two minutes, for every commit
 # make build    the package and the patched llama.cpp libraries, in .venv (editable)
-# make lint     ruff and mypy
+# make lint     ruff, mypy and clang-format; make format mends what they can mend
 # make docs     the pages of docs/ that are made from the program
 # make clean    remove all of the above
 #
@@ -25,7 +26,7 @@ logged = mkdir -p build; $(1) > $(LOG) 2>&1 || { \
 fetch = $(PIP) install $(1) || { \
 	echo "make: pip could not install what is needed: check the network and pip's index settings"; exit 1; }
 
-.PHONY: build test demo lint docs clean
+.PHONY: build test check demo lint format docs clean
 .DELETE_ON_ERROR:
 
 build: $(VENV)/.built
@@ -33,12 +34,22 @@ build: $(VENV)/.built
 test: $(VENV)/.all $(VENV)/.model
 	$(call stage,test,$(BIN)/python -m pytest tests)
 
+check: $(VENV)/.all $(VENV)/.model
+	$(call stage,check,$(BIN)/python -m pytest tests -m "not slow" -q)
+
 demo: $(VENV)/.built $(VENV)/.model
 	$(call stage,demo,$(BIN)/python examples/demo.py)
 
 lint: $(VENV)/.all
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: $(VENV)/.all
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 docs: $(VENV)/.built
 	$(call stage,docs,$(BIN)/python docs/generate.py)
@@ -69,6 +80,8 @@ $(VENV)/.built: $(VENV)/.bindings pyproject.toml constraints.txt intactkv_export
 	$(call stage,compile and install, \
 		$(call logged,$(PIP) install -v --no-build-isolation -c constraints.txt -e .); \
 		touch $@)
+
+CPP = $(shell find native/src native/include native/tests -name '*.cpp' -o -name '*.h')
 
 # Everything: conversion from Hugging Face (torch), tests and linters.
 EVERYTHING = .[convert,dev]

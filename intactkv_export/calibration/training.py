@@ -34,8 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from intactkv_export.calibration.data import Data, check_same
 from intactkv_export.calibration.targets import divergence
 from intactkv_export.errors import IntactKVError, UsageError
-from intactkv_export.torch_model import TorchModel
-from intactkv_export.torch_model.rounding import rotate, rotation
+from intactkv_export.torch_model import TorchModel, rounding
 from intactkv_export.work import atomic
 
 OBJECTIVES = ("kl", "mse", "kl+mse")
@@ -280,8 +279,8 @@ def _held_out(student: TorchModel, rows: tuple[Tensor, Tensor], data: Data, sett
 
 def _storable(student: TorchModel, rows: Tensor, kind: str, kv_type: tuple[str, str]) -> bool:
     """Finite in F16, also rotated as a quantized cache of llama.cpp holds them, whatever its type turns out to be."""
-    size = rotation("q8_0", student.head_dim, kind == "V")
-    return bool(torch.isfinite(rows).all() and torch.isfinite(rotate(rows.float(), size).half()).all())
+    size = rounding.rotation("q8_0", student.head_dim, kind == "V")
+    return bool(torch.isfinite(rows).all() and torch.isfinite(rounding.rotate(rows.float(), size).half()).all())
 
 
 def _scale(rows: Tensor, settings: Settings) -> Tensor:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from intactkv_export import extras
 from intactkv_export.errors import UsageError
-from intactkv_export.models.proven import supports
-from intactkv_export.models.reference import Reference
+from intactkv_export.models import Reference, supports
 
 NAMES = ("auto", "llama", "torch")
 

@@ -21,9 +21,7 @@ from typing import Any
 from intactkv_export import library
 from intactkv_export.engines.rows import to_float16
 from intactkv_export.errors import UsageError
-from intactkv_export.libllama import bindings
-from intactkv_export.libllama.context import BATCH, Context
-from intactkv_export.libllama.state import KV, rows_by_layer
+from intactkv_export.libllama import KV, N_BATCH, Context, bindings, state
 from intactkv_export.work import Steps
 
 CACHE_TYPES = ("f32", "f16")
@@ -60,9 +58,9 @@ def compute(
         raise UsageError(f"unknown cache type {cache_dtype!r}: give one of {', '.join(CACHE_TYPES)}")
     with Context(gguf, max(n_ctx, len(tokens) + 1), cache_dtype, n_threads) as context:
         model = bindings.describe(context.ptr)
-        for start in range(0, len(tokens), BATCH):
-            context.decode(tokens[start : start + BATCH], start)
+        for start in range(0, len(tokens), N_BATCH):
+            context.decode(tokens[start : start + N_BATCH], start)
             if progress is not None:
-                progress(min(start + BATCH, len(tokens)), len(tokens))
-        K, V = rows_by_layer(context.state(), model, len(tokens))
+                progress(min(start + N_BATCH, len(tokens)), len(tokens))
+        K, V = state.rows_by_layer(context.state(), model, len(tokens))
     return model, to_float16(K, "K"), to_float16(V, "V")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from intactkv_export.errors import IntactKVError
-from intactkv_export.libllama.state import KV
+from intactkv_export.libllama import KV
 
 
 def to_float16(rows: KV, name: str) -> KV:

@@ -21,9 +21,8 @@ import numpy as np
 
 from intactkv_export.engines.rows import to_float16
 from intactkv_export.errors import IntactKVError
-from intactkv_export.libllama.state import KV
-from intactkv_export.models.dtypes import check_dtype
-from intactkv_export.models.proven import PROVEN
+from intactkv_export.libllama import KV
+from intactkv_export.models import PROVEN, check_dtype
 from intactkv_export.work import Steps
 
 _CHUNK = 512  # tokens a forward pass: bounds the attention matrix, [heads, _CHUNK, n_tokens]
@@ -90,14 +89,13 @@ def compute_float32(
     import torch
     from transformers import DynamicCache
 
-    from intactkv_export.torch_model.from_huggingface import check, load, quiet, read_config
-    from intactkv_export.torch_model.rope_pairs import halves_to_neighbours
+    from intactkv_export.torch_model import from_huggingface, rope_pairs
 
     if not tokens:
         raise IntactKVError(f"no tokens to compute a prefix of with {hf_dir}: give a prefix of at least one token")
     check_dtype(dtype)
-    with quiet():
-        config = read_config(hf_dir)
+    with from_huggingface.quiet():
+        config = from_huggingface.read_config(hf_dir)
     text = config.get_text_config(decoder=True)
     bad = next((t for t in tokens if not 0 <= t < text.vocab_size), None)
     if bad is not None:
@@ -106,11 +104,11 @@ def compute_float32(
             "tokenize the prefix with this model's tokenizer"
         )
     if model is not None:
-        check(text, model, len(tokens), str(hf_dir))
+        from_huggingface.check(text, model, len(tokens), str(hf_dir))
     _fix_longrope(text, model, len(tokens), str(hf_dir))
 
-    with quiet():
-        net = load(hf_dir, config, device, dtype, offload_dir, max_memory)
+    with from_huggingface.quiet():
+        net = from_huggingface.load(hf_dir, config, device, dtype, offload_dir, max_memory)
     # Without a config this cache keeps every position of every layer; with one, sliding layers would crop theirs.
     cache = DynamicCache()
     with torch.inference_mode():
@@ -126,7 +124,7 @@ def compute_float32(
     for il in range(text.num_hidden_layers):
         k, v = (x[0].transpose(0, 1).float().cpu().numpy() for x in (cache.layers[il].keys, cache.layers[il].values))
         if PROVEN[text.model_type] == "norm":
-            k = np.ascontiguousarray(halves_to_neighbours(k))
+            k = np.ascontiguousarray(rope_pairs.halves_to_neighbours(k))
         K[il], V[il] = k, v
     return K, V
 

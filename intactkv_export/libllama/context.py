@@ -13,13 +13,13 @@ from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama.kv_types import KV_TYPES
 from intactkv_export.libllama.log import errors_logged
 
-BATCH = 512  # tokens evaluated at a time, at most
+N_BATCH = 512  # tokens evaluated at a time, at most
 
 
 class Context:
     """A GGUF with a llama_context, `ptr`. A context manager: frees both.
 
-    n_ctx: 0: BATCH. cache_type: "f32" (then without flash attention, which works in F16) or another of KV_TYPES.
+    n_ctx: 0: N_BATCH. cache_type: "f32" (then without flash attention, which works in F16) or another of KV_TYPES.
     n_threads: None: all cores. Raises IntactKVError if llama.cpp cannot run it.
     """
 
@@ -34,8 +34,8 @@ class Context:
             self._model = L.llama_model_load_from_file(os.fsencode(gguf), model)
             if self._model:
                 context = L.llama_context_default_params()
-                context.n_ctx, context.n_seq_max = n_ctx or BATCH, 1
-                context.n_batch = context.n_ubatch = BATCH
+                context.n_ctx, context.n_seq_max = n_ctx or N_BATCH, 1
+                context.n_batch = context.n_ubatch = N_BATCH
                 context.n_threads = context.n_threads_batch = n_threads or os.cpu_count() or 1
                 context.type_k = context.type_v = KV_TYPES[cache_type]
                 context.flash_attn_type = int(cache_type != "f32")

@@ -22,7 +22,6 @@ import numpy as np
 
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import state
-from intactkv_export.libllama.state import REMAKE, CacheShape
 from intactkv_export.models import KEY_REFERENCE, check_same_reference, gguf_file
 from intactkv_export.prefix import manifest as manifests
 from intactkv_export.work import atomic
@@ -233,11 +232,11 @@ def _parse(data: bytes, source: Path | None, embedded: bool) -> Prefix:
     for cache in manifests.caches(manifest):
         section = next(found, None)
         if section is None:
-            raise IntactKVError(f"its state ends at byte {end}, before its last KV cache: {REMAKE}")
+            raise IntactKVError(f"its state ends at byte {end}, before its last KV cache: {state.REMAKE}")
         layers += _checked_layers(section, cache, len(tokens))
         end = section.end
     if end != len(body):
-        raise IntactKVError(f"its state ends at byte {end} and its manifest begins at {len(body)}: {REMAKE}")
+        raise IntactKVError(f"its state ends at byte {end} and its manifest begins at {len(body)}: {state.REMAKE}")
     layers.sort(key=lambda layer: layer.il)
     return Prefix(tokens, manifest, layers, hashlib.sha256(data).hexdigest(), source, embedded, data)
 
@@ -269,7 +268,9 @@ def _check_header(data: bytes, end: int, tokens: Sequence[int]) -> int:
     """Compare what a state file begins with; returns where the first cache begins."""
     wanted = state.file_header(tokens)
     if end < len(wanted):
-        raise IntactKVError(f"its state has {end} bytes, the tokens of its manifest alone need {len(wanted)}: {REMAKE}")
+        raise IntactKVError(
+            f"its state has {end} bytes, the tokens of its manifest alone need {len(wanted)}: {state.REMAKE}"
+        )
     names = ("magic number", "state version", "n_tokens")
     found, expected = np.frombuffer(data, "<i4", len(wanted) // 4), np.frombuffer(wanted, "<i4")
     for i in np.flatnonzero(found != expected)[:1].tolist():
@@ -277,7 +278,7 @@ def _check_header(data: bytes, end: int, tokens: Sequence[int]) -> int:
     return len(wanted)
 
 
-def _checked_layers(section: state.Section, cache: CacheShape, n_tokens: int) -> list[Layer]:
+def _checked_layers(section: state.Section, cache: state.CacheShape, n_tokens: int) -> list[Layer]:
     """A cache's layers, after everything in its section was found to be as the manifest says."""
     expected = sorted(cache.positions(n_tokens))
     if section.n_cells != len(expected):
@@ -287,11 +288,13 @@ def _checked_layers(section: state.Section, cache: CacheShape, n_tokens: int) ->
         if pos not in missing:
             raise IntactKVError(
                 f"its cell {i} has position {pos} at byte {at}, which is given twice or not among the {len(expected)} "
-                f"that a prefix of {n_tokens} tokens has in this cache: {REMAKE}"
+                f"that a prefix of {n_tokens} tokens has in this cache: {state.REMAKE}"
             )
         missing.remove(pos)
         if sequences != [0]:
-            raise IntactKVError(f"its cell {i} at byte {at} is of the sequences {sequences} and must be of 0: {REMAKE}")
+            raise IntactKVError(
+                f"its cell {i} at byte {at} is of the sequences {sequences} and must be of 0: {state.REMAKE}"
+            )
     if section.v_trans:
         state.refuse("flag for a transposed V", section.v_trans, section.layers_at, 0)
     if section.n_layer != len(cache.layers) or section.intact is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from intactkv_export.errors import IntactKVError, first_line
-from intactkv_export.libllama.state import MAX_LAYERS, REMAKE, CacheShape, shapes
+from intactkv_export.libllama import state
 
 FORMAT = 1
 _MAX_BYTES = 16 << 20  # a million tokens with their text
@@ -30,18 +30,18 @@ def encode(manifest: Mapping[str, Any]) -> bytes:
 def decode(data: bytes) -> dict[str, Any]:
     """Parse and check the bytes of a manifest. Raises IntactKVError naming the first field that is wrong."""
     if len(data) > _MAX_BYTES:
-        raise IntactKVError(f"the manifest has {len(data)} bytes and at most {_MAX_BYTES} are allowed: {REMAKE}")
+        raise IntactKVError(f"the manifest has {len(data)} bytes and at most {_MAX_BYTES} are allowed: {state.REMAKE}")
     try:
         root = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
-        raise IntactKVError(f"the manifest is not JSON ({first_line(error)}): {REMAKE}") from error
+        raise IntactKVError(f"the manifest is not JSON ({first_line(error)}): {state.REMAKE}") from error
     _check(_Field(root, "manifest"))
     return root
 
 
-def caches(manifest: Mapping[str, Any]) -> list[CacheShape]:
+def caches(manifest: Mapping[str, Any]) -> list[state.CacheShape]:
     """The KV caches of a checked manifest's model, in the order of the state."""
-    return shapes(manifest["model"])
+    return state.shapes(manifest["model"])
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class _Field:
     def expect(self, ok: bool, what: str) -> _Field:
         if not ok:
             shown = type(self.value).__name__ if isinstance(self.value, list | dict) else ascii(self.value)[:100]
-            raise IntactKVError(f"the manifest's field {self.name} is {shown}, not {what}: {REMAKE}")
+            raise IntactKVError(f"the manifest's field {self.name} is {shown}, not {what}: {state.REMAKE}")
         return self
 
     def __getitem__(self, key: str) -> _Field:
         self.expect(isinstance(self.value, dict), "an object")
         if key not in self.value:
-            raise IntactKVError(f"the manifest has no field {self.name}.{key}: {REMAKE}")
+            raise IntactKVError(f"the manifest has no field {self.name}.{key}: {state.REMAKE}")
         return _Field(self.value[key], f"{self.name}.{key}")
 
     def items(self, low: int, high: int) -> list[_Field]:
@@ -111,8 +111,8 @@ def _check_caches(field: _Field) -> None:
         swa_type = cache["swa_type"].integer(0, 3)
         cache["n_swa"].integer(0 if swa_type == 0 else 1, 2**31 - 1)
         last = -1
-        for layer in cache["layers"].items(0, MAX_LAYERS):
-            il = layer["il"].integer(0, MAX_LAYERS - 1)
+        for layer in cache["layers"].items(0, state.MAX_LAYERS):
+            il = layer["il"].integer(0, state.MAX_LAYERS - 1)
             layer["il"].expect(il > last, f"above that of the layer before it, {last}")
             last = il
             layer["n_head_kv"].integer(0, _MAX_HEADS)

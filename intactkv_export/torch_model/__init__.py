@@ -3,8 +3,18 @@
 Imported inside functions only: it loads torch and transformers.
 """
 
-from intactkv_export.torch_model import from_huggingface, layers, rounding
+from intactkv_export.torch_model import from_huggingface, layers, rope_pairs, rounding
 from intactkv_export.torch_model.mixed_cache import Layout, MixedCache
 from intactkv_export.torch_model.model import TorchModel, load, prefix_rows
 
-__all__ = ["Layout", "MixedCache", "TorchModel", "from_huggingface", "layers", "load", "prefix_rows", "rounding"]
+__all__ = [
+    "Layout",
+    "MixedCache",
+    "TorchModel",
+    "from_huggingface",
+    "layers",
+    "load",
+    "prefix_rows",
+    "rope_pairs",
+    "rounding",
+]

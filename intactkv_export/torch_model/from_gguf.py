@@ -20,8 +20,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from intactkv_export.errors import IntactKVError
-from intactkv_export.models import gguf_file
-from intactkv_export.models.proven import PROVEN
+from intactkv_export.models import PROVEN, gguf_file
 from intactkv_export.torch_model.rope_pairs import neighbours_to_halves
 from intactkv_export.torch_model.rounding import rounded, straight
 

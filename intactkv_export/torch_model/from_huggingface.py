@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from intactkv_export.errors import IntactKVError, first_line
-from intactkv_export.models.proven import PROVEN, supports
+from intactkv_export.models import PROVEN, supports
 
 
 @contextmanager

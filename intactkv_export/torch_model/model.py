@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 
 from intactkv_export.errors import UsageError
-from intactkv_export.models import gguf_file
-from intactkv_export.models.dtypes import FLOATS, check_dtype
-from intactkv_export.models.proven import PROVEN
-from intactkv_export.prefix.ikv import Prefix
+from intactkv_export.models import FLOATS, PROVEN, check_dtype, gguf_file
+from intactkv_export.prefix import Prefix
 from intactkv_export.torch_model import from_gguf, from_huggingface
 from intactkv_export.torch_model.mixed_cache import Layout, MixedCache
 

@@ -60,10 +60,15 @@ LLAMA_API int32_t intactkv_n_cells(const struct llama_context * ctx, llama_seq_i
 // Bytes allocated for the arenas of all layers.
 LLAMA_API size_t intactkv_arena_bytes(const struct llama_context * ctx);
 
-// Which attention the next batch will use: "stock" (upstream's op, whenever no cell is intact), "portable" (standard
-// ggml ops, on any backend) or "fused" (our CPU kernel, for quantized caches in CPU memory). INTACTKV_ATTN overrides
-// the choice when a context is made: portable; fused, then also without a prefix; or stock, which refuses to load a
-// prefix into a quantized cache.
+// Which attention the next batch will use:
+//   "fused"     our CPU kernel in every layer, with intact cells and without. It takes a cache in CPU memory, with flash
+//               attention on, of every KV type but F32, with head sizes that are multiples of 16 up to 512
+//   "portable"  upstream's ops, in the layers the kernel does not take, over copies of K and V with the intact cells'
+//               rows written over them: any backend
+//   "stock"     upstream's ops as they are in those layers, because no cell is intact
+// INTACTKV_ATTN, read when a context is made, overrides the choice. fused: an error if the cache is not in CPU memory;
+// what else the kernel does not take, it still leaves. portable: no kernel, so stock as long as no cell is intact.
+// stock: F16 cells are refused for any cache but an F16 or F32 one.
 LLAMA_API const char * intactkv_attention(const struct llama_context * ctx);
 
 #ifdef __cplusplus

@@ -1,5 +1,5 @@
 // A small valid prefix whose every part a test can change before it is turned into the bytes of an `.ikv`.
-// Written from the description of the format in file.h, not from the code that reads it.
+// Written from the description of the format in parse.h, not from the code that reads it.
 
 #pragma once
 

@@ -1,7 +1,7 @@
 // compatible(): every value that changes what a prefix means is compared, and the most telling difference is named.
 
 #include "check.h"
-#include "file.h"
+#include "prefix_file/compatible.h"
 #include "sample.h"
 
 #include <cmath>

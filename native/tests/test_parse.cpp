@@ -2,7 +2,7 @@
 // undefined-behaviour sanitizers; every input is in an allocation of its exact size, so one byte too far is seen.
 
 #include "check.h"
-#include "file.h"
+#include "prefix_file/parse.h"
 #include "sample.h"
 
 #include <algorithm>

@@ -1,8 +1,9 @@
 // read_bytes() and has_trailer(): files that are not there, not files, cut off, or lie about their sizes.
 
 #include "check.h"
-#include "file.h"
 #include "gguf_sample.h"
+#include "prefix_file/parse.h"
+#include "prefix_file/read_bytes.h"
 #include "sample.h"
 
 #include <filesystem>

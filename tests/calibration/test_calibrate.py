@@ -239,13 +239,15 @@ def test_training_needs_no_llama_cpp(pair):
     code = (
         "import sys; sys.modules['llama_cpp'] = None\n"
         "import numpy as np\n"
-        "from intactkv_export import prefix_file, student, targets, training\n"
-        "directory, gguf, ikv = sys.argv[1:]\n"
-        "prefix, sequences = prefix_file.read(ikv), np.arange(64).reshape(4, 16) + 6\n"
-        "wanted = targets.make(lambda: student.load(directory), prefix.tokens, sequences.tolist())\n"
-        "data = training.Data(sequences, wanted, 1)\n"
+        "from intactkv_export import torch_model\n"
+        "from intactkv_export.calibration import data, targets, training\n"
+        "from intactkv_export.prefix import ikv\n"
+        "directory, gguf, path = sys.argv[1:]\n"
+        "prefix, sequences = ikv.read(path), np.arange(64).reshape(4, 16) + 6\n"
+        "wanted = targets.make(lambda: torch_model.load(directory), prefix.tokens, sequences.tolist())\n"
+        "made = data.Data(sequences, wanted, 1)\n"
         "settings = training.Settings(steps=1)\n"
-        "training.train(student.load(gguf), *student.prefix_rows(prefix), data, settings)\n"
+        "training.train(torch_model.load(gguf), *torch_model.prefix_rows(prefix), made, settings)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, *map(str, pair)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -66,7 +66,7 @@ def test_one_batch_or_many(model, tokens, monkeypatch):
     seen = []
     tokens = (tokens * 4)[:80]
     _, K, V = engine.compute(model("F16"), tokens, n_threads=2, progress=lambda *n: seen.append(n))
-    monkeypatch.setattr(engine, "_BATCH", 32)
+    monkeypatch.setattr(engine, "N_BATCH", 32)
     _, k, v = engine.compute(model("F16"), tokens, n_threads=2, progress=lambda *n: seen.append(n))
     assert seen == [(80, 80), (32, 80), (64, 80), (80, 80)]
     assert errors(K, k).max() < 2e-3 and errors(V, v).max() < 2e-3

@@ -24,6 +24,7 @@ import pytest
 from intactkv_export import library
 from intactkv_export.engines import torch_engine as engine
 from intactkv_export.errors import IntactKVError
+from intactkv_export.models.proven import PROVEN, supports
 from intactkv_export.torch_model import from_huggingface
 from intactkv_export.torch_model.rope_pairs import halves_to_neighbours
 from tests.support import random_models
@@ -142,7 +143,7 @@ def test_offloaded_to_disk_is_the_same(changed, tmp_path, monkeypatch):
     tokens = random_tokens(24)
     plain = engine.compute_float32(directory, tokens, None)
     placed = []
-    load = engine.load
+    load = from_huggingface.load
     monkeypatch.setattr(from_huggingface, "load", lambda *a: placed.append(load(*a)) or placed[0])
     disk = engine.compute_float32(directory, tokens, None, offload_dir=tmp_path / "offload", max_memory={"cpu": "4MB"})
     assert {"cpu", "disk"} == set(placed[0].hf_device_map.values())
@@ -215,9 +216,9 @@ def test_every_proven_architecture_is_tested(models):
     tested = set()
     for directory in models.values():
         config = json.loads((directory / "config.json").read_text())
-        assert engine.supports(config)
+        assert supports(config)
         tested.add((config.get("text_config") or config)["model_type"])
-    assert tested == set(engine.PROVEN)
+    assert tested == set(PROVEN)
 
 
 @pytest.mark.parametrize(
@@ -235,12 +236,12 @@ def test_every_proven_architecture_is_tested(models):
     ],
 )
 def test_what_is_not_proven(config):
-    assert not engine.supports(config)
+    assert not supports(config)
 
 
 def test_older_spelling_of_the_rope_settings():
-    assert engine.supports({"model_type": "llama", "rope_theta": 1e4, "rope_scaling": None})
-    assert engine.supports({"model_type": "phi3", "rope_scaling": {"type": "longrope", "long_factor": [1.0]}})
+    assert supports({"model_type": "llama", "rope_theta": 1e4, "rope_scaling": None})
+    assert supports({"model_type": "phi3", "rope_scaling": {"type": "longrope", "long_factor": [1.0]}})
 
 
 def refusal(directory, tokens, model=None, **options):
@@ -324,7 +325,7 @@ def test_says_nothing(models, capfd):
 
 def test_importing_the_engine_does_not_import_torch():
     code = (
-        "import sys, intactkv_export.engines.torch\n"
+        "import sys, intactkv_export.engines.torch_engine\n"
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'accelerate')))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -75,7 +75,7 @@ def test_stock_attention_says_that_it_cannot_read_a_prefix(smol: Smol, monkeypat
 
 
 def test_stock_libraries_are_named(stock_lib: Path) -> None:
-    code = "from intactkv_export import bindings; bindings.version()"
+    code = "from intactkv_export.libllama import bindings; bindings.version()"
     env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(stock_lib)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode != 0

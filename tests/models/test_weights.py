@@ -185,7 +185,7 @@ def test_disk_full_while_quantizing(tiny, tmp_path):
     """Upstream does not notice a failed write: it is found out, here by a limit on the size of files."""
     code = """
         import pathlib, resource, sys
-        from intactkv_export import weights
+        from intactkv_export.models import weights
         from intactkv_export.errors import IntactKVError
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:

@@ -30,12 +30,11 @@ from tests.support.paths import REPO
 NATIVE = REPO / "native"
 BUILD = REPO / "build" / "native_tests"  # kept: nothing is compiled again when nothing changed
 
-CODE = [NATIVE / "src" / f"{name}.cpp" for name in ("file", "manifest", "read_bytes")]
+PREFIX_FILE = NATIVE / "src" / "prefix_file"
+CODE = sorted(PREFIX_FILE.glob("*.cpp"))
 TESTS = [NATIVE / "tests" / f"test_{name}.cpp" for name in ("file", "parse", "compatible", "read_bytes")]
 FUZZ = [NATIVE / "tests" / f"{name}.cpp" for name in ("fuzz_file", "mutate")]
-HEADERS = [NATIVE / "src" / f"{name}.h" for name in ("file", "manifest", "refuse")] + [
-    NATIVE / "tests" / f"{name}.h" for name in ("check", "sample", "gguf_sample")
-]
+HEADERS = [*PREFIX_FILE.glob("*.h")] + [NATIVE / "tests" / f"{name}.h" for name in ("check", "sample", "gguf_sample")]
 
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # No leak check: it needs ptrace, which containers forbid.

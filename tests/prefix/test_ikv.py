@@ -343,7 +343,7 @@ def test_interrupted_output_is_absent(tmp_path):
 def test_killed_process_leaves_only_what_the_next_one_removes(tmp_path):
     code = """
         import sys, time
-        from intactkv_export import atomic
+        from intactkv_export.work import atomic
         with atomic.output(sys.argv[1]) as file, atomic.work_directory(sys.argv[1]) as directory:
             file.write(b"half"); file.flush(); (directory / "y").write_bytes(b"half")
             print("ready", flush=True); time.sleep(60)
@@ -364,11 +364,11 @@ def test_disk_full_is_one_sentence(tmp_path):
     """A limit on the size of files: the write fails in the middle. And a device that is always full."""
     code = """
         import resource, sys
-        from intactkv_export import prefix_file
+        from intactkv_export.prefix import ikv
         from intactkv_export.errors import IntactKVError
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         try:
-            prefix_file.write(sys.argv[1], b"x" * 100_000)
+            ikv.write(sys.argv[1], b"x" * 100_000)
         except IntactKVError as error:
             print(error)
     """

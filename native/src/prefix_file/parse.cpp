@@ -1,7 +1,7 @@
-#include "file.h"
+#include "prefix_file/parse.h"
 
-#include "manifest.h"
-#include "refuse.h"
+#include "prefix_file/manifest.h"
+#include "prefix_file/refuse.h"
 
 #include "hash/hash.h"
 
@@ -15,10 +15,6 @@ static constexpr uint32_t STATE_VERSION = 3;          // LLAMA_STATE_SEQ_VERSION
 static constexpr int32_t  TYPE_F16      = 1;          // GGML_TYPE_F16
 static constexpr size_t   SHA256_SIZE   = 32;
 static constexpr size_t   TRAILER_SIZE  = sizeof(uint64_t) + SHA256_SIZE + TRAILER_MAGIC_SIZE;
-
-static constexpr const char * DOWNLOAD = "download it again";
-// The checksum was right, so whoever wrote the file wrote this.
-static constexpr const char * REMAKE   = "make the prefix again with this version of intactkv-export";
 
 // Walks the state. Every read is checked against what is left, so no sum of sizes can overflow.
 struct reader {

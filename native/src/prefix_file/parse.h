@@ -8,15 +8,14 @@
 //   manifest: UTF-8 JSON
 //   u64 manifest length, SHA-256 of all bytes before that length, 8 bytes "INTACTKV"
 //
-// No function here throws, aborts, or prints. An error is one sentence: what is wrong, where, both values, and
-// what to do. Needs nothing of llama.cpp but its SHA-256 and JSON libraries.
+// No function of parse.h, compatible.h and read_bytes.h throws, aborts, or prints. An error is one sentence: what is
+// wrong, where, both values, and what to do. This folder needs nothing of llama.cpp but its SHA-256 and JSON libraries.
 
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <string>
-#include <vector>
 
 namespace intactkv {
 
@@ -31,20 +30,6 @@ struct prefix_view {
 // Checks everything that the bytes alone can tell: trailer, checksum, the manifest's shape, and that tokens and
 // KV state are byte for byte what the manifest says, with finite values. false: error is set, out is unspecified.
 bool parse(const void * data, size_t size, prefix_view & out, std::string & manifest_json, std::string & error);
-
-// Compares manifest.model with intactkv_describe() of a context, then the reference model's identity with that in
-// the GGUF (key intactkv.reference.sha256; "" if it has none: then not compared). The first difference is the error.
-bool compatible(
-        const std::string & manifest_json,
-        const std::string & describe_json,
-        const std::string & gguf_reference_sha256,
-              std::string & error);
-
-// Reads an `.ikv` file, or the array intactkv.state of a GGUF. The bytes are as unchecked as the file.
-bool read_bytes(const char * path, std::vector<uint8_t> & out, std::string & error);
-
-// Whether path is a file that ends in the trailer's magic.
-bool has_trailer(const char * path);
 
 // The trailer's last bytes.
 constexpr char   TRAILER_MAGIC[]    = "INTACTKV";

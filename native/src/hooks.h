@@ -1,4 +1,4 @@
-// What the patched llama.cpp calls besides cells.h: once per context, and once per state file.
+// What the patched llama.cpp calls besides cells/: once per context, and once per state file.
 
 #pragma once
 

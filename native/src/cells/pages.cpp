@@ -1,6 +1,4 @@
-#include "cells.h"
-
-#include "ggml-backend.h"
+#include "cells/pages.h"
 
 #include <cstdint>
 

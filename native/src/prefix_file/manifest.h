@@ -2,8 +2,11 @@
 
 #pragma once
 
+#include "nlohmann/json_fwd.hpp"
+
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace intactkv {
@@ -27,7 +30,13 @@ struct manifest {
 };
 
 // Throws refused, naming the field, unless every field is there with its type and range.
-// text: UTF-8 that need not end in 0. Size and nesting are bounded before anything is built from it.
+// text: UTF-8 that need not end in 0, as for parse_json().
 manifest read_manifest(const char * text, size_t size);
+
+// The JSON alone, of whatever shape. Size and nesting are bounded before anything is built from it; throws refused.
+nlohmann::json parse_json(const char * text, size_t size);
+
+// A value for an error message: ASCII, one line, short, whatever the file says.
+std::string shown(const nlohmann::json & value);
 
 } // namespace intactkv

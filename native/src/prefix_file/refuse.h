@@ -1,4 +1,5 @@
-// Inside the file code, bad input is an exception that carries the one sentence; the functions of file.h catch it.
+// Inside the file code, bad input is an exception that carries the one sentence; parse(), compatible() and read_bytes()
+// catch it.
 
 #pragma once
 
@@ -7,6 +8,11 @@
 #include <stdexcept>
 
 namespace intactkv {
+
+// What to do, the end of most sentences. DOWNLOAD: the bytes are not those that were written. REMAKE: the checksum was
+// right, so whoever wrote the file wrote this.
+inline constexpr const char * DOWNLOAD = "download it again";
+inline constexpr const char * REMAKE   = "make the prefix again with this version of intactkv-export";
 
 struct refused : std::runtime_error {
     using std::runtime_error::runtime_error;

@@ -1,7 +1,7 @@
-// Files on disk: read_bytes() and has_trailer().
+#include "prefix_file/read_bytes.h"
 
-#include "file.h"
-#include "refuse.h"
+#include "prefix_file/parse.h"
+#include "prefix_file/refuse.h"
 
 #include "gguf.h"
 
@@ -20,7 +20,6 @@ namespace intactkv {
 namespace fs = std::filesystem;
 
 static constexpr const char * STATE_KEY = "intactkv.state";
-static constexpr const char * DOWNLOAD  = "download it again";
 static constexpr char IKV_MAGIC[] = "qsgg"; // the little-endian 'ggsq'
 
 // A regular file with its size. Reading past the end is refused before anything is allocated for it.

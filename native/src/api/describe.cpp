@@ -1,0 +1,151 @@
+#include "api/describe.h"
+
+#include "llama-arch.h"
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include "hash/hash.h"
+#include "nlohmann/json.hpp"
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+namespace intactkv {
+
+using json = nlohmann::ordered_json;
+
+std::vector<llama_kv_cache *> caches_of(llama_memory_i * memory) {
+    if (auto * kv = dynamic_cast<llama_kv_cache *>(memory)) {
+        return { kv };
+    }
+    if (auto * kv = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
+        return { kv->get_base(), kv->get_swa() };
+    }
+    return {};
+}
+
+std::vector<llama_kv_cache *> caches_of(const llama_context * ctx) {
+    return caches_of(llama_get_memory(ctx));
+}
+
+std::string unsupported(const llama_memory_i * memory, const llama_model & model) {
+    const char * arch = llm_arch_name(model.arch);
+    const auto refuse = [&](const char * why) {
+        return format("a model of architecture '%s' cannot carry a prefix: %s", arch, why);
+    };
+    if (llm_arch_is_recurrent(model.arch)) {
+        return refuse("it is recurrent, it has a state instead of a KV cache");
+    }
+    if (llm_arch_is_hybrid(model.arch)) {
+        return refuse("it is a hybrid, part of its memory is a recurrent state");
+    }
+    if (llama_model_has_encoder(&model)) {
+        return refuse("its encoder sees the whole prompt, so no part of it can be computed ahead");
+    }
+    if (model.hparams.is_mla()) {
+        return refuse("it caches compressed latents (MLA) instead of K and V");
+    }
+    if (model.hparams.n_pos_per_embd() > 1) {
+        return refuse("its positions have several dimensions (M-RoPE)");
+    }
+    if (caches_of(const_cast<llama_memory_i *>(memory)).empty()) {
+        return refuse("it has no plain KV cache");
+    }
+    return "";
+}
+
+// SHA-256 over all token texts, each after its length (u32 LE)
+static std::string vocab_sha256(const llama_vocab * vocab) {
+    std::string all;
+    for (int32_t i = 0; i < llama_vocab_n_tokens(vocab); ++i) {
+        const char * text = llama_vocab_get_text(vocab, i);
+        const uint32_t n = strlen(text);
+        for (int b = 0; b < 4; ++b) {
+            all += (char) (n >> 8*b);
+        }
+        all.append(text, n);
+    }
+    return hash_sha256_hex(all.data(), all.size());
+}
+
+static std::string factors_sha256(ggml_tensor * factors) {
+    if (factors == nullptr) {
+        return "none";
+    }
+    std::vector<uint8_t> data(ggml_nbytes(factors));
+    ggml_backend_tensor_get(factors, data.data(), 0, data.size());
+    return hash_sha256_hex(data.data(), data.size());
+}
+
+static const char * rope_type_name(llama_rope_type type) {
+    switch (type) {
+        case LLAMA_ROPE_TYPE_NONE: return "none";
+        case LLAMA_ROPE_TYPE_NORM: return "norm";
+        case LLAMA_ROPE_TYPE_NEOX: return "neox";
+        default:                   return "other";
+    }
+}
+
+static const char * rope_scaling_name(llama_rope_scaling_type type) {
+    switch (type) {
+        case LLAMA_ROPE_SCALING_TYPE_LINEAR:   return "linear";
+        case LLAMA_ROPE_SCALING_TYPE_YARN:     return "yarn";
+        case LLAMA_ROPE_SCALING_TYPE_LONGROPE: return "longrope";
+        default:                               return "none";
+    }
+}
+
+std::string describe(const llama_context * ctx) {
+    const llama_model   & model   = *llama_get_model(ctx);
+    const llama_hparams & hparams = model.hparams;
+    const llama_cparams & cparams = ctx->get_cparams();
+    const llama_vocab   * vocab   = llama_model_get_vocab(&model);
+
+    json caches = json::array();
+    for (const llama_kv_cache * kv : caches_of(ctx)) {
+        const bool is_swa = caches.size() == 1; // base, then swa
+        json layers = json::array();
+        for (const uint32_t il : kv->get_layer_ids()) {
+            layers.push_back({
+                { "il",         il },
+                { "n_head_kv",  hparams.n_head_kv(il) },
+                { "head_dim_k", hparams.n_embd_head_k(il) },
+                { "head_dim_v", hparams.n_embd_head_v(il) },
+                { "rope_base",  hparams.has_rope(il) ? (double) model.get_rope_freq_base(cparams, il) : 0.0 },
+            });
+        }
+        caches.push_back({
+            { "n_swa",    is_swa ? hparams.n_swa : 0 },
+            { "swa_type", is_swa ? (int) hparams.swa_type : 0 },
+            { "layers",   std::move(layers) },
+        });
+    }
+
+    const json res = {
+        { "arch",         llm_arch_name(model.arch) },
+        { "n_ctx_train",  hparams.n_ctx_train },
+        { "n_vocab",      llama_vocab_n_tokens(vocab) },
+        { "vocab_sha256", vocab_sha256(vocab) },
+        { "caches",       std::move(caches) },
+        { "rope", {
+            { "type",        rope_type_name(hparams.rope_type) },
+            { "n_rot",       hparams.n_rot() },
+            { "scale",       (double) cparams.rope_freq_scale },
+            { "scale_swa",   (double) hparams.rope_freq_scale_train_swa },
+            { "scaling",     rope_scaling_name(cparams.rope_scaling_type) },
+            { "n_ctx_orig",  cparams.n_ctx_orig_yarn },
+            { "ext_factor",  (double) cparams.yarn_ext_factor },
+            { "attn_factor", (double) cparams.yarn_attn_factor },
+            { "beta_fast",   (double) cparams.yarn_beta_fast },
+            { "beta_slow",   (double) cparams.yarn_beta_slow },
+            { "factors",     factors_sha256(model.get_rope_factors(cparams, 0)) },
+        } },
+    };
+    return res.dump();
+}
+
+} // namespace intactkv

@@ -1,0 +1,25 @@
+// What a model and its context are to a prefix: the caches, whether they can carry one, and what one must match.
+
+#pragma once
+
+#include <string>
+#include <vector>
+
+struct llama_context;
+struct llama_model;
+struct llama_memory_i;
+class llama_kv_cache;
+
+namespace intactkv {
+
+// the caches of a memory that can have intact cells, in the order of a saved state; empty: none can
+std::vector<llama_kv_cache *> caches_of(llama_memory_i * memory);
+std::vector<llama_kv_cache *> caches_of(const llama_context * ctx);
+
+// why a model cannot carry a prefix, "" if it can
+std::string unsupported(const llama_memory_i * memory, const llama_model & model);
+
+// the JSON of intactkv_describe()
+std::string describe(const llama_context * ctx);
+
+} // namespace intactkv

@@ -1,0 +1,265 @@
+#include "cells/arena.h"
+
+#include "fused.h"
+
+#include "llama-cparams.h"
+#include "llama-hparams.h"
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+namespace intactkv {
+
+bool is_exact(ggml_type type) {
+    return type == GGML_TYPE_F16 || type == GGML_TYPE_F32;
+}
+
+// INTACTKV_ATTN, else the fastest that can read this cache: the fused kernel works on memory of the CPU only
+static attention_kind choose_attention(bool on_cpu) {
+    const char * env = getenv("INTACTKV_ATTN");
+    if (env == nullptr || *env == 0) {
+        return on_cpu ? attention_kind::fused : attention_kind::portable;
+    }
+    if (strcmp(env, "portable") == 0) {
+        return attention_kind::portable;
+    }
+    if (strcmp(env, "stock") == 0) {
+        return attention_kind::stock;
+    }
+    if (strcmp(env, "fused") != 0) {
+        throw std::runtime_error(format("INTACTKV_ATTN is '%s': use fused, portable or stock, or unset it", env));
+    }
+    if (!on_cpu) {
+        throw std::runtime_error("INTACTKV_ATTN is fused, but the KV cache is not in CPU memory: unset it, or keep the "
+                "cache there (offload_kqv = false)");
+    }
+    return attention_kind::fused;
+}
+
+void arena::attach(llama_kv_cache & kv) {
+    if (kv.other == nullptr) {
+        kv.intact = std::make_shared<arena>(kv);
+    }
+}
+
+arena::arena(llama_kv_cache & kv) :
+    kv(kv),
+    kind(choose_attention(std::all_of(kv.layers.begin(), kv.layers.end(), [](const auto & layer) {
+        return ggml_backend_buffer_get_type(layer.k->buffer) == ggml_backend_cpu_buffer_type();
+    }))),
+    layers(kv.layers.size()) {
+}
+
+// whether the kernel takes a cache of this type with heads of this size, asked as if a token were to be stored
+static bool kernel_knows(const ggml_tensor * cache, int64_t head_dim, int64_t n_head_kv) {
+    ggml_tensor cur = {};
+    cur.type  = GGML_TYPE_F32;
+    cur.nb[0] = sizeof(float);
+    cur.ne[0] = head_dim;
+    cur.ne[1] = n_head_kv;
+    cur.ne[2] = 1;
+    cur.ne[3] = 1;
+    return fused_store_supported(cache, &cur);
+}
+
+bool arena::fused(int32_t il, const llama_cparams & cparams) const {
+    const uint32_t n_head_kv = kv.hparams.n_head_kv(il);
+    return kind == attention_kind::fused && cparams.flash_attn &&
+           kernel_knows(cache_k(il), kv.hparams.n_embd_head_k(il), n_head_kv) &&
+           kernel_knows(cache_v(il), kv.hparams.n_embd_head_v(il), n_head_kv);
+}
+
+bool arena::fused(const llama_cparams & cparams) const {
+    return std::all_of(kv.layers.begin(), kv.layers.end(), [&](const auto & layer) { return fused(layer.il, cparams); });
+}
+
+const arena_layer & arena::layer(int32_t il) const {
+    return layers[kv.map_layer_ids.at(il)];
+}
+
+ggml_tensor * arena::cache_k(int32_t il) const {
+    return kv.layers[kv.map_layer_ids.at(il)].k;
+}
+
+ggml_tensor * arena::cache_v(int32_t il) const {
+    return kv.layers[kv.map_layer_ids.at(il)].v;
+}
+
+ggml_tensor * arena::stream_k(int32_t il, uint32_t strm) const {
+    return kv.layers[kv.map_layer_ids.at(il)].k_stream[strm];
+}
+
+ggml_tensor * arena::stream_v(int32_t il, uint32_t strm) const {
+    return kv.layers[kv.map_layer_ids.at(il)].v_stream[strm];
+}
+
+bool arena::v_transposed() const {
+    return kv.v_trans;
+}
+
+const llama_hparams & arena::hparams() const {
+    return kv.hparams;
+}
+
+fused_rotation arena::rotation() const {
+    fused_rotation res;
+    if (kv.attn_rot_k) {
+        for (res.k = 64; kv.n_embd_head_k_all % (2*res.k) == 0;) {
+            res.k *= 2;
+        }
+    }
+    if (kv.attn_rot_v) {
+        res.v = 64;
+    }
+    return res;
+}
+
+void arena::each_intact(const cell_fn & f) const {
+    for (uint32_t s = 0; n_rows > 0 && s < kv.v_cells.size(); ++s) {
+        const auto & cells = kv.v_cells[s];
+        const uint32_t n = cells.used_max_p1();
+        for (uint32_t i = 0; i < n; ++i) {
+            if (!cells.is_empty(i) && cells.ext_get(i).intact >= 0) {
+                f(s, i, cells.ext_get(i).intact);
+            }
+        }
+    }
+}
+
+uint32_t arena::n_cells(int32_t seq_id) const {
+    uint32_t res = 0;
+    each_intact([&](uint32_t s, uint32_t i, int32_t) {
+        res += seq_id < 0 || kv.v_cells[s].seq_has(i, seq_id);
+    });
+    return res;
+}
+
+size_t arena::n_bytes() const {
+    size_t res = 0;
+    for (const auto & cb : ctxs_bufs) {
+        res += ggml_backend_buffer_get_size(cb.second.get());
+    }
+    return res;
+}
+
+void arena::add_memory(std::map<ggml_backend_buffer_type_t, size_t> & breakdown) const {
+    for (const auto & cb : ctxs_bufs) {
+        breakdown[ggml_backend_buffer_get_type(cb.second.get())] += ggml_backend_buffer_get_size(cb.second.get());
+    }
+}
+
+uint32_t arena::map_cells(uint32_t s0, uint32_t s1, uint32_t n_kv, int32_t * rows) const {
+    if (rows) {
+        std::fill(rows, rows + (size_t) n_kv*(s1 - s0 + 1), -1);
+    }
+    uint32_t res = 0;
+    for (uint32_t s = s0; n_rows > 0 && s <= s1; ++s) {
+        const auto & cells = kv.v_cells[s];
+        const uint32_t n = std::min(n_kv, cells.used_max_p1());
+        for (uint32_t i = 0; i < n; ++i) {
+            if (cells.is_empty(i) || cells.ext_get(i).intact < 0) {
+                continue;
+            }
+            if (rows) {
+                rows[(size_t) n_kv*(s - s0) + i] = cells.ext_get(i).intact;
+            }
+            res++;
+        }
+    }
+    return res;
+}
+
+int32_t arena::row_of(uint32_t strm, uint32_t cell) const {
+    return kv.v_cells[strm].ext_get(cell).intact;
+}
+
+llama_pos arena::shift_of(uint32_t strm, uint32_t cell) const {
+    return kv.v_cells[strm].get_shift(cell);
+}
+
+void arena::mark(uint32_t strm, uint32_t cell, int32_t row) {
+    auto & cells = kv.v_cells[strm];
+    llama_kv_cell_ext ext = cells.ext_get(cell);
+    ext.intact = row;
+    cells.ext_set(cell, ext);
+}
+
+std::vector<uint32_t> arena::take_rows(uint32_t n) {
+    std::vector<bool> used(n_rows, false);
+    uint32_t n_used = 0;
+    each_intact([&](uint32_t, uint32_t, int32_t row) {
+        n_used += !used[row];
+        used[row] = true;
+    });
+
+    if (n_used + n > n_rows) {
+        grow(n_used + n);
+        used.resize(n_rows, false);
+    }
+
+    std::vector<uint32_t> res;
+    for (uint32_t row = 0; res.size() < n; ++row) {
+        if (!used[row]) {
+            res.push_back(row);
+        }
+    }
+    return res;
+}
+
+void arena::grow(uint32_t n_rows_new) {
+    std::vector<arena_layer> layers_new(layers.size());
+    std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctxs;
+
+    auto new_rows = [&](const ggml_tensor * t, const char * name, uint32_t il) -> ggml_tensor * {
+        if (t == nullptr || is_exact(t->type)) {
+            return nullptr;
+        }
+        auto & ctx = ctxs[ggml_backend_buffer_get_type(t->buffer)];
+        if (!ctx) {
+            ctx.reset(ggml_init({ 2*layers.size()*ggml_tensor_overhead(), nullptr, true }));
+        }
+        ggml_tensor * rows = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, t->ne[0], n_rows_new);
+        ggml_format_name(rows, "intact_%s_l%u", name, il);
+        return rows;
+    };
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        layers_new[i].k = new_rows(kv.layers[i].k, "k", kv.layers[i].il);
+        layers_new[i].v = new_rows(kv.layers[i].v, "v", kv.layers[i].il);
+    }
+
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs_new;
+    for (auto & [buft, ctx] : ctxs) {
+        ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft) };
+        if (!buf) {
+            throw std::runtime_error(format("failed to allocate the F16 rows of %u intact cells on %s",
+                    n_rows_new, ggml_backend_buft_name(buft)));
+        }
+        ggml_backend_buffer_clear(buf.get(), 0);
+        ctxs_bufs_new.emplace_back(std::move(ctx), std::move(buf));
+    }
+
+    std::vector<uint8_t> rows;
+    auto copy = [&](ggml_tensor * src, ggml_tensor * dst) {
+        if (src && dst) {
+            rows.resize(ggml_nbytes(src));
+            ggml_backend_tensor_get(src, rows.data(), 0, rows.size());
+            ggml_backend_tensor_set(dst, rows.data(), 0, rows.size());
+        }
+    };
+    for (size_t i = 0; i < layers.size(); ++i) {
+        copy(layers[i].k, layers_new[i].k);
+        copy(layers[i].v, layers_new[i].v);
+    }
+
+    layers    = std::move(layers_new);
+    ctxs_bufs = std::move(ctxs_bufs_new);
+    n_rows    = n_rows_new;
+    gen++;
+}
+
+} // namespace intactkv

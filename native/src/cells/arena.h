@@ -1,0 +1,122 @@
+// Intact cells: which cells of a KV cache attention reads at F16, and where their rows are.
+//
+// A cell's mark is `llama_kv_cell_ext::intact`, the index of its arena row (-1: ordinary). Upstream resets that
+// struct wherever a cell is freed or given to another token and copies it wherever a cell is copied, so the mark
+// needs no bookkeeping of its own: a row is free when no cell of any stream names it.
+//
+// The arena holds one F16 row per intact cell and layer, in the basis of the cache: where upstream rotates K or V
+// by a Hadamard matrix before quantizing (attn_rot_k, attn_rot_v), the rows are rotated the same way.
+
+#pragma once
+
+#include "ggml-cpp.h"
+#include "llama.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <utility>
+#include <vector>
+
+struct llama_cparams;
+struct llama_hparams;
+class llama_kv_cache;
+
+namespace intactkv {
+
+struct fused_rotation;
+
+enum class attention_kind { stock, portable, fused };
+
+// The layers' F16 rows, [n_embd_gqa, n_rows] each. nullptr: that side of the cache is F16 or F32 itself, its
+// cells hold the exact values.
+struct arena_layer {
+    ggml_tensor * k = nullptr;
+    ggml_tensor * v = nullptr;
+};
+
+// F16 and F32 cells hold an F16 prefix exactly; every other type needs the arena
+bool is_exact(ggml_type type);
+
+class arena {
+public:
+    // gives a cache its arena; the cache owns it. A cache that borrows another's cells (drafting) gets none
+    static void attach(llama_kv_cache & kv);
+
+    explicit arena(llama_kv_cache & kv);
+
+    // number of intact cells of a sequence (-1: of all)
+    uint32_t n_cells(int32_t seq_id) const;
+    size_t   n_bytes() const;
+    void     add_memory(std::map<ggml_backend_buffer_type_t, size_t> & breakdown) const;
+
+    // changes whenever the rows move in memory: a graph built before must not be reused
+    uint64_t generation() const { return gen; }
+
+    // Whether the fused kernel does layer il's attention (every layer's) in the graphs of a context, with and without
+    // intact cells. Graphs choose by it, intactkv_attention() reports it. INTACTKV_ATTN=stock keeps upstream's graph to
+    // the bit
+    bool fused(int32_t il, const llama_cparams & cparams) const;
+    bool fused(const llama_cparams & cparams) const;
+
+    // false: no attention of this cache would read an intact cell, so none may be made
+    bool reads_intact() const { return kind != attention_kind::stock; }
+
+    //
+    // layers: the arena's rows, and the cache's own tensors
+    //
+
+    const arena_layer & layer(int32_t il) const;
+    const std::vector<arena_layer> & all_layers() const { return layers; }
+
+    const llama_hparams & hparams() const;
+
+    // [n_embd_gqa, n_cells, n_stream]
+    ggml_tensor * cache_k(int32_t il) const;
+    ggml_tensor * cache_v(int32_t il) const;
+
+    // one stream's part of these, [n_embd_gqa, n_cells]
+    ggml_tensor * stream_k(int32_t il, uint32_t strm) const;
+    ggml_tensor * stream_v(int32_t il, uint32_t strm) const;
+
+    bool v_transposed() const;
+
+    // how upstream rotates K and V of this cache (llama_kv_cache::build_input_k_rot, build_input_v_rot)
+    fused_rotation rotation() const;
+
+    //
+    // cells
+    //
+
+    // arena row of every cell in [0, n_kv) of streams s0..s1, stream after stream, -1: ordinary
+    // rows: [n_kv*(s1 - s0 + 1)] or nullptr to only count; returns the number of intact cells
+    uint32_t map_cells(uint32_t s0, uint32_t s1, uint32_t n_kv, int32_t * rows) const;
+
+    bool      empty() const { return n_rows == 0; } // then no cell is intact
+    int32_t   row_of  (uint32_t strm, uint32_t cell) const; // -1: ordinary
+    llama_pos shift_of(uint32_t strm, uint32_t cell) const; // by how much seq_add() and seq_div() have moved it
+
+    // f(stream, cell, row) for every intact cell
+    using cell_fn = std::function<void(uint32_t strm, uint32_t cell, int32_t row)>;
+    void each_intact(const cell_fn & f) const;
+
+    // n rows that no cell names; the arena grows if it has too few. They stay free until a cell is marked with them
+    std::vector<uint32_t> take_rows(uint32_t n);
+    void mark(uint32_t strm, uint32_t cell, int32_t row);
+
+private:
+    llama_kv_cache & kv;
+
+    const attention_kind kind;
+
+    std::vector<arena_layer> layers; // by index of the layer in the cache
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
+
+    uint32_t n_rows = 0;
+    uint64_t gen    = 0;
+
+    void grow(uint32_t n_rows_new);
+};
+
+} // namespace intactkv

@@ -1,0 +1,168 @@
+#include "cells/graph.h"
+
+#include "cells/arena.h"
+#include "fused.h"
+
+#include "llama-cparams.h"
+#include "llama-hparams.h"
+
+#include "ggml-backend.h"
+
+#include <utility>
+#include <vector>
+
+namespace intactkv {
+
+void graph_cells::build(ggml_context * ctx, const cells_view & view, ggml_tensor * mask, ggml_tensor * k_cells, ggml_tensor * v_cells) {
+    a = view.a;
+    this->mask    = mask;
+    this->k_cells = k_cells;
+    this->v_cells = v_cells;
+    if (a == nullptr) {
+        return;
+    }
+    gen      = a->generation();
+    n_intact = a->map_cells(view.s0, view.s1, view.n_kv, nullptr);
+    if (n_intact == 0) {
+        return;
+    }
+    rows        = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_intact);
+    cells       = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_intact);
+    row_of_cell = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, view.n_kv, view.s1 - view.s0 + 1);
+    ggml_set_input(rows);
+    ggml_set_input(cells);
+    ggml_set_input(row_of_cell);
+    ggml_set_name(rows,        "intact_rows");
+    ggml_set_name(cells,       "intact_cells");
+    ggml_set_name(row_of_cell, "intact_row_of_cell");
+}
+
+void graph_cells::set_input(const cells_view & view) const {
+    if (n_intact == 0) {
+        return;
+    }
+    // a tensor that no layer of the graph uses is not allocated
+    const auto data = [](ggml_tensor * t) -> void * {
+        GGML_ASSERT(t->buffer == nullptr || ggml_backend_buffer_is_host(t->buffer));
+        return t->buffer ? t->data : nullptr;
+    };
+
+    if (int32_t * map = (int32_t *) data(row_of_cell)) {
+        view.a->map_cells(view.s0, view.s1, view.n_kv, map);
+    }
+
+    if (int32_t * row = (int32_t *) data(rows)) {
+        int64_t * cell = (int64_t *) data(cells);
+
+        std::vector<int32_t> map(ggml_nelements(row_of_cell));
+        view.a->map_cells(view.s0, view.s1, view.n_kv, map.data());
+
+        for (size_t i = 0; i < map.size(); ++i) {
+            if (map[i] >= 0) {
+                *row ++ = map[i];
+                *cell++ = i;
+            }
+        }
+        GGML_ASSERT(row == (int32_t *) rows->data + n_intact);
+    }
+}
+
+bool graph_cells::can_reuse(const cells_view & view) const {
+    return a == view.a && (a == nullptr ||
+        (gen == a->generation() && n_intact == a->map_cells(view.s0, view.s1, view.n_kv, nullptr)));
+}
+
+// t: [head_dim, n_kv, n_head_kv, n_stream], permuted from how the cache stores it
+static ggml_tensor * write_over(ggml_context * ctx, ggml_tensor * t, ggml_tensor * arena_rows, ggml_tensor * rows, ggml_tensor * cells) {
+    if (arena_rows == nullptr) {
+        return t;
+    }
+    t = ggml_permute(ctx, t, 0, 2, 1, 3);
+    // get_rows widens the F16 rows to F32 and build_attn_mha rounds back to F16: exact both ways
+    ggml_tensor * res = ggml_cast(ctx, t, GGML_TYPE_F32);
+    res = ggml_reshape_2d(ctx, res, t->ne[0]*t->ne[1], t->ne[2]*t->ne[3]);
+    res = ggml_set_rows(ctx, res, ggml_get_rows(ctx, arena_rows, rows), cells);
+    res = ggml_reshape_4d(ctx, res, t->ne[0], t->ne[1], t->ne[2], t->ne[3]);
+    return ggml_permute(ctx, res, 0, 2, 1, 3);
+}
+
+// as build_attn_mha() has it: [head_dim, n_tokens, n_head, n_stream]
+static ggml_tensor permuted(const ggml_tensor & t, int64_t n_stream) {
+    ggml_tensor res = t;
+    res.ne[1] = t.ne[2]/n_stream;
+    res.nb[1] = t.nb[2];
+    res.ne[2] = t.ne[1];
+    res.nb[2] = t.nb[1];
+    res.ne[3] = n_stream;
+    res.nb[3] = t.nb[2]*res.ne[1];
+    return res;
+}
+
+layer_attention graph_cells::layer(
+        int32_t il, const llama_cparams & cparams, const ggml_tensor * bias,
+        const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * sinks) const {
+    if (a == nullptr || cparams.training) {
+        return {};
+    }
+    layer_attention res(*this, il, bias == nullptr && a->fused(il, cparams));
+    if (!res.is_fused || k == nullptr || v == nullptr) {
+        return res;
+    }
+    ggml_tensor * k_cache = a->cache_k(il);
+    ggml_tensor * v_cache = a->cache_v(il);
+    if (!fused_store_supported(k_cache, k) || !fused_store_supported(v_cache, v)) {
+        return res;
+    }
+    // what build_attn_mha() will be given, and attend() will ask about once more
+    const int64_t n_stream = mask->ne[3];
+    ggml_tensor q4 = permuted(*q, n_stream);
+    ggml_tensor k4 = *k_cache;
+    ggml_tensor v4 = *v_cache;
+    for (auto [t, cur] : { std::pair(&k4, k), std::pair(&v4, v) }) {
+        t->ne[0] = cur->ne[0];
+        t->ne[1] = k_cache->ne[1];
+        t->ne[2] = cur->ne[1];
+        t->ne[3] = n_stream;
+    }
+    res.is_whole = fused_supported(&q4, &k4, &v4, mask, sinks);
+    return res;
+}
+
+bool layer_attention::store(ggml_cgraph * gf, ggml_context * ctx, ggml_tensor * k, ggml_tensor * v) const {
+    if (is_whole) {
+        const arena & a = *cells->a;
+        ggml_build_forward_expand(gf, fused_store(ctx, a.cache_k(il), a.cache_v(il), k, v, cells->k_cells, cells->v_cells, a.rotation()));
+    }
+    return is_whole;
+}
+
+ggml_tensor * layer_attention::attend(
+        ggml_context * ctx,
+        ggml_tensor * q, ggml_tensor *& k, ggml_tensor *& v, ggml_tensor * mask, ggml_tensor * sinks,
+        float scale) const {
+    if (cells == nullptr) {
+        return nullptr;
+    }
+    const arena & a = *cells->a;
+    const bool has_intact = cells->n_intact > 0;
+
+    const bool fused = is_fused && fused_supported(q, k, v, mask, sinks);
+    GGML_ASSERT(fused || !is_whole);
+    if (fused) {
+        const llama_hparams & hparams = a.hparams();
+        const intact_rows     intact  = { a.layer(il).k, a.layer(il).v, cells->row_of_cell };
+
+        ggml_tensor * res = fused_attention(ctx, q, k, v, mask, sinks, has_intact ? &intact : nullptr,
+                is_whole ? a.rotation() : fused_rotation{}, scale, hparams.f_max_alibi_bias,
+                hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f);
+        return ggml_reshape_2d(ctx, res, res->ne[0]*res->ne[1], res->ne[2]*res->ne[3]);
+    }
+
+    if (has_intact) {
+        k = write_over(ctx, k, a.layer(il).k, cells->rows, cells->cells);
+        v = write_over(ctx, v, a.layer(il).v, cells->rows, cells->cells);
+    }
+    return nullptr;
+}
+
+} // namespace intactkv

@@ -1,0 +1,181 @@
+#include "cells/state.h"
+
+#include "cells/arena.h"
+#include "fused.h"
+
+#include "llama-impl.h"
+#include "llama-io.h"
+
+#include "ggml-backend.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace intactkv {
+
+// the intact cells among those of a state: their positions in its list of cells, and their rows
+struct saved_cells {
+    std::vector<uint32_t> which;
+    std::vector<int32_t>  rows;
+};
+
+static saved_cells intact_in(const arena & a, uint32_t strm, const cell_ranges & ranges) {
+    saved_cells res;
+    uint32_t n = 0;
+    for (const auto & range : ranges) {
+        for (uint32_t i = range.first; i < range.second; ++i, ++n) {
+            if (const int32_t row = a.row_of(strm, i); row >= 0) {
+                res.which.push_back(n);
+                res.rows .push_back(row);
+            }
+        }
+    }
+    return res;
+}
+
+bool has_intact(const arena & a, uint32_t strm, const cell_ranges & ranges) {
+    return !a.empty() && !intact_in(a, strm, ranges).rows.empty();
+}
+
+// u32 n, u32 position[n] (in the state's list of cells), then per layer K and V: u64 row size, n rows
+// (row size 0: that side of the cache is exact)
+void write_state(const arena & a, llama_io_write_i & io, uint32_t strm, const cell_ranges & ranges) {
+    const auto [which, rows] = intact_in(a, strm, ranges);
+
+    const uint32_t n = which.size();
+    io.write(&n, sizeof(n));
+    io.write(which.data(), n*sizeof(uint32_t));
+
+    std::vector<uint8_t> buf;
+    for (const auto & layer : a.all_layers()) {
+        for (const ggml_tensor * t : { layer.k, layer.v }) {
+            const uint64_t row_size = t ? t->nb[1] : 0;
+            io.write(&row_size, sizeof(row_size));
+            buf.resize(row_size);
+            for (const int32_t row : rows) {
+                if (t) {
+                    ggml_backend_tensor_get(t, buf.data(), row*row_size, row_size);
+                    io.write(buf.data(), row_size);
+                }
+            }
+        }
+    }
+}
+
+//
+// state_reader
+//
+
+// none with all exponent bits set: an infinity, or not a number
+static bool all_finite(const std::vector<ggml_fp16_t> & f16) {
+    return std::none_of(f16.begin(), f16.end(), [](ggml_fp16_t x) { return (x & 0x7c00) == 0x7c00; });
+}
+
+state_reader::state_reader(arena * a, uint32_t strm, const std::vector<uint32_t> & cells, uint32_t & n_layer) :
+    a(a), strm(strm), cells(cells), mixed(a && (n_layer & STATE_FLAG)) {
+    if (mixed) {
+        n_layer &= ~STATE_FLAG;
+    }
+}
+
+bool state_reader::takes(int32_t type, const ggml_tensor * t) const {
+    return a && !a->v_transposed() && type == GGML_TYPE_F16 && t->type != GGML_TYPE_F16;
+}
+
+void state_reader::read_rows(llama_io_read_i & io, int32_t il, bool is_v) {
+    ggml_tensor * dst = is_v ? a->stream_v(il, strm) : a->stream_k(il, strm);
+    const int64_t ne0 = dst->ne[0];
+
+    uint64_t row_size;
+    io.read(&row_size, sizeof(row_size));
+    if (row_size != ne0*sizeof(ggml_fp16_t)) {
+        throw std::runtime_error(format("F16 %s rows of layer %d have %zu bytes, this cache needs %zu", is_v ? "V" : "K", il,
+                (size_t) row_size, (size_t) ne0*sizeof(ggml_fp16_t)));
+    }
+
+    if (!is_exact(dst->type)) {
+        if (!a->reads_intact()) {
+            throw std::runtime_error(format("INTACTKV_ATTN=stock cannot read F16 cells in a %s cache: unset it, or use an F16 cache",
+                    ggml_type_name(dst->type)));
+        }
+        if (rows.empty()) {
+            rows = a->take_rows(cells.size());
+        }
+    }
+
+    const int32_t n_rot = is_v ? a->rotation().v : a->rotation().k;
+
+    ggml_tensor * arena_rows = is_v ? a->layer(il).v : a->layer(il).k;
+
+    std::vector<ggml_fp16_t> f16(ne0);
+    std::vector<float>       f32(ne0);
+    std::vector<uint8_t>     out(ggml_row_size(dst->type, ne0));
+
+    for (size_t i = 0; i < cells.size(); ++i) {
+        io.read(f16.data(), row_size);
+        fused_widen(f16.data(), f32.data(), ne0);
+        fused_rotate(f32.data(), ne0, n_rot);
+        if (arena_rows) {
+            fused_narrow(GGML_TYPE_F16, f32.data(), f16.data(), ne0);
+            // a rotated pivot could leave the range of F16 (65504), an infinity would poison every later token
+            if (!all_finite(f16)) {
+                throw std::runtime_error(format("%s row %zu of layer %d is not finite in the basis of this cache: "
+                        "use an F16 cache", is_v ? "V" : "K", i, il));
+            }
+            ggml_backend_tensor_set(arena_rows, f16.data(), rows[i]*row_size, row_size);
+        }
+        // a copy in the cache's own type, for whatever reads the tensors directly
+        fused_narrow(dst->type, f32.data(), out.data(), ne0);
+        ggml_backend_tensor_set(dst, out.data(), cells[i]*out.size(), out.size());
+    }
+}
+
+void state_reader::finish(llama_io_read_i & io) {
+    if (!mixed) {
+        for (size_t i = 0; i < rows.size(); ++i) {
+            a->mark(strm, cells[i], rows[i]);
+        }
+        return;
+    }
+
+    uint32_t n;
+    io.read(&n, sizeof(n));
+    if (n == 0 || n > cells.size()) {
+        throw std::runtime_error(format("the state has %u intact cells of %zu", n, cells.size()));
+    }
+    std::vector<uint32_t> which(n);
+    io.read(which.data(), n*sizeof(uint32_t));
+    for (uint32_t i = 0; i < n; ++i) {
+        if (which[i] >= cells.size() || (i > 0 && which[i] <= which[i - 1])) {
+            throw std::runtime_error(format("intact cell %u of the state is number %u of %zu", i, which[i], cells.size()));
+        }
+    }
+    if (!a->reads_intact()) {
+        throw std::runtime_error("INTACTKV_ATTN=stock cannot read a state with intact cells: unset it");
+    }
+
+    rows = a->take_rows(n);
+
+    std::vector<uint8_t> buf;
+    for (const auto & layer : a->all_layers()) {
+        for (ggml_tensor * t : { layer.k, layer.v }) {
+            uint64_t row_size;
+            io.read(&row_size, sizeof(row_size));
+            if (row_size != (t ? t->nb[1] : 0)) {
+                throw std::runtime_error(format("intact rows of the state have %zu bytes, this cache needs %zu",
+                        (size_t) row_size, t ? t->nb[1] : 0));
+            }
+            buf.resize(row_size);
+            for (uint32_t i = 0; t && i < n; ++i) {
+                io.read(buf.data(), row_size);
+                ggml_backend_tensor_set(t, buf.data(), rows[i]*row_size, row_size);
+            }
+        }
+    }
+
+    for (uint32_t i = 0; i < n; ++i) {
+        a->mark(strm, cells[which[i]], rows[i]);
+    }
+}
+
+} // namespace intactkv
