@@ -297,7 +297,7 @@ def peak(settings: Settings, before: float) -> float:
     """The lr that is given; else LR, or less for a model that is close to the reference before it is calibrated.
 
     before: its held-out divergence, nats a token. A Q6_K or Q8_0 (SmolLM2: 0.003, 0.001) gets worse from LR's steps and
-    better by a tenth of it; a Q4_K_M (0.044) and coarser ones want all of it (docs/concepts/calibration.md).
+    better by a tenth of it; a Q4_K_M (0.044) and coarser ones want all of it (docs/results/calibration.md).
     """
     if settings.lr is not None:
         return settings.lr
