@@ -19,13 +19,14 @@ def missing(needed: str) -> str:
     return next((name for name in _NEEDS[needed][1] if find_spec(name) is None), "")
 
 
-def require(needed: str, for_: str, otherwise: str = "") -> None:
+def require(*needed: str, for_: str, otherwise: str = "") -> None:
     """Raises UsageError if a package is not installed. for_: what needs it; otherwise: what can be done without it."""
-    if name := missing(needed):
-        raise UsageError(sentence(name, for_, otherwise, extra=_NEEDS[needed][0]))
+    if name := next((name for name in map(missing, needed) if name), ""):
+        extras = ",".join(sorted({_NEEDS[each][0] for each in needed}))
+        raise UsageError(sentence(name, for_, otherwise, extras=extras))
 
 
-def sentence(package: str, for_: str, otherwise: str = "", *, extra: str = "convert") -> str:
+def sentence(package: str, for_: str, otherwise: str = "", *, extras: str = "convert") -> str:
     """The one sentence: "FOR needs PACKAGE, which is not installed: pip install ..."."""
     rest = f", or {otherwise}" if otherwise else ""
-    return f"{for_} needs {package}, which is not installed: pip install 'intactkv-export[{extra}]'{rest}"
+    return f"{for_} needs {package}, which is not installed: pip install 'intactkv-export[{extras}]'{rest}"

@@ -68,7 +68,7 @@ def analyze(
     Raises UsageError before any work if the request makes no sense or a package is missing, IntactKVError if the
     prefix is of another reference, or the work fails. Then nothing is left behind.
     """
-    _check_packages()
+    extras.require("torch", "matplotlib", for_="an analysis")
     kv_pair(kv_type)
     directory = Path(out).absolute()
     if (directory.exists() and not directory.is_dir()) or not directory.parent.is_dir():
@@ -144,11 +144,6 @@ def _measure(
         "KL divergence", measurements.of_text, gguf, model, given.source, chunks, kv_type, counted=True
     )
     return data
-
-
-def _check_packages() -> None:
-    for package in ("matplotlib", "torch"):
-        extras.require(package, "an analysis")
 
 
 def _chunks(vocabulary: Vocabulary, words: str) -> list[list[int]]:

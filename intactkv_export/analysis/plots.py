@@ -29,7 +29,7 @@ _LINES: dict[str, tuple[str, Any]] = {  # color and line style of each mode
     "calibrated": ("#009E73", (0, (5, 1, 1, 1))),
 }
 # color, line style, name; the order of legends
-CONFIGURATIONS = {mode: (*_LINES[mode], what) for mode, what in MODES.items()}
+CONFIGURATIONS = {mode: (*_LINES[mode], f"{mode}: {what}") for mode, what in MODES.items()}
 _STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same figure everywhere
     "font.size": 8.5,
@@ -68,7 +68,7 @@ def save(name: str, data: Data, directory: Path) -> list[Path]:
     name: of FIGURES; data: the JSON of that figure (analyze.py). Raises UsageError without matplotlib.
     """
     paths = [directory / f"{name}.{kind}" for kind in ("png", "svg")]
-    extras.require("matplotlib", "a figure")
+    extras.require("matplotlib", for_="a figure")
     import matplotlib
 
     style: Any = {**matplotlib.rcParamsDefault} | _STYLE

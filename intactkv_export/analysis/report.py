@@ -90,11 +90,11 @@ def headlines(data: Mapping[str, Data]) -> dict[str, Any]:
 def summary(data: Mapping[str, Data]) -> list[str]:
     """The headlines as lines of text."""
     said, curve = headlines(data), data["curve"]
-    lines = [f"{'KL divergence from the reference':48} {'nats a token':>17}  against plain"]
+    lines = [f"{'KL divergence from the reference':52} {'nats a token':>17}  against plain"]
     for made in said["divergence"]:
         value = f"{made['total'][0]:.4f} ± {made['total'][1]:.4f}"
         change = "" if made["name"] == "plain" else f"{100 * made['change']:+.0f} %"
-        lines.append(f"{plots.CONFIGURATIONS[made['name']][2]:48} {value:>17}  {change}".rstrip())
+        lines.append(f"{plots.CONFIGURATIONS[made['name']][2]:52} {value:>17}  {change}".rstrip())
     lines.append("")
     for pivot in data["magnitudes"]["pivots"][:5]:
         lines.append(

@@ -115,7 +115,7 @@ def calibrate(
     Raises UsageError for settings that make no sense, IntactKVError if the files do not belong together, or if the
     directory holds a calibration with other settings. OUT is whole or not there.
     """
-    extras.require("torch", "calibration")
+    extras.require("torch", for_="calibration")
     from intactkv_export.calibration.data import Source
     from intactkv_export.calibration.run import Participants, train
     from intactkv_export.calibration.training import Settings

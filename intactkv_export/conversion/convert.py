@@ -87,7 +87,7 @@ def convert(
     check_prefix_tokens(prefix_tokens, bos_only)
     check_prompt(plan.reference.chat_template, system_prompt, bos_only)
     if calibrate:
-        extras.require("torch", "--calibrate")
+        extras.require("torch", for_="--calibrate")
 
     with atomic.work_directory(plan.base) as directory:
         work = Stages(directory, progress)

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.errors import UsageError
 from intactkv_export.evaluation.metrics import Figures
 from intactkv_export.evaluation.model import Evaluated
 from intactkv_export.evaluation.modes import MODES, REFERENCE, Given, find_given
@@ -60,7 +60,7 @@ def evaluate(
         each = [(Path(model), find_given(model, prefix, calibrated, work, found, gguf)) for model in models]
         for model, given in each:
             if missing := set(modes or ()) - {REFERENCE, *given.data}:
-                raise IntactKVError(f"{model} cannot be evaluated in mode {missing.pop()!r}: there is no such prefix")
+                raise UsageError(f"{model} cannot be evaluated in mode {missing.pop()!r}: there is no such prefix")
         target: Target | None = None
         for model, given in each:
             if target is None or target.given.tokens != given.tokens:

@@ -13,11 +13,11 @@ from intactkv_export.work import Stages
 
 # How the model gets the prefix, in the order of tables and legends: name -> what that is
 MODES = {
-    "plain": "prefix computed by the quantized model itself",
-    "rounded": "reference's prefix, rounded to the KV type with the rest",
-    "bos": "reference's first token, intact",
-    "prompt": "reference's whole prefix, intact",
-    "calibrated": "whole prefix, calibrated, intact",
+    "plain": "prefix computed by the quantized model",
+    "rounded": "reference's prefix, rounded to the KV type",
+    "bos": "first token intact",
+    "prompt": "whole prefix intact",
+    "calibrated": "whole prefix intact, calibrated",
 }
 REFERENCE = "reference"  # no mode of a quantized model: the full-precision model itself, its cache at F16
 # What is compared with what, where both were evaluated.

@@ -50,7 +50,7 @@ class Texts:
         if self.tokens is not None:
             return [list(chunk) for chunk in self.tokens]
         if self.text == SELF:
-            extras.require("torch", "text of the reference's own", "give a text file")
+            extras.require("torch", for_="text of the reference's own", otherwise="give a text file")
             return work.run(
                 "sample conversations",
                 sample_from,

@@ -12,7 +12,7 @@ a *buffer* of llama_state_seq_get_data with 8 bytes: u32 magic, i32 sequence. Af
     per layer { i32 type, u64 row_bytes, n_cells rows of K }, the same for V; or for a V that is transposed
     per layer { i32 type, u32 value_bytes, u32 n_embd, n_embd rows of n_cells values }
     intact cells, if the bit is set: u32 n, u32 index[n] into the cells,
-        per layer { u64 row_bytes, n F16 rows of K }, the same for V
+        per layer { u64 row_bytes, n F16 rows of K; u64 row_bytes, n F16 rows of V }
 
 Nothing read is trusted: every length is compared with what is left.
 """

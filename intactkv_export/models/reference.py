@@ -174,7 +174,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _download(hub_id: str) -> Path:
-    extras.require("huggingface_hub", f"there is no directory {hub_id}, and downloading the model of that name")
+    extras.require("huggingface_hub", for_=f"there is no directory {hub_id}, and downloading the model of that name")
     from huggingface_hub import HfApi, snapshot_download
 
     try:

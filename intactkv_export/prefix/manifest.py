@@ -6,8 +6,8 @@ The same rules as native/src/prefix_file/manifest.cpp, which checks again before
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +74,9 @@ class _Field:
         return self.value
 
     def number(self) -> None:
-        self.expect(type(self.value) in (int, float) and math.isfinite(self.value), "a finite number")
+        # an integer beyond float64 is none of the numbers meant here, and math.isfinite() cannot even be asked
+        ok = type(self.value) in (int, float) and abs(self.value) <= sys.float_info.max
+        self.expect(ok, "a finite number")
 
     def text(self) -> None:
         self.expect(isinstance(self.value, str), "a string")

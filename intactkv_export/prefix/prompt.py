@@ -129,7 +129,7 @@ def check_prefix_tokens(prefix_tokens: int | str | None, bos_only: bool) -> None
     if isinstance(prefix_tokens, str) and prefix_tokens != "auto":
         raise UsageError(f"--prefix-tokens is {prefix_tokens!r}: give a number of tokens, or auto")
     if prefix_tokens == "auto":
-        extras.require("torch", "--prefix-tokens auto", "give a number of tokens")
+        extras.require("torch", for_="--prefix-tokens auto", otherwise="give a number of tokens")
     if bos_only and prefix_tokens is not None:
         raise UsageError(f"--bos-only keeps one token and --prefix-tokens says {prefix_tokens}: give one of both")
 

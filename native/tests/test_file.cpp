@@ -1,4 +1,4 @@
-// Tests of native/src/prefix_file. tests/test_native_file.py compiles and runs them.
+// Tests of native/src/prefix_file. tests/native/test_prefix_file.py compiles and runs them.
 //   test_file DIR             all tests, DIR for scratch files; exit code 1 if a check does not hold
 //   test_file --check PATH... for each file a line: "ok" and its tokens, or "refused" and the sentence
 

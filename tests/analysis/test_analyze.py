@@ -283,7 +283,7 @@ def test_what_cannot_be_analyzed(smol: Smol, tmp_path: Path, capsys: pytest.Capt
     short.write_text("too short")
     arguments = ["analyze", str(smol.reference), "-m", str(smol.gguf), "-o", str(tmp_path / "out")]
     for more, why in (
-        ([], "has no prefix, embedded or beside it"),
+        ([], "has no prefix, neither embedded nor beside it"),
         (["--prefix", str(smol.ikv), "--text", str(short)], "at least 512 are needed"),
         (["--prefix", str(smol.ikv), "--kv-type", "q9_0"], "q9_0"),
         (["--prefix", str(smol.ikv), "-o", str(short)], "cannot be a directory"),
@@ -296,7 +296,7 @@ def test_what_cannot_be_analyzed(smol: Smol, tmp_path: Path, capsys: pytest.Capt
     K, V = ({layer.il: getattr(layer, name) for layer in whole.layers} for name in ("K", "V"))
     other = tmp_path / "other.ikv"
     ikv.write(other, ikv.build(whole.manifest["model"], whole.tokens, K, V, manifest))
-    with pytest.raises(IntactKVError, match="was computed from the reference model 0000"):
+    with pytest.raises(IntactKVError, match="belongs to the reference model 0000"):
         analyze(smol.reference, smol.gguf, tmp_path / "out", prefix=other)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.ikv", "short.txt"]
 

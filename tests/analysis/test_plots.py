@@ -167,7 +167,7 @@ def test_labels_of_tokens() -> None:
     assert len(plots.label("x" * 60)) == 14
 
 
-def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UsageError, match=r"pip install 'intactkv-export\[plot\]'"):
-        plots.check()
+        plots.save("curve", {}, tmp_path)

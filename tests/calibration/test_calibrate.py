@@ -50,8 +50,8 @@ def pair(models, tmp_path_factory):
 @pytest.fixture(scope="module")
 def task(pair):
     """Arguments of train() for the random model: 12 sequences, 3 of them held out."""
-    directory, gguf, ikv = pair
-    prefix = ikv.read(ikv)
+    directory, gguf, path = pair
+    prefix = ikv.read(path)
     reference = torch_model.load(directory)
     sequences = np.random.default_rng(1).integers(6, 490, (12, N_TOKENS)).astype(np.int32)
     wanted = targets.make(lambda: reference, prefix.tokens, sequences.tolist(), top_k=64)
@@ -254,11 +254,21 @@ def test_training_needs_no_llama_cpp(pair):
 
 
 def command(pair, out, *more):
-    directory, gguf, ikv = pair
+    directory, gguf, prefix = pair
     text = out.with_name("text.txt")
     text.write_text(TEXT)
     return [
-        *(sys.executable, "-m", "intactkv_export", "calibrate", str(directory), "-m", str(gguf), "--prefix", str(ikv)),
+        *(
+            sys.executable,
+            "-m",
+            "intactkv_export",
+            "calibrate",
+            str(directory),
+            "-m",
+            str(gguf),
+            "--prefix",
+            str(prefix),
+        ),
         *("-o", str(out), "--data", str(text), "--seq-len", str(N_TOKENS), "--sequences", "16", "--steps", "24"),
         *more,
     ]
@@ -302,8 +312,8 @@ def test_calibrated_is_closer_to_the_reference_in_llama_cpp(calibrated, smol):
     chunks = [tokens[i * 128 : (i + 1) * 128] for i in range(3)]
     reference = llama_log_probs(smol.reference, None, "f16", smol.tokens, chunks)
     before, after = (
-        divergence(reference, llama_log_probs(smol.gguf, ikv, "q8_0", smol.tokens, chunks))
-        for ikv in (smol.ikv, calibrated.out)
+        divergence(reference, llama_log_probs(smol.gguf, path, "q8_0", smol.tokens, chunks))
+        for path in (smol.ikv, calibrated.out)
     )
     assert after < 0.99 * before
     assert calibrated.after < 0.97 * calibrated.before
@@ -337,8 +347,8 @@ def test_the_result_is_an_ordinary_prefix_file(calibrated, smol, tmp_path):
 
 
 def refusal(pair, tmp_path, error=IntactKVError, **changes):
-    directory, gguf, ikv = pair
-    arguments = {"reference": directory, "model": gguf, "prefix": ikv, "out": tmp_path / "out.ikv", **changes}
+    directory, gguf, prefix = pair
+    arguments = {"reference": directory, "model": gguf, "prefix": prefix, "out": tmp_path / "out.ikv", **changes}
     with pytest.raises(error) as e:
         calibrate(arguments.pop("reference"), arguments.pop("model"), **arguments)
     assert "\n" not in str(e.value) and not (tmp_path / "out.ikv").exists()
@@ -362,12 +372,12 @@ def test_convert_calibrates_each_type(models, tmp_path):
         calibrate=settings,
     )  # fmt: skip
     for name in ("Q4_0", "Q2_K"):
-        gguf, ikv = tmp_path / f"tiny-{name}.gguf", tmp_path / f"tiny-{name}.ikv"
-        prefix = ikv.read(ikv)
+        gguf, path = tmp_path / f"tiny-{name}.gguf", tmp_path / f"tiny-{name}.ikv"
+        prefix = ikv.read(path)
         assert ikv.read(gguf).data == prefix.data
         about = prefix.manifest["calibrated"]
         assert about["steps"] == 2 and about["model"]["type"] == name
-        assert result.calibrated[name] == {"prefix": ikv, **about["held_out"]}
+        assert result.calibrated[name] == {"prefix": path, **about["held_out"]}
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".gguf", ".gguf", ".ikv", ".ikv"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

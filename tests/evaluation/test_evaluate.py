@@ -188,7 +188,7 @@ def test_a_calibrated_prefix_is_compared_with_what_it_began_as(smol: Smol, tmp_p
         np.testing.assert_allclose(again.V, began.V, rtol=0, atol=4e-3 * np.abs(began.V).max())
     with pytest.raises(IntactKVError, match="of the same prompt"):
         next(evaluation.evaluate(smol.reference, [smol.gguf], smol.bos, calibrated=tuned))
-    with pytest.raises(IntactKVError, match="'calibrated': there is no such prefix"):
+    with pytest.raises(UsageError, match="'calibrated': there is no such prefix"):
         next(evaluation.evaluate(smol.reference, [smol.gguf], smol.ikv, modes=["calibrated"]))
 
 

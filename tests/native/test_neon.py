@@ -1,6 +1,6 @@
 """The NEON kernels, built with a cross compiler and run under an emulator, against float64 and the x86 kernels' bound.
 
-Debian: apt-get install g++-aarch64-linux-gnu qemu-user-static. On a 64-bit ARM machine tests/test_fused.py already
+Debian: apt-get install g++-aarch64-linux-gnu qemu-user-static. On a 64-bit ARM machine tests/native/test_fused.py already
 runs them.
 """
 
@@ -21,7 +21,7 @@ CROSS = shutil.which("aarch64-linux-gnu-g++")
 QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 
 pytestmark = [
-    pytest.mark.skipif(platform.machine() == "aarch64", reason="this machine is ARM: tests/test_fused.py runs NEON"),
+    pytest.mark.skipif(platform.machine() == "aarch64", reason="this machine is ARM: tests/native/test_fused.py runs NEON"),
     pytest.mark.skipif(K.compiler() is None, reason="no C++ compiler for the kernel's test library"),
     pytest.mark.skipif(CROSS is None, reason="no aarch64-linux-gnu-g++ (package g++-aarch64-linux-gnu)"),
     pytest.mark.skipif(QEMU is None, reason="no qemu-aarch64 (package qemu-user-static)"),

@@ -10,12 +10,12 @@ import torch
 from intactkv_export.runtime.intact_llama import IntactLlama
 
 
-def llama_log_probs(path, ikv, kv_type, prefix, chunks):
+def llama_log_probs(path, prefix_path, kv_type, prefix, chunks):
     """[chunk, token, vocabulary]: the runtime's log probabilities behind the prefix."""
     n = len(prefix) + len(chunks[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        llama = IntactLlama(path, ikv, kv_type, n_ctx=n, n_batch=n, n_ubatch=n, n_threads=2, n_threads_batch=2)
+        llama = IntactLlama(path, prefix_path, kv_type, n_ctx=n, n_batch=n, n_ubatch=n, n_threads=2, n_threads_batch=2)
     llama.eval(prefix)
     out = []
     for chunk in chunks:

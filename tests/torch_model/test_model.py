@@ -23,6 +23,7 @@ import torch
 from gguf.quants import dequantize
 
 from intactkv_export import library, torch_model
+from intactkv_export.prefix import ikv
 from intactkv_export.engines import torch_engine as engine
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama.vocabulary import Vocabulary
@@ -285,10 +286,10 @@ def chunks(smol):
     return [tokens[i * N_TOKENS : (i + 1) * N_TOKENS] for i in range(3)]
 
 
-def torch_log_probs(model, ikv, kv_type, prefix, chunks):
+def torch_log_probs(model, path, kv_type, prefix, chunks):
     with torch.no_grad():
-        if ikv is not None:
-            cache = model.cache(*torch_model.prefix_rows(ikv.read(ikv)), kv_type, batch=len(chunks))
+        if path is not None:
+            cache = model.cache(*torch_model.prefix_rows(ikv.read(path)), kv_type, batch=len(chunks))
             return torch.log_softmax(model.forward(chunks, cache), -1)
         empty = [torch.zeros(0, model.n_head_kv, model.head_dim)] * model.n_layer
         cache = model.cache(empty, empty, kv_type, batch=len(chunks))
@@ -308,12 +309,12 @@ def test_divergence_is_llama_cpps(smol, chunks):
     """Q4_0 weights: plain and IntactKV, each within 2 %."""
     model = torch_model.load(smol.gguf, round_activations=True)
     reference = llama_log_probs(smol.reference, None, "f16", smol.tokens, chunks)
-    for ikv in (None, smol.ikv):
+    for path in (None, smol.ikv):
         want, got = (
-            divergence(reference, log_probs(which, ikv, "f16", smol.tokens, chunks))
+            divergence(reference, log_probs(which, path, "f16", smol.tokens, chunks))
             for log_probs, which in ((llama_log_probs, smol.gguf), (torch_log_probs, model))
         )
-        assert got == pytest.approx(want, rel=0.02), ikv
+        assert got == pytest.approx(want, rel=0.02), path
 
 
 def test_wrong_settings(smol):

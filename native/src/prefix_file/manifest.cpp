@@ -244,7 +244,7 @@ manifest read_manifest(const char * text, size_t size) {
     if (!parsed.is_object()) {
         refuse("the manifest is %s, not an object: %s", shown(parsed).c_str(), REMAKE);
     }
-    if (root["format"].value != 1) {
+    if (!root["format"].value.is_number_integer() || root["format"].value != 1) {
         refuse("the manifest's field format is %s and this version reads format 1: use the version of "
                "intactkv-export that made the prefix, or make it again", shown(root["format"].value).c_str());
     }
