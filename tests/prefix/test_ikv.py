@@ -166,6 +166,8 @@ def test_a_right_checksum_is_not_enough():
         ("model.vocab_sha256", "xyz", "SHA-256"),
         ("model.caches", [], "caches"),
         ("model.rope.scale", "1", "scale"),
+        ("model.rope.scale", 10**400, "not a finite number"),
+        ("format", 1.0, "reads format 1"),
         ("model.rope.more", [1], "more"),
         ("reference", None, "reference"),
         ("reference.sha256", "AB" * 32, "SHA-256"),
