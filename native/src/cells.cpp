@@ -1,5 +1,5 @@
 #include "cells.h"
-#include "fused.h"
+#include "attention/attention.h"
 
 #include "llama-cparams.h"
 #include "llama-impl.h"

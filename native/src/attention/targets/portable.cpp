@@ -1,6 +1,6 @@
 // The kernel in portable C++: the compiler's own vectors, no intrinsics.
 
-#include "fused_call.h"
+#include "attention/call.h"
 
 #include <cmath>
 #include <cstring>
@@ -10,11 +10,11 @@
 
 namespace intactkv {
 namespace {
-#include "fused_simd.h"
-#include "fused_blocks.h"
-#include "fused_gemm.h"
-#include "fused_rows.h"
-#include "fused_kernel.h"
+#include "attention/lanes/simd-inl.h"
+#include "attention/lanes/blocks-inl.h"
+#include "attention/lanes/gemm-inl.h"
+#include "attention/lanes/rows-inl.h"
+#include "attention/kernel/kernel-inl.h"
 } // namespace
 
 extern const fused_kernel fused_portable;

@@ -1,6 +1,6 @@
 // Which instruction sets this machine has, and the one that is used.
 
-#include "fused_call.h"
+#include "attention/call.h"
 
 #include <atomic>
 #include <cstdlib>

@@ -56,7 +56,7 @@ struct fused_call {
     const int32_t  * row_of_cell; // or nullptr
     int              n_head, n_head_kv, n_tokens, n_stream, n_kv;
     float            scale, max_bias, softcap;
-    int              rot_q;   // Q is rotated in blocks of so many values first, see fused_rows.h; 0: it is not
+    int              rot_q;   // Q is rotated in blocks of so many values first, see lanes/rows-inl.h; 0: it is not
     int              rot_out; // so is the result; not partial results, they are rotated when they have been merged
     fused_plan       plan;
     int32_t        * next_item; // shared by the threads, 0 at first; or nullptr: thread i takes items i, i + nth, ...
@@ -72,7 +72,7 @@ float fused_slope(float max_bias, int n_head, int head);
 struct fused_kernel {
     const char * isa;
 
-    // Computes this thread's share of the items (fused_kernel.h).
+    // Computes this thread's share of the items (kernel/kernel-inl.h).
     void (* run)(const fused_call & call, int ith, int nth);
 
     // In-place product of each block of n values with the orthonormal Walsh-Hadamard matrix, as upstream's

@@ -1,6 +1,6 @@
 // How one call is cut into items that threads take in turn.
 
-#include "fused_call.h"
+#include "attention/call.h"
 
 #include <algorithm>
 #include <cmath>

@@ -2,7 +2,7 @@
 
 #if defined(__aarch64__)
 
-#include "fused_call.h"
+#include "attention/call.h"
 
 #include <cmath>
 #include <cstring>
@@ -13,11 +13,11 @@
 
 namespace intactkv {
 namespace {
-#include "fused_simd.h"
-#include "fused_blocks.h"
-#include "fused_gemm.h"
-#include "fused_rows.h"
-#include "fused_kernel.h"
+#include "attention/lanes/simd-inl.h"
+#include "attention/lanes/blocks-inl.h"
+#include "attention/lanes/gemm-inl.h"
+#include "attention/lanes/rows-inl.h"
+#include "attention/kernel/kernel-inl.h"
 } // namespace
 
 extern const fused_kernel fused_neon;

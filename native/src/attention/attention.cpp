@@ -1,7 +1,7 @@
 // The graph nodes of fused attention: from tensors to a fused_call, and the exact merge of split cells.
 
-#include "fused.h"
-#include "fused_call.h"
+#include "attention/attention.h"
+#include "attention/call.h"
 
 #include "ggml-backend.h"
 
