@@ -80,7 +80,7 @@ def sources() -> list[Path]:
 def sources_without_ggml() -> list[Path]:
     """The kernel as a program that needs no ggml library: for emulators and sanitizers."""
     targets = sorted((ATTENTION / "targets").glob("*.cpp"))
-    return [ATTENTION / "plan.cpp", *targets, NATIVE / "tests" / "attention_file.cpp"]
+    return [ATTENTION / "call.cpp", *targets, NATIVE / "tests" / "attention_file.cpp"]
 
 
 def ggml_include(build: Path) -> Path:
@@ -141,6 +141,12 @@ def build(flags: tuple[str, ...] = ("-O3",), name: str = "native", ggml: Path | 
     finally:
         shutil.rmtree(objects)
     return library
+
+
+def build_of(checkout: Path) -> Path:
+    """What build() of another checkout of this repository makes there, of its kernel."""
+    command = [sys.executable, "-c", "from benchmarks import kernel; print(kernel.build())"]
+    return Path(subprocess.run(command, cwd=checkout, check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
 
 
 def _finish(running: list) -> None:

@@ -8,6 +8,7 @@
 // IN is what benchmarks/kernel.py writes: struct header, then q, K bytes, V bytes, mask, sinks, arenas, rows.
 
 #include "attention/call.h"
+#include "attention/targets/dispatch.h"
 
 #include <cstdio>
 #include <cstdlib>

@@ -2,7 +2,7 @@
 // both run as nodes of a ggml graph on the same tensors, laid out as in llama.cpp's cache.
 
 #include "attention/attention.h"
-#include "attention/call.h"
+#include "attention/targets/dispatch.h"
 
 #include "ggml-cpu.h"
 

@@ -2,27 +2,11 @@
 
 #if defined(__aarch64__)
 
-#include "attention/call.h"
-
-#include <cmath>
-#include <cstring>
-#include <arm_neon.h>
-
-#define INTACTKV_X86 0
 #define INTACTKV_ARM 1
+#define INTACTKV_TARGET fused_neon
+#define INTACTKV_NAME "neon"
+#include "attention/targets/before_pragma.h"
 
-namespace intactkv {
-namespace {
-#include "attention/lanes/simd-inl.h"
-#include "attention/lanes/blocks-inl.h"
-#include "attention/lanes/gemm-inl.h"
-#include "attention/lanes/rows-inl.h"
 #include "attention/kernel/kernel-inl.h"
-} // namespace
-
-extern const fused_kernel fused_neon;
-const fused_kernel fused_neon = { "neon", run, rotate, widen, narrow };
-
-} // namespace intactkv
 
 #endif

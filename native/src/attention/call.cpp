@@ -1,4 +1,4 @@
-// How one call is cut into items that threads take in turn.
+// How one call is cut into items, and the slopes of its heads.
 
 #include "attention/call.h"
 
