@@ -25,7 +25,7 @@ enum has_source { HAS_MASK = 1, HAS_SINKS = 2, HAS_K_ARENA = 4, HAS_V_ARENA = 8,
 
 // Query rows x cells from which on threads take items as they finish, instead of every nth one: cores of different
 // speed, or shared with other processes, then wait little for each other. It takes one more node, whose barrier costs
-// about a microsecond.
+// about a microsecond. Where the border lies is a choice, not measured.
 constexpr int64_t SHARE_FROM = 1 << 15;
 
 static_assert(FUSED_PARAMS + sizeof(node_params) <= GGML_MAX_OP_PARAMS, "op_params too small");

@@ -85,8 +85,9 @@ void store(ggml_tensor * dst, int ith, int nth, void *) {
 } // namespace
 
 bool fused_store_supported(const ggml_tensor * cache, const ggml_tensor * cur) {
-    return fused_head_supported(cache->type, cur->ne[0]) && fused_in_host_memory(cache) && cache->ne[0] == cur->ne[0] * cur->ne[1] &&
-           cur->type == GGML_TYPE_F32 && cur->nb[0] == sizeof(float) && cur->ne[3] == 1;
+    return fused_head_supported(cache->type, cur->ne[0]) && fused_in_host_memory(cache) &&
+           cache->ne[0] == cur->ne[0] * cur->ne[1] && cur->type == GGML_TYPE_F32 &&
+           cur->nb[0] == sizeof(float) && cur->ne[3] == 1;
 }
 
 ggml_tensor * fused_store(

@@ -1,11 +1,111 @@
-// Attention of one item: a block of query rows, a few KV heads, a range of cells. The same source for every
-// instruction set.
+// Attention of one item of a call. The same source for every instruction set; this file includes the others.
 //
-// Rows of an item are ordered by query head, then token: row = head*tokens + token. Two layouts:
-//   narrow (few rows: decode)     scores [row][cell], cells in lanes; V is expanded in registers
-//   wide   (many rows: prefill)   scores [cell][row], rows in lanes; K and V are expanded once per tile
-// Cells that no query of the item sees are left out of the tiles, so a masked tile, a sliding window or the cells of
-// other sequences cost only the look at the mask.
+// WHAT IS COMPUTED. For every query row, which is one token of one query head of one stream, over the cells c it sees:
+//
+//     s[c] = scale * (q . K[c]) + slope * mask[c], with a softcap softcap * tanh(scale * (q . K[c]) / softcap) + ...
+//     out  = sum over c of e^s[c] * V[c] / (sum over c of e^s[c], plus e^sink)
+//
+//     q      F32 [n_stream][n_tokens][n_head][dim_k]
+//     K, V   a KV type [n_stream][n_kv][n_head_kv][dim_k, dim_v]; of intact cells F16 in the arena
+//            [row][n_head_kv][dim]
+//     mask   F16 [n_stream or 1][n_head or 1][n_tokens][n_kv], or none
+//     sinks  F32 [n_head], or none
+//     out    F32 [n_stream][n_tokens][n_head][dim_v]
+//
+// HOW A CALL IS CUT. fused_make_plan() (call.cpp) cuts it into items, which threads take in turn. An item is a block of
+// query rows (some query heads that share a KV head, times some tokens), one KV head or a few, and a chunk of the
+// cells. If there are several chunks, items write partial results, and a second node merges them (attention.cpp). How a
+// call is cut depends on its shape only: any number of threads gives the same bits.
+//
+// An item walks through its cells 64 at a time (run_item()). look() reads the mask of all its tokens first. Cells that
+// none of them sees go into no tile: a masked tile, a sliding window or other sequences' cells cost that look and no
+// more. The others are collected in two tiles, intact cells and ordinary ones, as a tile is read in one type. A full
+// tile waits until the next of its kind is full: whose rows are then known, and are read ahead while the first is
+// computed.
+//
+// A TILE (process()) is n <= cells_max cells: 64 up to head size 128, 32 at 256, 16 at 512. Per KV head:
+//
+//     step         file       reads                          writes
+//     find_rows    cells-     the call                       where K and V of the cells are; once for all KV heads
+//     scores       scores-    q or q8, K                     s, as exponents of 2
+//     add_mask     mask-      mask [token][cell]             s; only if some value of the mask is not 0
+//     softmax      softmax-   s, max, sum                    s, now weights; max, sum, beta
+//     accumulate   values-    s, beta, V                     acc = beta * acc + s . V
+//
+// Before the first tile load_queries() (queries-) fills q and q8; after the last, write() (output-) empties acc. All
+// but K, V and the mask is in a thread's scratch of 0.24 MB (item-inl.h), for the second cache.
+//
+// NARROW AND WIDE. Two layouts, chosen per item (make_item()):
+//
+//     narrow  up to NARROW_MAX rows per KV head: decode, a few sequences, short batches; on x86 also any batch with
+//             head sizes above 192, where FUSED_FLOATS allows 48 rows at most. Scores [row][cell]. Quantized K is
+//             transposed so that a lane is a cell: for up to SCORE_ROWS rows in registers, as it is used, else into k8
+//             once for all rows. With F16 and BF16 K a lane is a value, 4 cells at a time. V is expanded in registers,
+//             VALUE_ROWS rows at a time.
+//     wide    more rows: prefill. One KV head. Scores [cell][row], rows in lanes. K and V are expanded once per tile,
+//             to bytes, 16-bit pairs of cells or floats, and meet the rows in register-blocked products
+//             (lanes/gemm-inl.h).
+//
+// MEMORY TRAFFIC. An item reads K and V of the cells it sees once for all its rows. Bytes per value: F16 and BF16 2,
+// Q8_0 34/32, Q5_1 24/32, Q5_0 22/32, Q4_1 20/32, Q4_0 and IQ4_NL 18/32. For one token that is, per layer,
+//
+//     n_kv * n_head_kv * (dim_k * bytes(K) + dim_v * bytes(V))
+//
+// e.g. with 3 KV heads of 64: 768 bytes a cell with F16, 408 with Q8_0, 288 with Q5_1, 216 with Q4_0. Beside it, all
+// small: the mask, 2 bytes per cell and token for each item that looks; q, 4 * dim_k a row; partial results, 4 * (2 +
+// dim_v) a row and chunk. A batch reads K and V once per block of tokens, tokens / plan.tokens times in all; there
+// arithmetic bounds it. docs/speed.md says how close decode comes to what the memory can give.
+//
+// PRECISION. What is rounded; all else is F32 (FMA where the target has it), and integer sums are exact:
+//
+//     q, for a quantized K        to 8 bits of the largest of each 32 values, after its rotation; as upstream does
+//     q, for F16, BF16, intact    not at all; these K are widened exactly
+//     2^x                         by a polynomial, below 2e-7 of the result (exp2_neg())
+//     weights, for a quantized V  times the block's scale, to 16 bits of the largest such product of a row in the tile;
+//                                 but not in wide items without x86's instructions, where V is expanded to floats
+//     weights, for F16, BF16 V    not at all; these V are widened exactly
+//
+// Earlier results are scaled by 2^(old maximum - new maximum) when a larger score comes; merged chunks too.
+//
+// CONSTANTS. How to try another value of one: change it in a second checkout, and run in the first
+//
+//     python -m benchmarks.attention --against SECOND --threads 1 --seconds 0.6
+//         [--shapes ...] [--types ...] [--depths ...] [--tokens ...]
+//
+// So these were measured, on one core of an AMD EPYC (Zen 4, AVX-512 VNNI) that others used too. "x 0.91": with the
+// other value the kernel is 0.91 times as fast, median of 9 rounds. SmolLM2-135M's shape unless another is named.
+//
+//     FUSED_TILE 64       cells of a tile. 32: x 0.91 (q8_0, 1 token at 2048), 0.76 (16 tokens), 0.91 (128 at 512)
+//     TILE_FLOATS 8192    K or V of a tile in floats, 32 KB. 4096: x 0.83 (7B class q8_0, 128 tokens at 512), 0.82
+//                         (Gemma q8_0, 16 tokens), 1.00 (Gemma f16, 1 token), 1.08 (7B class q8_0, 1 token at 2048; it
+//                         varied)
+//     FUSED_ROWS_MAX 96   rows of a block: whole vectors, whole register blocks. 64: x 0.99 (q8_0, 128 tokens at 512),
+//                         1.00 (f16), 1.09 (7B class q4_0). 128, with FUSED_FLOATS 16384: x 0.93, 1.01, 0.89
+//     FUSED_FLOATS 12288  96 rows of head size 128, see FUSED_ROWS_MAX
+//     FUSED_HEAD_MAX 512  a choice, not measured
+//     NARROW_MAX 48       set when the narrow kernels had become faster (95e50df; measured with AVX2 and AVX-512, how
+//                         is not recorded). 12: x 1.18 (q8_0, 16 tokens at 2048), 1.32 (q4_0), 0.95 (f16), 1.03 (q8_0,
+//                         5 tokens), 0.81 (7B class q8_0, 8 tokens): with VNNI, 48 rows of a quantized cache would
+//                         rather be wide. 96: x 0.83 (q8_0, 128 tokens at 512), 0.75 (q4_0), 0.95 (f16). 5 with vectors
+//                         of 4: not measured
+//     SCORE_ROWS 8        as accumulators and transposed vectors fit 32 registers. 1: x 1.01 (q8_0, 1 token at 2048),
+//                         0.92 (q4_0), 0.91 (7B class q8_0), 0.92 (q8_0, 2 tokens). 4 with fewer lanes: not measured
+//     VALUE_ROWS 4        2: x 0.91 (q8_0, 4 tokens at 2048), 0.85 (q4_0), 0.92 (f16). 2 with 16 registers: not
+//                         measured
+//     VALUE_COLS 64       32: x 0.92 (f16, 1 token at 2048), 0.94 (4 tokens), 0.96 (7B class f16). 32 elsewhere: not
+//                         measured
+//     read ahead          one tile, to the second cache (row_list::prefetch()). None: x 0.45 (q8_0, 1 token at 8192),
+//                         0.45 (f16), 0.66 (q4_0), 0.26 (7B class q8_0). To the first: x 0.60, 0.61 (f16), 0.34 (7B
+//                         class q8_0). Other distances: not measured
+//     read ahead, mask    one tile (look()). None: x 0.99 (q8_0, 128 tokens at 512 and at 4096), no more than the noise
+//     MB, VB              gemm-inl.h: as many accumulators as there are registers for; a choice, not measured
+//     of the plan         call.cpp; SHARE_FROM: attention.cpp
+//
+// INSTRUCTION SETS. Each file of targets/ is one translation unit: it includes all headers from outside
+// (before_pragma.h), then names its instruction set to the compiler, then includes this file. What is compiled in
+// between is in an anonymous namespace: no function of one target can be taken for another's. The suffix -inl.h says
+// that a file is compiled so. Each includes what it needs, in any order; for that a #pragma once will do, as no
+// translation unit has two targets.
 
 #pragma once
 

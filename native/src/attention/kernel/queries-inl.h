@@ -19,7 +19,8 @@ namespace {
 inline const float * query(const work & w, int kv_head, int row) {
     const int head  = kv_head * (w.call.n_head / w.call.n_head_kv) + w.it.head + row / w.it.tokens;
     const int token = w.it.token + row % w.it.tokens;
-    return (const float *) (w.call.q + head * w.call.q_nb_head + token * w.call.q_nb_token + w.it.stream * w.call.q_nb_stream);
+    return (const float *) (w.call.q + head * w.call.q_nb_head + token * w.call.q_nb_token +
+            w.it.stream * w.call.q_nb_stream);
 }
 
 // 32 values of a row: rounded to 8 bits of the largest of them.
@@ -53,8 +54,8 @@ inline void load_query_block(const work & w, const float * q, float scale, int r
 inline void load_queries(const work & w) {
     const float scale   = w.call.softcap != 0.0f ? w.call.scale / w.call.softcap : w.call.scale * FUSED_LOG2E;
     const int   n_block = w.dim_k / QK;
-    const bool  floats  = w.call.k.type == GGML_TYPE_F16 || w.call.k.type == GGML_TYPE_BF16 || (w.call.row_of_cell && w.call.k.arena);
     const bool  bytes   = w.call.k.type != GGML_TYPE_F16 && w.call.k.type != GGML_TYPE_BF16;
+    const bool  floats  = !bytes || (w.call.row_of_cell && w.call.k.arena);
     if (w.it.wide && w.it.rows_pad > w.it.rows) {
         memset(w.mem.q, 0, sizeof(float) * w.dim_k * w.it.rows_pad);
         memset(w.mem.q8, 0, w.dim_k * w.it.rows_pad);

@@ -113,7 +113,8 @@ template <ggml_type T, int R = SCORE_ROWS> inline void narrow_scores_quant(const
 }
 
 // Four cells at a time, for the sums over their lanes. Behind the last cell it comes once more.
-template <ggml_type T, int R> inline void narrow_scores_float_rows(const work & w, const row_list & rows, int n, int h, int r0) {
+template <ggml_type T, int R>
+inline void narrow_scores_float_rows(const work & w, const row_list & rows, int n, int h, int r0) {
     const float * q = w.mem.q + (h * w.it.rows + r0) * w.dim_k;
     for (int c = 0; c < n; c += 4) {
         vf acc[R][4] = {};
@@ -179,7 +180,8 @@ template <ggml_type T> inline void wide_scores_float(const work & w, int n) {
             store(w.mem.k + c * w.dim_k + d, values<T>(k_row(w, 0, c) + d * 2, 0));
         }
     }
-    const gemm_args g = { w.mem.k, (size_t) w.dim_k, 1, w.mem.q, (size_t) w.it.rows_pad, w.mem.s, (size_t) w.it.rows_pad, nullptr, w.dim_k };
+    const size_t    ld = w.it.rows_pad;
+    const gemm_args g  = { w.mem.k, (size_t) w.dim_k, 1, w.mem.q, ld, w.mem.s, ld, nullptr, w.dim_k };
     gemm(g, n, w.it.rows_pad);
 }
 

@@ -62,7 +62,8 @@ template <int R> struct weights {
 };
 
 // Quantized V: acc[r][d0..d0+32) of R rows.
-template <ggml_type T, int R> inline void narrow_values_quant(const work & w, const row_list & rows, int n, int r0, int h, int d0) {
+template <ggml_type T, int R>
+inline void narrow_values_quant(const work & w, const row_list & rows, int n, int r0, int h, int d0) {
     const int    row0   = h * w.it.rows + r0;
     const size_t offset = (size_t) (d0 / QK * block<T>::bytes);
 
@@ -103,7 +104,8 @@ template <ggml_type T, int R> inline void narrow_values_quant(const work & w, co
 }
 
 // F16 and BF16: acc[r][d0..d0+N) of R rows.
-template <ggml_type T, int R, int N> inline void narrow_values_float(const work & w, const row_list & rows, int n, int r0, int h, int d0) {
+template <ggml_type T, int R, int N>
+inline void narrow_values_float(const work & w, const row_list & rows, int n, int r0, int h, int d0) {
     const int row0 = h * w.it.rows + r0;
     constexpr int NV = N / W;
     vf acc[R][NV];
@@ -195,7 +197,9 @@ template <ggml_type T> inline void pack_v(const work & w, int n, int32_t * pairs
 
 // The weights times one block's scales, by row in units of the largest / 32767: [pair of cells][row][2], 16 bits
 // each. lows: the sum of the weights times the block's lows. n: even.
-template <ggml_type T> inline void pack_weights(const work & w, int n, const float * scale, const float * low, int32_t * products, float * unit, float * lows) {
+template <ggml_type T>
+inline void pack_weights(const work & w, int n, const float * scale, const float * low, int32_t * products, float * unit,
+        float * lows) {
     for (int r = 0; r < w.it.rows_pad; r += W) {
         vf largest = {}, total = {};
         for (int c = 0; c < n; c++) {
@@ -230,8 +234,9 @@ template <ggml_type T> inline void wide_values_quant(const work & w, int n) {
     }
     for (int b = 0; b < w.dim_v / QK; b++) {
         pack_weights<T>(w, n, scale + b * w.cells_max, low + b * w.cells_max, products, unit, lows);
-        const pair_args g = { products, (size_t) w.it.rows_pad, pairs + b * QK, (size_t) w.dim_v, w.mem.acc + b * QK, (size_t) w.dim_v,
-                              w.mem.beta, unit, block<T>::min ? lows : nullptr, n / 2 };
+        const size_t    ld = w.dim_v;
+        const pair_args g  = { products, (size_t) w.it.rows_pad, pairs + b * QK, ld, w.mem.acc + b * QK, ld, w.mem.beta,
+                               unit, block<T>::min ? lows : nullptr, n / 2 };
         pair_gemm(g, w.it.rows);
     }
 }
@@ -255,7 +260,8 @@ template <ggml_type T> inline void wide_values_float(const work & w, int n) {
             }
         }
     }
-    const gemm_args g = { w.mem.s, 1, (size_t) w.it.rows_pad, w.mem.v, (size_t) w.dim_v, w.mem.acc, (size_t) w.dim_v, w.mem.beta, n };
+    const size_t    ld = w.dim_v;
+    const gemm_args g  = { w.mem.s, 1, (size_t) w.it.rows_pad, w.mem.v, ld, w.mem.acc, ld, w.mem.beta, n };
     gemm(g, w.it.rows, w.dim_v);
 }
 
