@@ -56,6 +56,7 @@ inline void load_queries(const work & w) {
     const int   n_block = w.dim_k / QK;
     const bool  bytes   = w.call.k.type != GGML_TYPE_F16 && w.call.k.type != GGML_TYPE_BF16;
     const bool  floats  = !bytes || (w.call.row_of_cell && w.call.k.arena);
+    const int   step    = w.it.wide ? w.it.rows_pad : 1;
     if (w.it.wide && w.it.rows_pad > w.it.rows) {
         memset(w.mem.q, 0, sizeof(float) * w.dim_k * w.it.rows_pad);
         memset(w.mem.q8, 0, w.dim_k * w.it.rows_pad);
@@ -73,10 +74,9 @@ inline void load_queries(const work & w) {
                 rotate(rotated, w.dim_k, w.call.rot_q);
                 q = rotated;
             }
-            if (floats) {
-                for (int d = 0; d < w.dim_k; d++) {
-                    w.mem.q[w.it.wide ? d * w.it.rows_pad + row : row * w.dim_k + d] = q[d] * scale;
-                }
+            float * out = w.mem.q + (w.it.wide ? row : row * w.dim_k);
+            for (int d = 0; floats && d < w.dim_k; d++) {
+                out[d * step] = q[d] * scale;
             }
             for (int b = 0; bytes && b < n_block; b++) {
                 load_query_block(w, q + b * QK, scale, row, b, n_block);
