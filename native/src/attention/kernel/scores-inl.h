@@ -193,6 +193,7 @@ template <ggml_type T> inline void scores_of(const work & w, int n, int h) {
     }
 }
 
+// In K's type, of this tile: F16 if its cells are intact.
 inline void scores(const work & w, const tile & t, int h) {
     for_type(w.mem.k_rows.f16 ? GGML_TYPE_F16 : w.call.k.type, [&](auto kv) { scores_of<kv.type>(w, t.n, h); });
     if (w.call.softcap != 0.0f) {

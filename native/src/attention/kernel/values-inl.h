@@ -23,7 +23,7 @@ namespace {
 constexpr int   VALUE_ROWS  = INTACTKV_X86 >= 3 ? 4 : 2; // rows that share an expansion of V in registers
 constexpr int   VALUE_COLS  = W >= 16 ? 64 : 32;         // columns of V that do so, for F16 and BF16
 constexpr float WEIGHT_MAX  = 32767.0f;                  // of a weight in 16 bits
-constexpr float WEIGHT_TINY = 1.0e-30f;                  // a largest weight up to this counts as 0: its inverse may be none
+constexpr float WEIGHT_TINY = 1.0e-30f;                  // smaller largest weights might have no finite inverse
 
 // The weights of R rows for a block of V, as narrow_values_quant() wants them.
 template <int R> struct weights {
@@ -279,6 +279,7 @@ template <ggml_type T> inline void values_of(const work & w, int n, int h) {
     w.it.wide ? wide_values<T>(w, n) : narrow_values<T>(w, n, h);
 }
 
+// In V's type, of this tile: F16 if its cells are intact.
 inline void accumulate(const work & w, const tile & t, int h) {
     for_type(w.mem.v_rows.f16 ? GGML_TYPE_F16 : w.call.v.type, [&](auto kv) { values_of<kv.type>(w, t.n, h); });
 }

@@ -39,8 +39,8 @@ template <ggml_type T> struct kv_type {
     static constexpr ggml_type type = T;
 };
 
-// Calls f(kv_type<type>{}): here a number becomes code, and nowhere else. Not beside FUSED_TYPES: what is not compiled
-// for the target, as this file is, cannot be inlined together with what is.
+// Calls f(kv_type<type>{}): here a number becomes code, and nowhere else. It stands here and not beside FUSED_TYPES
+// (call.h), because a function that is not compiled for the target cannot take in one that is.
 template <int I = 0, typename F> inline void for_type(ggml_type type, const F & f) {
     if constexpr (I < FUSED_N_TYPES) { // fused_supported() lets no other type through
         if (type == FUSED_TYPES[I]) {
