@@ -1,6 +1,7 @@
 """The attention kernel alone: ours against upstream's op, in turn, on the same tensors.
 
     python -m benchmarks.attention [--quick] [--threads 2] [--out build/benchmarks]
+    python -m benchmarks.attention --against CHECKOUT    another checkout's kernel instead of upstream's op
 
 Per KV type, model shape, depth and batch: median time of both, ratio with quartiles, GB/s of K and V read (batch 1)
 as a fraction of the read bandwidth measured on this machine, and multiply-adds per second. Copies of K and V that
@@ -21,6 +22,7 @@ from benchmarks import machine
 # head size, query heads, KV heads
 SHAPES = {"SmolLM2-135M": (64, 9, 3), "MHA": (64, 16, 16), "7B class": (128, 32, 8), "Gemma": (256, 8, 4)}
 BEYOND_CACHES = 128 << 20  # bytes
+ROUNDS = 9  # of two kernels in turn
 
 
 def make_case(shape: tuple[int, int, int], n_tokens: int, depth: int, kv_type: str) -> K.Case:
@@ -37,15 +39,39 @@ def make_case(shape: tuple[int, int, int], n_tokens: int, depth: int, kv_type: s
     return K.Case(q, k, v, kv_type, kv_type, mask=mask, scale=dim**-0.5)
 
 
-def measure(kernel: K.Kernel, name: str, n_tokens: int, depth: int, kv_type: str, args: argparse.Namespace) -> dict:
+def in_turn(
+    kernel: K.Kernel, other: K.Kernel, case: K.Case, *, n_threads: int, repeat: int, n_layer: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds [ROUNDS] of both kernels, each the median of `repeat` calls; who comes first changes every round."""
+    seconds: dict[K.Kernel, list[float]] = {kernel: [], other: []}
+    for i in range(ROUNDS):
+        for k in (kernel, other) if i % 2 == 0 else (other, kernel):
+            _, calls = k.run(case, fused=True, n_threads=n_threads, repeat=repeat, n_layer=n_layer)
+            seconds[k].append(float(np.median(calls)))
+    return np.array(seconds[kernel]), np.array(seconds[other])
+
+
+def measure(
+    kernel: K.Kernel,
+    other: K.Kernel | None,
+    name: str,
+    n_tokens: int,
+    depth: int,
+    kv_type: str,
+    args: argparse.Namespace,
+) -> dict:
     shape = dim, n_head, n_head_kv = SHAPES[name]
     case = make_case(shape, n_tokens, depth, kv_type)
     bytes_read = 2 * (depth + n_tokens) * n_head_kv * dim // 32 * K.BLOCK_BYTES[kv_type]
     n_layer = int(np.clip(BEYOND_CACHES // bytes_read, 1, 64)) if n_tokens == 1 else 1
     once, _ = kernel.compare(case, n_threads=args.threads, repeat=1, n_layer=1)
     repeat = int(np.clip(args.seconds / 4 / once[0], 3, 400))
-    fused, stock = kernel.compare(case, n_threads=args.threads, repeat=repeat, n_layer=n_layer)
-    ratio = np.quantile(stock / fused, [0.25, 0.5, 0.75])
+    if other is None:
+        fused, theirs = kernel.compare(case, n_threads=args.threads, repeat=repeat, n_layer=n_layer)
+    else:
+        repeat = max(repeat // ROUNDS, 3)
+        fused, theirs = in_turn(kernel, other, case, n_threads=args.threads, repeat=repeat, n_layer=n_layer)
+    ratio = np.quantile(theirs / fused, [0.25, 0.5, 0.75])
     mac = 2 * n_tokens * (depth + (n_tokens + 1) / 2) * n_head * dim
     return {
         "shape": name,
@@ -54,7 +80,7 @@ def measure(kernel: K.Kernel, name: str, n_tokens: int, depth: int, kv_type: str
         "tokens": n_tokens,
         "repeat": repeat,
         "fused_ms": float(np.median(fused)) * 1e3,
-        "stock_ms": float(np.median(stock)) * 1e3,
+        "stock_ms" if other is None else "other_ms": float(np.median(theirs)) * 1e3,
         "ratio": float(ratio[1]),
         "ratio_quartiles": [float(ratio[0]), float(ratio[2])],
         "gb_per_s": bytes_read / float(np.median(fused)) / 1e9,
@@ -84,7 +110,7 @@ def plot(result: dict, path: Path) -> None:
             axis.set_xscale("symlog", linthresh=256)
             axis.set_yscale("log")
             axis.set_title(f"{name}, batch {tokens}", fontsize=9)
-            axis.set_ylabel("times as fast as stock")
+            axis.set_ylabel(f"times as fast as {result['against']}")
     axes[-1][0].set_xlabel("depth")
     axes[0][0].legend(fontsize=7)
     figure.text(0.01, 0.002, machine.line(result["machine"]), fontsize=6)
@@ -100,6 +126,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 512])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--isa", help="instruction set instead of the best: avx512vnni, avx512, avx2, portable, ...")
+    parser.add_argument("--against", type=Path, help="another checkout, whose kernel is measured instead of stock's")
     parser.add_argument("--seconds", type=float, default=2.0, help="aimed at per measurement")
     parser.add_argument("--quick", action="store_true", help="two types, one shape, three depths, two batches")
     parser.add_argument("--out", type=Path, default=K.ROOT / "build" / "benchmarks")
@@ -115,6 +142,10 @@ def main() -> None:
     kernel = K.Kernel(K.build())
     if not kernel.choose(args.isa):
         parser.error(f"this machine has no {args.isa}")
+    other = K.Kernel(K.build_of(args.against)) if args.against else None
+    if other:
+        other.choose(args.isa)
+    theirs = "other_ms" if other else "stock_ms"
     bandwidth = kernel.read_bandwidth(args.threads)
     print(f"{kernel.isa()}, {args.threads} threads, read bandwidth {bandwidth / 1e9:.1f} GB/s")
     result = {
@@ -123,21 +154,23 @@ def main() -> None:
         "threads": args.threads,
         "read_bandwidth_gb_per_s": bandwidth / 1e9,
         "types": args.types,
+        "against": str(args.against or "stock"),
         "rows": [],
     }
     print(
-        f"{'shape':>13} {'type':>6} {'depth':>6} {'batch':>5} {'ours ms':>9} {'stock ms':>9} {'ratio':>7}  GB/s, GMAC/s"
+        f"{'shape':>13} {'type':>6} {'depth':>6} {'batch':>5} {'ours ms':>9} {theirs.replace('_', ' '):>9} "
+        f"{'ratio':>7}  GB/s, GMAC/s"
     )
     for name in args.shapes:
         for kv_type in args.types:
             for depth in args.depths:
                 for tokens in args.tokens:
-                    row = measure(kernel, name, tokens, depth, kv_type, args)
+                    row = measure(kernel, other, name, tokens, depth, kv_type, args)
                     result["rows"].append(row)
                     text = f"{row['gb_per_s']:.1f} ({row['gb_per_s'] * 1e9 / bandwidth:.0%})" if tokens == 1 else ""
                     print(
                         f"{name:>13} {kv_type:>6} {depth:>6} {tokens:>5} {row['fused_ms']:>9.3f} "
-                        f"{row['stock_ms']:>9.3f} {row['ratio']:>6.2f}x  {text or format(row['gmac_per_s'], '.1f')}",
+                        f"{row[theirs]:>9.3f} {row['ratio']:>6.2f}x  {text or format(row['gmac_per_s'], '.1f')}",
                         flush=True,
                     )
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """The fused kernel and upstream's attention op as Python functions over numpy arrays.
 
-Builds native/tests/fused_test.cpp with the kernel's own sources against the installed ggml libraries (a compiler is
+Builds native/tests/attention_test.cpp with the kernel's own sources against the installed ggml libraries (a compiler is
 needed), once per state of the sources, under build/kernel/.
 """
 
@@ -21,6 +21,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "native"
+ATTENTION = NATIVE / "src" / "attention"
 
 # ggml_type, ggml.h of the pinned source
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
@@ -72,8 +73,14 @@ def compiler() -> str | None:
 
 
 def sources() -> list[Path]:
-    """The kernel's translation units and the C entry points around them."""
-    return [*sorted((NATIVE / "src").glob("fused*.cpp")), NATIVE / "tests" / "fused_test.cpp"]
+    """The translation units of fused attention and the C entry points around them."""
+    return [*sorted(ATTENTION.rglob("*.cpp")), NATIVE / "tests" / "attention_test.cpp"]
+
+
+def sources_without_ggml() -> list[Path]:
+    """The kernel as a program that needs no ggml library: for emulators and sanitizers."""
+    targets = sorted((ATTENTION / "targets").glob("*.cpp"))
+    return [ATTENTION / "call.cpp", *targets, NATIVE / "tests" / "attention_file.cpp"]
 
 
 def ggml_include(build: Path) -> Path:
@@ -108,7 +115,7 @@ def build(flags: tuple[str, ...] = ("-O3",), name: str = "native", ggml: Path | 
     include = ggml_include(work)
     compile_flags = ["-std=c++17", "-fPIC", "-pthread", *flags, "-I", str(include), "-I", str(NATIVE / "src")]
     hashed = hashlib.sha256(" ".join([compiler() or "", str(ggml), *compile_flags]).encode())
-    for path in [*sources(), *sorted((NATIVE / "src").glob("fused*.h"))]:
+    for path in [*sources(), *sorted(ATTENTION.rglob("*.h"))]:
         hashed.update(path.read_bytes())
     library = work / f"{name}-{hashed.hexdigest()[:16]}.so"
     if library.is_file():
@@ -134,6 +141,12 @@ def build(flags: tuple[str, ...] = ("-O3",), name: str = "native", ggml: Path | 
     finally:
         shutil.rmtree(objects)
     return library
+
+
+def build_of(checkout: Path) -> Path:
+    """What build() of another checkout of this repository makes there, of its kernel."""
+    command = [sys.executable, "-c", "from benchmarks import kernel; print(kernel.build())"]
+    return Path(subprocess.run(command, cwd=checkout, check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
 
 
 def _finish(running: list) -> None:
@@ -187,7 +200,7 @@ class Kernel:
         return out.raw
 
     def write(self, case: Case, path: Path) -> None:
-        """Writes the case as native/tests/fused_file.cpp reads it."""
+        """Writes the case as native/tests/attention_file.cpp reads it."""
         n_stream, n_tokens, n_head, dim_k = case.q.shape
         _, n_kv, n_head_kv, dim_v = case.v.shape
         k, v = self.quantized(case.k, case.type_k), self.quantized(case.v, case.type_v)

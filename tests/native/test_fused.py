@@ -332,8 +332,7 @@ def test_the_reference_itself(kernel: K.Kernel):
 
 def test_thread_sanitizer(kernel: K.Kernel, tmp_path: Path):
     """Two calls at a time, each with several threads, the instruction set chosen by whichever comes first."""
-    program = tmp_path / "fused_file"
-    units = [path for path in K.sources() if path.name not in ("fused.cpp", "fused_test.cpp")]
+    program = tmp_path / "attention_file"
     include = K.ggml_include(K.ROOT / "build" / "kernel")
     command = [
         K.compiler(),
@@ -347,7 +346,7 @@ def test_thread_sanitizer(kernel: K.Kernel, tmp_path: Path):
         "-I",
         K.NATIVE / "src",
     ]
-    command += [*units, K.NATIVE / "tests" / "fused_file.cpp", "-o", program]
+    command += [*K.sources_without_ggml(), "-o", program]
     made = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if "cannot find" in made.stderr and "tsan" in made.stderr:
         pytest.skip("the compiler has no ThreadSanitizer runtime")

@@ -35,14 +35,13 @@ def kernel() -> K.Kernel:
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """fused_file for 64-bit ARM, statically linked."""
+    """attention_file for 64-bit ARM, statically linked."""
     directory = tmp_path_factory.mktemp("neon")
     include = K.ggml_include(K.ROOT / "build" / "kernel")
-    units = ["fused_plan", "fused_isa", "fused_neon", "fused_neon_dotprod", "fused_portable"]
-    sources = [*(K.NATIVE / "src" / f"{unit}.cpp" for unit in units), K.NATIVE / "tests" / "fused_file.cpp"]
+    sources = K.sources_without_ggml()
     command = [CROSS, "-std=c++17", "-O2", "-static", "-pthread", "-I", include, "-I", K.NATIVE / "src", *sources]
-    subprocess.run([*map(str, command), "-o", str(directory / "fused_file")], check=True)
-    return directory / "fused_file"
+    subprocess.run([*map(str, command), "-o", str(directory / "attention_file")], check=True)
+    return directory / "attention_file"
 
 
 def emulate(program: Path, kernel: K.Kernel, case: K.Case, isa: str, cpu: str) -> np.ndarray:

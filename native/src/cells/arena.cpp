@@ -1,6 +1,6 @@
 #include "cells/arena.h"
 
-#include "fused.h"
+#include "attention/store.h"
 
 #include "llama-cparams.h"
 #include "llama-hparams.h"

@@ -1,7 +1,7 @@
 #include "cells/graph.h"
 
 #include "cells/arena.h"
-#include "fused.h"
+#include "attention/attention.h"
 
 #include "llama-cparams.h"
 #include "llama-hparams.h"

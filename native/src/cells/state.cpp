@@ -1,7 +1,7 @@
 #include "cells/state.h"
 
 #include "cells/arena.h"
-#include "fused.h"
+#include "attention/store.h"
 
 #include "llama-impl.h"
 #include "llama-io.h"

@@ -1,4 +1,14 @@
 // Rows on their way into the cache: rotated by a Hadamard matrix, rounded to F16 or Q8_0.
+//
+// Compiled once per instruction set, inside its anonymous namespace: see kernel/kernel-inl.h.
+
+#pragma once
+
+#include "attention/lanes/blocks-inl.h"
+#include "attention/lanes/simd-inl.h"
+
+namespace intactkv {
+namespace {
 
 // x[i ^ D] in lane i
 template <int D> inline vf across(vf x) {
@@ -108,3 +118,6 @@ inline bool narrow(ggml_type, const float *, void *, int64_t) {
     return false;
 }
 #endif
+
+} // namespace
+} // namespace intactkv

@@ -2,6 +2,15 @@
 //
 // A quantized block is 32 values: value = scale * n + low, with n an integer of a few bits. For the unsigned types
 // (4 and 5 bits) V uses n as stored and folds the offset into `low`; K needs signed bytes.
+//
+// Compiled once per instruction set, inside its anonymous namespace: see kernel/kernel-inl.h.
+
+#pragma once
+
+#include "attention/lanes/simd-inl.h"
+
+namespace intactkv {
+namespace {
 
 constexpr int QK = 32;
 
@@ -24,6 +33,23 @@ template <> struct block<GGML_TYPE_Q4_1>   { static constexpr int bytes = 20, he
 template <> struct block<GGML_TYPE_Q5_0>   { static constexpr int bytes = 22, head = 6, offset = 16; static constexpr bool quant = true, min = false; };
 template <> struct block<GGML_TYPE_Q5_1>   { static constexpr int bytes = 24, head = 8, offset =  0; static constexpr bool quant = true, min = true;  };
 template <> struct block<GGML_TYPE_IQ4_NL> { static constexpr int bytes = 18, head = 2, offset =  0; static constexpr bool quant = true, min = false; };
+
+// A KV type as a constant.
+template <ggml_type T> struct kv_type {
+    static constexpr ggml_type type = T;
+};
+
+// Calls f(kv_type<type>{}): here a number becomes code, and nowhere else. It stands here and not beside FUSED_TYPES
+// (call.h), because a function that is not compiled for the target cannot take in one that is.
+template <int I = 0, typename F> inline void for_type(ggml_type type, const F & f) {
+    if constexpr (I < FUSED_N_TYPES) { // fused_supported() lets no other type through
+        if (type == FUSED_TYPES[I]) {
+            f(kv_type<FUSED_TYPES[I]>{});
+        } else {
+            for_type<I + 1>(type, f);
+        }
+    }
+}
 
 template <ggml_type T> constexpr bool five_bits = T == GGML_TYPE_Q5_0 || T == GGML_TYPE_Q5_1;
 
@@ -83,6 +109,61 @@ template <ggml_type T, int BIAS> inline void unpack(const uint8_t * b, uint8_t *
             }
         }
         out[i] = (uint8_t) (n - block<T>::offset + BIAS);
+    }
+#endif
+}
+
+// 8 x W dwords: a block of each of W cells -> [8][W]
+template <ggml_type T> inline void transpose(const uint8_t * const * in, size_t offset, vi (&out)[QK / 4]) {
+#if INTACTKV_X86 >= 3
+    __m512i z[8], u[8], w[8];
+    for (int i = 0; i < 8; i++) {
+        const int c = i < 4 ? i : i + 4; // cells c and c+4 in the halves
+        const __m256i low = unpacked<T, K_BIAS>(in[c] + offset), high = unpacked<T, K_BIAS>(in[c + 4] + offset);
+        z[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    }
+    for (int i = 0; i < 8; i += 2) {
+        u[i]     = _mm512_unpacklo_epi32(z[i], z[i + 1]);
+        u[i + 1] = _mm512_unpackhi_epi32(z[i], z[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        w[i]     = _mm512_unpacklo_epi64(u[i], u[i + 2]);
+        w[i + 1] = _mm512_unpackhi_epi64(u[i], u[i + 2]);
+        w[i + 2] = _mm512_unpacklo_epi64(u[i + 1], u[i + 3]);
+        w[i + 3] = _mm512_unpackhi_epi64(u[i + 1], u[i + 3]);
+    }
+    for (int j = 0; j < 4; j++) {
+        out[j]     = (vi) _mm512_shuffle_i32x4(w[j], w[j + 4], 0x88);
+        out[j + 4] = (vi) _mm512_shuffle_i32x4(w[j], w[j + 4], 0xdd);
+    }
+#elif INTACTKV_X86 == 2
+    __m256i z[8], u[8], w[8];
+    for (int i = 0; i < 8; i++) {
+        z[i] = unpacked<T, K_BIAS>(in[i] + offset);
+    }
+    for (int i = 0; i < 8; i += 2) {
+        u[i]     = _mm256_unpacklo_epi32(z[i], z[i + 1]);
+        u[i + 1] = _mm256_unpackhi_epi32(z[i], z[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        w[i]     = _mm256_unpacklo_epi64(u[i], u[i + 2]);
+        w[i + 1] = _mm256_unpackhi_epi64(u[i], u[i + 2]);
+        w[i + 2] = _mm256_unpacklo_epi64(u[i + 1], u[i + 3]);
+        w[i + 3] = _mm256_unpackhi_epi64(u[i + 1], u[i + 3]);
+    }
+    for (int j = 0; j < 4; j++) {
+        out[j]     = (vi) _mm256_permute2x128_si256(w[j], w[j + 4], 0x20);
+        out[j + 4] = (vi) _mm256_permute2x128_si256(w[j], w[j + 4], 0x31);
+    }
+#else
+    alignas(64) uint8_t bytes[W][QK];
+    for (int c = 0; c < W; c++) {
+        unpack<T, K_BIAS>(in[c] + offset, bytes[c]);
+    }
+    for (int j = 0; j < QK / 4; j++) {
+        for (int c = 0; c < W; c++) {
+            out[j][c] = load_as<int32_t>(bytes[c] + j * 4);
+        }
     }
 #endif
 }
@@ -150,3 +231,6 @@ template <ggml_type T> inline float block_scale(const uint8_t * b) {
 template <ggml_type T> inline float block_low(const uint8_t * b) {
     return block<T>::min ? f16(b + 2) : -block<T>::offset * f16(b);
 }
+
+} // namespace
+} // namespace intactkv

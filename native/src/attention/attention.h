@@ -9,6 +9,8 @@
 
 #include "ggml.h"
 
+#include "attention/store.h"
+
 namespace intactkv {
 
 // Where the F16 rows of intact cells are. nullptr instead of one of these: no cell of the cache is intact.
@@ -16,12 +18,6 @@ struct intact_rows {
     ggml_tensor * k;           // arena K, F16 [n_embd_k_gqa, n_rows]; nullptr: K of the cache is F16 itself
     ggml_tensor * v;           // arena V, F16 [n_embd_v_gqa, n_rows]; nullptr: V of the cache is F16 itself
     ggml_tensor * row_of_cell; // I32 [n_kv, n_stream]: arena row, -1 = ordinary
-};
-
-// Upstream keeps K and V of a quantized cache rotated by a Hadamard matrix in blocks of so many values; 0: as they are.
-struct fused_rotation {
-    int32_t k = 0;
-    int32_t v = 0;
 };
 
 // Can fused_attention() compute this call? Types F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, IQ4_NL for K and for V,
@@ -55,34 +51,5 @@ ggml_tensor * fused_attention(
         float               scale,
         float               max_bias,
         float               logit_softcap);
-
-// Can fused_store() store this K or V? The types and head sizes of fused_supported().
-bool fused_store_supported(const ggml_tensor * cache, const ggml_tensor * cur);
-
-// New K and V into their cells, rotated and rounded: what upstream does with two Hadamard products and two
-// ggml_set_rows(). The node is a view of k_cache; build it into the graph before the attention that reads the cells.
-//   k_cache, v_cache  KV  [head_dim*n_head_kv, n_cells, ...], streams one behind the other
-//   k, v              F32 [head_dim, n_head_kv, n_tokens], any strides but nb[0]
-//   k_cells, v_cells  I64 [n_tokens] the rows of k_cache and v_cache that they go to
-ggml_tensor * fused_store(
-        ggml_context * ctx,
-        ggml_tensor  * k_cache,
-        ggml_tensor  * v_cache,
-        ggml_tensor  * k,
-        ggml_tensor  * v,
-        ggml_tensor  * k_cells,
-        ggml_tensor  * v_cells,
-        fused_rotation rot);
-
-// In place, the rotation of fused_rotation: each block of n_rot of the n values. n_rot 0: nothing happens.
-void fused_rotate(float * x, int64_t n, int32_t n_rot);
-
-// n F16 values as F32, and n F32 values in F32 or a KV type, in whole blocks.
-void fused_widen(const uint16_t * x, float * out, int64_t n);
-void fused_narrow(ggml_type type, const float * x, void * out, int64_t n);
-
-// The instruction set chosen at run time: "avx512vnni", "avx512", "avx2", "neon-dotprod", "neon" or "portable".
-// INTACTKV_ISA=<name> overrides it, if this machine has it.
-const char * fused_isa();
 
 } // namespace intactkv

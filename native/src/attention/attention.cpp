@@ -1,39 +1,18 @@
 // The graph nodes of fused attention: from tensors to a fused_call, and the exact merge of split cells.
 
-#include "fused.h"
-#include "fused_call.h"
-
-#include "ggml-backend.h"
+#include "attention/attention.h"
+#include "attention/call.h"
+#include "attention/store.h"
+#include "attention/targets/dispatch.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
 namespace intactkv {
-
-void fused_rotate(float * x, int64_t n, int32_t n_rot) {
-    if (n_rot > 0) {
-        fused_chosen().rotate(x, n, n_rot);
-    }
-}
-
-// The kernel's vectors are up to 16 values; rows that end within one go the slow way.
-void fused_widen(const uint16_t * x, float * out, int64_t n) {
-    n % 16 == 0 ? fused_chosen().widen(x, out, n) : ggml_fp16_to_fp32_row(x, out, n);
-}
-
-void fused_narrow(ggml_type type, const float * x, void * out, int64_t n) {
-    if (type == GGML_TYPE_F32) {
-        memcpy(out, x, n * sizeof(float));
-    } else if (n % 16 != 0 || !fused_chosen().narrow(type, x, out, n)) {
-        ggml_get_type_traits(type)->from_float_ref(x, out, n);
-    }
-}
-
 namespace {
 
-// Travels in op_params, behind what ggml_custom_4d() keeps there (function, n_tasks, user data: 24 bytes): the node
-// owns it, so a graph may outlive whoever built it.
+// What the nodes of attention keep at FUSED_PARAMS.
 struct node_params {
     float          scale    = 1.0f;
     float          max_bias = 0.0f;
@@ -46,11 +25,10 @@ enum has_source { HAS_MASK = 1, HAS_SINKS = 2, HAS_K_ARENA = 4, HAS_V_ARENA = 8,
 
 // Query rows x cells from which on threads take items as they finish, instead of every nth one: cores of different
 // speed, or shared with other processes, then wait little for each other. It takes one more node, whose barrier costs
-// about a microsecond.
+// about a microsecond. Where the border lies is a choice, not measured.
 constexpr int64_t SHARE_FROM = 1 << 15;
 
-constexpr size_t PARAMS_OFFSET = 32;
-static_assert(PARAMS_OFFSET + sizeof(node_params) <= GGML_MAX_OP_PARAMS, "op_params too small");
+static_assert(FUSED_PARAMS + sizeof(node_params) <= GGML_MAX_OP_PARAMS, "op_params too small");
 
 // Sources of the attention node, in order, without gaps: ggml stops at none, but other readers may.
 struct sources {
@@ -69,34 +47,8 @@ struct sources {
     }
 };
 
-bool type_supported(ggml_type type) {
-    switch (type) {
-        case GGML_TYPE_F16:
-        case GGML_TYPE_BF16:
-        case GGML_TYPE_Q8_0:
-        case GGML_TYPE_Q5_1:
-        case GGML_TYPE_Q5_0:
-        case GGML_TYPE_Q4_1:
-        case GGML_TYPE_Q4_0:
-        case GGML_TYPE_IQ4_NL:
-            return true;
-        default:
-            return false;
-    }
-}
-
-bool head_supported(ggml_type type, int64_t dim) {
-    return type_supported(type) && dim % 16 == 0 && dim % ggml_blck_size(type) == 0 && dim <= FUSED_HEAD_MAX;
-}
-
 bool side_supported(const ggml_tensor * t) {
-    return head_supported(t->type, t->ne[0]) && t->nb[0] == ggml_type_size(t->type);
-}
-
-// Unknown (not yet allocated) counts as host memory: the scheduler then puts the tensor where the node runs.
-bool in_host_memory(const ggml_tensor * t) {
-    const ggml_tensor * owner = t->view_src ? t->view_src : t;
-    return owner->buffer == nullptr || ggml_backend_buffer_is_host(owner->buffer);
+    return fused_head_supported(t->type, t->ne[0]) && t->nb[0] == ggml_type_size(t->type);
 }
 
 fused_side make_side(const ggml_tensor * t, const ggml_tensor * arena) {
@@ -119,12 +71,12 @@ fused_plan plan_of(const ggml_tensor * q, const ggml_tensor * k, const ggml_tens
 
 node_params params_of(const ggml_tensor * node) {
     node_params p;
-    memcpy(&p, (const char *) node->op_params + PARAMS_OFFSET, sizeof(p));
+    memcpy(&p, (const char *) node->op_params + FUSED_PARAMS, sizeof(p));
     return p;
 }
 
 void set_params(ggml_tensor * node, const node_params & p) {
-    memcpy((char *) node->op_params + PARAMS_OFFSET, &p, sizeof(p));
+    memcpy((char *) node->op_params + FUSED_PARAMS, &p, sizeof(p));
 }
 
 // dst I32 [1]: the next item that nobody has taken.
@@ -173,7 +125,6 @@ void attend(ggml_tensor * dst, int ith, int nth, void *) {
     call.rot_out        = p.rot.v;
     call.plan           = plan_of(q, k, v);
     call.out            = (float *) dst->data;
-
     call.next_item      = counter ? (int32_t *) counter->data : nullptr;
 
     fused_chosen().run(call, ith, nth);
@@ -223,37 +174,6 @@ void merge(ggml_tensor * dst, int ith, int nth, void *) {
     }
 }
 
-// One new row of one head: rotated and rounded into the cache.
-void store_head(const ggml_tensor * cache, const ggml_tensor * cur, int64_t cell, int64_t head, int64_t token, int rot) {
-    alignas(64) float x[FUSED_HEAD_MAX];
-    const int64_t dim = cur->ne[0];
-    memcpy(x, (const char *) cur->data + head * cur->nb[1] + token * cur->nb[2], dim * sizeof(float));
-    fused_rotate(x, dim, rot);
-    fused_narrow(cache->type, x, (char *) cache->data + cell * cache->nb[1] + head * ggml_row_size(cache->type, dim), dim);
-}
-
-// dst is the cache of K itself, and the cache of V a source that is written to.
-void store(ggml_tensor * dst, int ith, int nth, void *) {
-    const node_params p = params_of(dst);
-    const ggml_tensor * v_cache = dst->src[1];
-    const ggml_tensor * k = dst->src[2];
-    const ggml_tensor * v = dst->src[3];
-    const int64_t     * k_cell = (const int64_t *) dst->src[4]->data;
-    const int64_t     * v_cell = (const int64_t *) dst->src[5]->data;
-
-    // K's heads, then V's; a thread takes neighbours, so that no two of them write to one cache line at a time
-    const int64_t n_k = k->ne[1] * k->ne[2];
-    const int64_t n   = n_k + v->ne[1] * v->ne[2];
-    for (int64_t i = n * ith / nth; i < n * (ith + 1) / nth; i++) {
-        const bool    is_k  = i < n_k;
-        const int64_t j     = is_k ? i : i - n_k;
-        const int64_t heads = is_k ? k->ne[1] : v->ne[1];
-        const int64_t token = j / heads;
-        is_k ? store_head(dst, k, k_cell[token], j % heads, token, p.rot.k)
-             : store_head(v_cache, v, v_cell[token], j % heads, token, p.rot.v);
-    }
-}
-
 } // namespace
 
 bool fused_supported(
@@ -268,8 +188,8 @@ bool fused_supported(
            q->ne[2] % k->ne[2] == 0 &&
            (!mask || (mask->type == GGML_TYPE_F16 && mask->nb[0] == sizeof(uint16_t) && mask->ne[1] >= q->ne[1] &&
                       q->ne[2] % mask->ne[2] == 0 && q->ne[3] % mask->ne[3] == 0)) &&
-           (!sinks || (sinks->type == GGML_TYPE_F32 && in_host_memory(sinks))) &&
-           in_host_memory(k) && in_host_memory(v);
+           (!sinks || (sinks->type == GGML_TYPE_F32 && fused_in_host_memory(sinks))) &&
+           fused_in_host_memory(k) && fused_in_host_memory(v);
 }
 
 ggml_tensor * fused_attention(
@@ -323,35 +243,6 @@ ggml_tensor * fused_attention(
             merge_src, sinks ? 2 : 1, merge, GGML_N_TASKS_MAX, nullptr);
     set_params(out, params);
     return out;
-}
-
-bool fused_store_supported(const ggml_tensor * cache, const ggml_tensor * cur) {
-    return head_supported(cache->type, cur->ne[0]) && in_host_memory(cache) && cache->ne[0] == cur->ne[0] * cur->ne[1] &&
-           cur->type == GGML_TYPE_F32 && cur->nb[0] == sizeof(float) && cur->ne[3] == 1;
-}
-
-ggml_tensor * fused_store(
-        ggml_context * ctx,
-        ggml_tensor  * k_cache,
-        ggml_tensor  * v_cache,
-        ggml_tensor  * k,
-        ggml_tensor  * v,
-        ggml_tensor  * k_cells,
-        ggml_tensor  * v_cells,
-        fused_rotation rot) {
-    GGML_ASSERT(fused_store_supported(k_cache, k) && fused_store_supported(v_cache, v));
-    GGML_ASSERT(k_cells->type == GGML_TYPE_I64 && v_cells->type == GGML_TYPE_I64);
-
-    ggml_tensor * others[] = { v_cache, k, v, k_cells, v_cells };
-    ggml_tensor * out = ggml_custom_inplace(ctx, k_cache, others, 5, store, GGML_N_TASKS_MAX, nullptr);
-    node_params params;
-    params.rot = rot;
-    set_params(out, params);
-    return out;
-}
-
-const char * fused_isa() {
-    return fused_chosen().isa;
 }
 
 } // namespace intactkv

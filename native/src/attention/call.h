@@ -1,4 +1,5 @@
-// One attention call as plain numbers: what the graph node hands to the kernel of an instruction set.
+// One attention call as plain numbers: what the graph node hands to the kernel of an instruction set, and how it is cut
+// into items that threads take in turn.
 
 #pragma once
 
@@ -7,8 +8,6 @@
 
 #include "ggml.h"
 
-struct ggml_tensor;
-
 namespace intactkv {
 
 constexpr int FUSED_HEAD_MAX  = 512;   // largest head size
@@ -16,6 +15,11 @@ constexpr int FUSED_ROWS_MAX  = 96;    // query rows of a block
 constexpr int FUSED_FLOATS    = 12288; // query rows x head size of a block
 constexpr int FUSED_TILE      = 64;    // cells of a tile
 constexpr int FUSED_PARTIAL   = 2;     // floats before the values of a partial result: maximum, sum
+
+// The types of K and V that are read and stored.
+constexpr ggml_type FUSED_TYPES[] = { GGML_TYPE_F16,  GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_1,
+                                      GGML_TYPE_Q5_0, GGML_TYPE_Q4_1, GGML_TYPE_Q4_0, GGML_TYPE_IQ4_NL };
+constexpr int FUSED_N_TYPES = sizeof(FUSED_TYPES) / sizeof(*FUSED_TYPES);
 
 // Scores, and maxima of them, are kept as exponents of 2: e^x = 2^(x * FUSED_LOG2E)
 constexpr float FUSED_LOG2E = 1.44269504f;
@@ -56,7 +60,7 @@ struct fused_call {
     const int32_t  * row_of_cell; // or nullptr
     int              n_head, n_head_kv, n_tokens, n_stream, n_kv;
     float            scale, max_bias, softcap;
-    int              rot_q;   // Q is rotated in blocks of so many values first, see fused_rows.h; 0: it is not
+    int              rot_q;   // Q is rotated in blocks of so many values first, see lanes/rows-inl.h; 0: it is not
     int              rot_out; // so is the result; not partial results, they are rotated when they have been merged
     fused_plan       plan;
     int32_t        * next_item; // shared by the threads, 0 at first; or nullptr: thread i takes items i, i + nth, ...
@@ -67,30 +71,5 @@ fused_plan fused_make_plan(int dim_k, int dim_v, int n_kv, int n_tokens, int n_h
 
 // ALiBi slope of a query head (arXiv 2108.12409, as in ggml_flash_attn_ext); 1 without a bias.
 float fused_slope(float max_bias, int n_head, int head);
-
-// What is compiled for each instruction set, all from the same source.
-struct fused_kernel {
-    const char * isa;
-
-    // Computes this thread's share of the items (fused_kernel.h).
-    void (* run)(const fused_call & call, int ith, int nth);
-
-    // In-place product of each block of n values with the orthonormal Walsh-Hadamard matrix, as upstream's
-    // GGML_HINT_SRC0_IS_HADAMARD: the same sums, the same bits. n: a power of 2, n_values a multiple of it.
-    void (* rotate)(float * x, int64_t n_values, int n);
-
-    // F16 values to F32. n_values: a multiple of 16.
-    void (* widen)(const uint16_t * x, float * out, int64_t n_values);
-
-    // F32 values to F16 or to blocks of Q8_0, as upstream rounds them on x86; false: not this type, or not here.
-    // n_values: a multiple of 16, of 32 for Q8_0.
-    bool (* narrow)(ggml_type type, const float * x, void * out, int64_t n_values);
-};
-
-// The best this machine has, or the one that INTACTKV_ISA names.
-const fused_kernel & fused_chosen();
-
-// Another choice for later calls, by name; nullptr: the best. false: this machine has not got it. For tests.
-bool fused_choose(const char * isa);
 
 } // namespace intactkv

@@ -1,8 +1,8 @@
 // C entry points around fused attention and upstream's op, for tests/test_fused.py and benchmarks/attention.py:
 // both run as nodes of a ggml graph on the same tensors, laid out as in llama.cpp's cache.
 
-#include "fused.h"
-#include "fused_call.h"
+#include "attention/attention.h"
+#include "attention/targets/dispatch.h"
 
 #include "ggml-cpu.h"
 

@@ -1,13 +1,14 @@
 // Runs one attention call, read from a file, on one instruction set, without ggml: for machines that are emulated.
 //
-//     fused_file ISA IN OUT      OUT: F32 [n_stream][n_tokens][n_head][dim_v]; if the plan splits the cells, partial
+//     attention_file ISA IN OUT      OUT: F32 [n_stream][n_tokens][n_head][dim_v]; if the plan splits the cells, partial
 //                                results [n_stream][n_chunk][n_tokens][n_head][maximum, sum, values of dim_v]
-//     fused_file best IN OUT     the same on the best this machine has
-//     fused_file ISA             exit code 0 if this machine has ISA, else 3
+//     attention_file best IN OUT     the same on the best this machine has
+//     attention_file ISA             exit code 0 if this machine has ISA, else 3
 //
 // IN is what benchmarks/kernel.py writes: struct header, then q, K bytes, V bytes, mask, sinks, arenas, rows.
 
-#include "fused_call.h"
+#include "attention/call.h"
+#include "attention/targets/dispatch.h"
 
 #include <cstdio>
 #include <cstdlib>
@@ -29,7 +30,7 @@ struct header {
 template <typename T> std::vector<T> read(FILE * file, size_t n) {
     std::vector<T> values(n);
     if (fread(values.data(), sizeof(T), n, file) != n) {
-        fprintf(stderr, "fused_file: the input ends early\n");
+        fprintf(stderr, "attention_file: the input ends early\n");
         exit(1);
     }
     return values;
@@ -39,7 +40,7 @@ template <typename T> std::vector<T> read(FILE * file, size_t n) {
 
 int main(int argc, char ** argv) {
     if (argc != 2 && argc != 4) {
-        fprintf(stderr, "usage: fused_file ISA [IN OUT]\n");
+        fprintf(stderr, "usage: attention_file ISA [IN OUT]\n");
         return 2;
     }
     const bool best = strcmp(argv[1], "best") == 0; // chosen by the first call, from several threads at once
@@ -114,7 +115,7 @@ int main(int argc, char ** argv) {
         thread.join();
     }
     if (memcmp(result.data(), other.data(), result.size() * sizeof(float)) != 0) {
-        fprintf(stderr, "fused_file: 2 threads and 3 threads give different bits\n");
+        fprintf(stderr, "attention_file: 2 threads and 3 threads give different bits\n");
         return 1;
     }
 

@@ -1,12 +1,19 @@
-// How one call is cut into items that threads take in turn.
+// How one call is cut into items, and the slopes of its heads.
 
-#include "fused_call.h"
+#include "attention/call.h"
 
 #include <algorithm>
 #include <cmath>
 
 namespace intactkv {
 
+// Measured as kernel-inl.h says: so many times as fast with another value, one token at a depth, SmolLM2-135M's shape.
+//
+// CHUNK_MIN   64: x 0.36 (q8_0 at 0), 0.80 (512), 0.94 (2048). 1024: x 1.12 (512), 0.96 (2048), 0.77 (8192), on one thread;
+//             but with one chunk at 512, three items are left for all threads.
+// FEW_ROWS    0: x 0.88 (q8_0 at 2048), 0.72 (q4_0 at 8192), 0.53 (MHA q4_0 at 2048), 0.99 (4 tokens, q8_0 at 8192)
+// ITEMS_WANT  16: x 1.02 (q8_0 at 2048), 1.12 (8192), 1.11 (7B class q8_0 at 8192), on one thread: the price of sharing
+// ITEMS_MIN   a choice, not measured
 constexpr int CHUNK_MIN  = 256; // cells: below, starting and merging a chunk costs more than it spreads
 constexpr int FEW_ROWS   = 12;  // query rows up to which an item takes several KV heads: whole cache lines of a cell
 constexpr int ITEMS_WANT = 64;  // enough for every thread of a large machine, and to even out uneven chunks

@@ -1,8 +1,17 @@
 // Vectors of W floats and the few operations on them that the compiler needs help with.
 //
-// The vector types are the compiler's own (GCC, Clang), so + - * & | << work on them. Included once per instruction
-// set, inside its anonymous namespace, after INTACTKV_X86 (2: AVX2+FMA+F16C, 3: AVX-512 F/BW/DQ/VL, 4: the same
-// with VNNI) or INTACTKV_ARM (1: NEON, 2: with dot products) said which; neither: portable.
+// The vector types are the compiler's own (GCC, Clang), so + - * & | << work on them. INTACTKV_X86 (2: AVX2+FMA+F16C, 3:
+// AVX-512 F/BW/DQ/VL, 4: the same with VNNI) or INTACTKV_ARM (1: NEON, 2: with dot products) say for which instruction
+// set; neither: portable.
+//
+// Compiled once per instruction set, inside its anonymous namespace: see kernel/kernel-inl.h.
+
+#pragma once
+
+#include "attention/call.h"
+
+namespace intactkv {
+namespace {
 
 #if INTACTKV_X86 >= 3
 constexpr int W = 16;
@@ -273,6 +282,11 @@ inline void in_order(vi & lo, vi & hi) {
 #endif
 }
 
+// 1.5 * 2^23, and its bits. A float of |a| < 2^22 that this is added to is rounded to an integer, ties to even: the bits of
+// the sum are ROUNDER_BITS + that integer.
+constexpr float   ROUNDER      = 12582912.0f;
+constexpr int32_t ROUNDER_BITS = 0x4b400000;
+
 // The nearest integers, ties to even; |a| < 2^22.
 inline vi nearest(vf a) {
 #if INTACTKV_X86 >= 3
@@ -282,7 +296,7 @@ inline vi nearest(vf a) {
 #elif INTACTKV_ARM
     return vcvtnq_s32_f32(a);
 #else
-    return as_int(a + 12582912.0f) - 0x4b400000; // as in exp2_neg()
+    return as_int(a + ROUNDER) - ROUNDER_BITS;
 #endif
 }
 
@@ -305,9 +319,8 @@ inline vf exp2_neg(vf x) {
 #if INTACTKV_X86 >= 3
     const vf n = _mm512_roundscale_ps(x, 0);
 #else
-    const vf magic = set1(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer
-    const vf t = x + magic;
-    const vf n = t - magic;
+    const vf t = x + set1(ROUNDER);
+    const vf n = t - set1(ROUNDER);
 #endif
     const vf r = x - n;
     vf p = set1(1.326472731e-3f);
@@ -320,7 +333,7 @@ inline vf exp2_neg(vf x) {
     return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, _mm512_set1_ps(-127.0f), _CMP_NEQ_UQ), p, n);
 #else
     // n = -127 gives the bits of 0
-    return p * as_float((as_int(t) - (0x4b400000 - 127)) << 23);
+    return p * as_float((as_int(t) - (ROUNDER_BITS - 127)) << 23);
 #endif
 }
 
@@ -331,3 +344,6 @@ inline vf tanh(vf x) {
     const vf e = exp2_neg(a * (-2.0f * FUSED_LOG2E));
     return as_float(as_int((1.0f - e) / (1.0f + e)) | sign);
 }
+
+} // namespace
+} // namespace intactkv

@@ -1,4 +1,14 @@
 // Register-blocked products. MB rows of A (broadcast) times VB vectors of B (columns in lanes).
+//
+// Compiled once per instruction set, inside its anonymous namespace: see kernel/kernel-inl.h.
+
+#pragma once
+
+#include "attention/lanes/blocks-inl.h"
+#include "attention/lanes/simd-inl.h"
+
+namespace intactkv {
+namespace {
 
 #if INTACTKV_X86 >= 3 || INTACTKV_ARM
 constexpr int MB_F = 6, VB_F = 4, MB_I = 4, VB_I = 3; // 32 registers
@@ -228,3 +238,6 @@ template <bool K_ROWS> inline void idot(const idot_args & g, int m, int n) {
         case 1: idot_rows<K_ROWS, 1>(g, m0, n); break;
     }
 }
+
+} // namespace
+} // namespace intactkv

@@ -1,6 +1,6 @@
 // Which instruction sets this machine has, and the one that is used.
 
-#include "fused_call.h"
+#include "attention/targets/dispatch.h"
 
 #include <atomic>
 #include <cstdlib>
@@ -13,16 +13,6 @@
 #endif
 
 namespace intactkv {
-
-#if defined(__x86_64__)
-extern const fused_kernel fused_avx512vnni;
-extern const fused_kernel fused_avx512;
-extern const fused_kernel fused_avx2;
-#elif defined(__aarch64__)
-extern const fused_kernel fused_neon_dotprod;
-extern const fused_kernel fused_neon;
-#endif
-extern const fused_kernel fused_portable;
 
 namespace {
 
@@ -58,8 +48,8 @@ bool has_dotprod() {
 
 const struct {
     bool              (* available)();
-    const fused_kernel & kernel;
-} kernels[] = {
+    const fused_target & target;
+} targets[] = {
 #if defined(__x86_64__)
     { has_avx512vnni, fused_avx512vnni   },
     { has_avx512,     fused_avx512       },
@@ -71,37 +61,41 @@ const struct {
     { always,         fused_portable     },
 };
 
-const fused_kernel * find(const char * isa) {
-    for (const auto & [available, kernel] : kernels) {
-        if (available() && (!isa || !*isa || strcmp(isa, kernel.isa) == 0)) {
-            return &kernel;
+const fused_target * find(const char * isa) {
+    for (const auto & [available, target] : targets) {
+        if (available() && (!isa || !*isa || strcmp(isa, target.isa) == 0)) {
+            return &target;
         }
     }
     return nullptr;
 }
 
-std::atomic<const fused_kernel *> chosen = nullptr;
+std::atomic<const fused_target *> chosen = nullptr;
 
 } // namespace
 
 bool fused_choose(const char * isa) {
-    const fused_kernel * k = find(isa);
-    if (k) {
-        chosen.store(k);
+    const fused_target * t = find(isa);
+    if (t) {
+        chosen.store(t);
     }
-    return k != nullptr;
+    return t != nullptr;
 }
 
-const fused_kernel & fused_chosen() {
-    const fused_kernel * k = chosen.load(std::memory_order_relaxed);
-    if (!k) {
-        k = find(getenv("INTACTKV_ISA"));
-        if (!k) {
-            k = find(nullptr); // the name is unknown, or this machine has not got it
+const fused_target & fused_chosen() {
+    const fused_target * t = chosen.load(std::memory_order_relaxed);
+    if (!t) {
+        t = find(getenv("INTACTKV_ISA"));
+        if (!t) {
+            t = find(nullptr); // the name is unknown, or this machine has not got it
         }
-        chosen.store(k, std::memory_order_relaxed);
+        chosen.store(t, std::memory_order_relaxed);
     }
-    return *k;
+    return *t;
+}
+
+const char * fused_isa() {
+    return fused_chosen().isa;
 }
 
 } // namespace intactkv

@@ -1,0 +1,51 @@
+// New K and V into the cells of a cache, on the CPU, in one graph node instead of upstream's four; and what goes with it:
+// rows that are rotated, widened, rounded, and which caches these nodes can use at all.
+
+#pragma once
+
+#include "ggml.h"
+
+namespace intactkv {
+
+// Upstream keeps K and V of a quantized cache rotated by a Hadamard matrix in blocks of so many values; 0: as they are.
+struct fused_rotation {
+    int32_t k = 0;
+    int32_t v = 0;
+};
+
+// Can fused_store() store this K or V? The types and head sizes of fused_supported().
+bool fused_store_supported(const ggml_tensor * cache, const ggml_tensor * cur);
+
+// New K and V into their cells, rotated and rounded: what upstream does with two Hadamard products and two
+// ggml_set_rows(). The node is a view of k_cache; build it into the graph before the attention that reads the cells.
+//   k_cache, v_cache  KV  [head_dim*n_head_kv, n_cells, ...], streams one behind the other
+//   k, v              F32 [head_dim, n_head_kv, n_tokens], any strides but nb[0]
+//   k_cells, v_cells  I64 [n_tokens] the rows of k_cache and v_cache that they go to
+ggml_tensor * fused_store(
+        ggml_context * ctx,
+        ggml_tensor  * k_cache,
+        ggml_tensor  * v_cache,
+        ggml_tensor  * k,
+        ggml_tensor  * v,
+        ggml_tensor  * k_cells,
+        ggml_tensor  * v_cells,
+        fused_rotation rot);
+
+// In place, the rotation of fused_rotation: each block of n_rot of the n values. n_rot 0: nothing happens.
+void fused_rotate(float * x, int64_t n, int32_t n_rot);
+
+// n F16 values as F32, and n F32 values in F32 or a KV type, in whole blocks.
+void fused_widen(const uint16_t * x, float * out, int64_t n);
+void fused_narrow(ggml_type type, const float * x, void * out, int64_t n);
+
+// A row of K or V of one head: is it of a type and size that attention reads and fused_store() stores?
+bool fused_head_supported(ggml_type type, int64_t dim);
+
+// Unknown (not yet allocated) counts as host memory: the scheduler then puts the tensor where the node runs.
+bool fused_in_host_memory(const ggml_tensor * t);
+
+// Where a node keeps what it is to do: in op_params, behind what ggml_custom_4d() keeps there (function, n_tasks, user
+// data: 24 bytes). So the node owns it, and a graph may outlive whoever built it.
+constexpr size_t FUSED_PARAMS = 32;
+
+} // namespace intactkv
