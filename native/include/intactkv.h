@@ -35,24 +35,14 @@ LLAMA_API const char * intactkv_describe(const struct llama_context * ctx);
 // identity (model, vocabulary, RoPE, reference weights) and its structure are verified before one byte reaches
 // the cache. In an F16 or F32 cache the cells are ordinary; in any other they are intact.
 // Returns the number of prefix tokens, or -1.
-LLAMA_API int32_t intactkv_load(
-        struct llama_context * ctx,
-                  const void * data,
-                      size_t   size,
-                llama_seq_id   seq_id);
+LLAMA_API int32_t intactkv_load(struct llama_context * ctx, const void * data, size_t size, llama_seq_id seq_id);
 
 // The same from a file: an `.ikv`, or a GGUF that carries one under the key intactkv.state.
-LLAMA_API int32_t intactkv_load_file(
-        struct llama_context * ctx,
-                  const char * path,
-                llama_seq_id   seq_id);
+LLAMA_API int32_t intactkv_load_file(struct llama_context * ctx, const char * path, llama_seq_id seq_id);
 
 // All of intactkv_load()'s checks and nothing else. ctx may be NULL: then checksum and structure only.
 // Returns the number of prefix tokens, or -1.
-LLAMA_API int32_t intactkv_verify(
-  const struct llama_context * ctx,
-                  const void * data,
-                      size_t   size);
+LLAMA_API int32_t intactkv_verify(const struct llama_context * ctx, const void * data, size_t size);
 
 // Number of intact cells of sequence seq_id (-1: of all sequences).
 LLAMA_API int32_t intactkv_n_cells(const struct llama_context * ctx, llama_seq_id seq_id);

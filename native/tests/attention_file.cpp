@@ -22,7 +22,7 @@ namespace {
 struct header {
     int32_t dim_k, dim_v, n_head, n_head_kv, n_tokens, n_kv, n_stream;
     int32_t type_k, type_v, mask_heads, mask_streams, mask_tokens, n_rows, rot_q, rot_out;
-    float   scale, max_bias, softcap;
+    float scale, max_bias, softcap;
     int32_t row_bytes_k, row_bytes_v; // of one cell, all KV heads
     int32_t has_sinks, has_arena_k, has_arena_v;
 };
@@ -57,47 +57,47 @@ int main(int argc, char ** argv) {
     }
     const header h = read<header>(in, 1)[0];
     const size_t cells = (size_t) h.n_stream * h.n_kv;
-    const auto q       = read<float>(in, (size_t) h.n_stream * h.n_tokens * h.n_head * h.dim_k);
-    const auto k       = read<uint8_t>(in, cells * h.row_bytes_k);
-    const auto v       = read<uint8_t>(in, cells * h.row_bytes_v);
-    const auto mask    = read<uint16_t>(in, (size_t) h.mask_heads * h.mask_streams * h.mask_tokens * h.n_kv);
-    const auto sinks   = read<float>(in, h.has_sinks ? h.n_head : 0);
+    const auto q = read<float>(in, (size_t) h.n_stream * h.n_tokens * h.n_head * h.dim_k);
+    const auto k = read<uint8_t>(in, cells * h.row_bytes_k);
+    const auto v = read<uint8_t>(in, cells * h.row_bytes_v);
+    const auto mask = read<uint16_t>(in, (size_t) h.mask_heads * h.mask_streams * h.mask_tokens * h.n_kv);
+    const auto sinks = read<float>(in, h.has_sinks ? h.n_head : 0);
     const auto arena_k = read<uint16_t>(in, h.has_arena_k ? (size_t) h.n_rows * h.n_head_kv * h.dim_k : 0);
     const auto arena_v = read<uint16_t>(in, h.has_arena_v ? (size_t) h.n_rows * h.n_head_kv * h.dim_v : 0);
-    const auto rows    = read<int32_t>(in, h.n_rows > 0 ? cells : 0);
+    const auto rows = read<int32_t>(in, h.n_rows > 0 ? cells : 0);
     fclose(in);
 
     intactkv::fused_call call = {};
-    call.q           = (const char *) q.data();
-    call.q_nb_head   = sizeof(float) * h.dim_k;
-    call.q_nb_token  = call.q_nb_head * h.n_head;
+    call.q = (const char *) q.data();
+    call.q_nb_head = sizeof(float) * h.dim_k;
+    call.q_nb_token = call.q_nb_head * h.n_head;
     call.q_nb_stream = call.q_nb_token * h.n_tokens;
     call.k = { k.data(), (size_t) h.row_bytes_k, (size_t) h.row_bytes_k / h.n_head_kv, (size_t) h.row_bytes_k * h.n_kv,
-               h.has_arena_k ? arena_k.data() : nullptr, (size_t) h.n_head_kv * h.dim_k, (ggml_type) h.type_k, h.dim_k };
+        h.has_arena_k ? arena_k.data() : nullptr, (size_t) h.n_head_kv * h.dim_k, (ggml_type) h.type_k, h.dim_k };
     call.v = { v.data(), (size_t) h.row_bytes_v, (size_t) h.row_bytes_v / h.n_head_kv, (size_t) h.row_bytes_v * h.n_kv,
-               h.has_arena_v ? arena_v.data() : nullptr, (size_t) h.n_head_kv * h.dim_v, (ggml_type) h.type_v, h.dim_v };
-    call.mask           = mask.empty() ? nullptr : (const char *) mask.data();
-    call.mask_nb_token  = sizeof(uint16_t) * h.n_kv;
-    call.mask_nb_head   = call.mask_nb_token * h.mask_tokens;
+        h.has_arena_v ? arena_v.data() : nullptr, (size_t) h.n_head_kv * h.dim_v, (ggml_type) h.type_v, h.dim_v };
+    call.mask = mask.empty() ? nullptr : (const char *) mask.data();
+    call.mask_nb_token = sizeof(uint16_t) * h.n_kv;
+    call.mask_nb_head = call.mask_nb_token * h.mask_tokens;
     call.mask_nb_stream = call.mask_nb_head * h.mask_heads;
-    call.mask_heads     = h.mask_heads;
-    call.mask_streams   = h.mask_streams;
-    call.row_of_cell    = rows.empty() ? nullptr : rows.data();
-    call.n_head         = h.n_head;
-    call.n_head_kv      = h.n_head_kv;
-    call.n_tokens       = h.n_tokens;
-    call.n_stream       = h.n_stream;
-    call.n_kv           = h.n_kv;
-    call.scale          = h.scale;
-    call.max_bias       = h.max_bias;
-    call.softcap        = h.softcap;
-    call.rot_q          = h.rot_q;
-    call.rot_out        = h.rot_out;
+    call.mask_heads = h.mask_heads;
+    call.mask_streams = h.mask_streams;
+    call.row_of_cell = rows.empty() ? nullptr : rows.data();
+    call.n_head = h.n_head;
+    call.n_head_kv = h.n_head_kv;
+    call.n_tokens = h.n_tokens;
+    call.n_stream = h.n_stream;
+    call.n_kv = h.n_kv;
+    call.scale = h.scale;
+    call.max_bias = h.max_bias;
+    call.softcap = h.softcap;
+    call.rot_q = h.rot_q;
+    call.rot_out = h.rot_out;
     call.plan = intactkv::fused_make_plan(h.dim_k, h.dim_v, h.n_kv, h.n_tokens, h.n_head, h.n_head_kv, h.n_stream);
 
-    const bool   whole = call.plan.n_chunk == 1;
-    const size_t n     = (size_t) h.n_stream * call.plan.n_chunk * h.n_tokens * h.n_head;
-    const size_t size  = h.dim_v + (whole ? 0 : intactkv::FUSED_PARTIAL);
+    const bool whole = call.plan.n_chunk == 1;
+    const size_t n = (size_t) h.n_stream * call.plan.n_chunk * h.n_tokens * h.n_head;
+    const size_t size = h.dim_v + (whole ? 0 : intactkv::FUSED_PARTIAL);
     call.sinks = whole && h.has_sinks ? sinks.data() : nullptr;
     // Twice at the same time, as by two contexts, with different numbers of threads.
     std::vector<float> result(n * size);
@@ -105,10 +105,11 @@ int main(int argc, char ** argv) {
     std::vector<std::thread> threads;
     int32_t next_item = 0;
     for (const auto & [out, n_threads] : { std::pair(&result, 3), std::pair(&other, 2) }) {
-        call.out       = out->data();
+        call.out = out->data();
         call.next_item = n_threads == 3 ? &next_item : nullptr;
         for (int i = 0; i < n_threads; i++) {
-            threads.emplace_back([call, i, n_threads = n_threads] { intactkv::fused_chosen().run(call, i, n_threads); });
+            threads.emplace_back(
+                    [call, i, n_threads = n_threads] { intactkv::fused_chosen().run(call, i, n_threads); });
         }
     }
     for (std::thread & thread : threads) {

@@ -15,7 +15,8 @@
 
 namespace {
 
-ggml_tensor * cache_tensor(ggml_context * ctx, ggml_type type, const float * values, int64_t dim, int64_t n_head_kv, int64_t n_kv, int64_t n_stream) {
+ggml_tensor * cache_tensor(ggml_context * ctx, ggml_type type, const float * values, int64_t dim, int64_t n_head_kv,
+        int64_t n_kv, int64_t n_stream) {
     ggml_tensor * t = ggml_new_tensor_3d(ctx, type, dim * n_head_kv, n_kv, n_stream);
     const int64_t n = ggml_nelements(t);
     if (type == GGML_TYPE_F32) {
@@ -40,20 +41,20 @@ extern "C" {
 struct fused_case {
     int32_t dim_k, dim_v, n_head, n_head_kv, n_tokens, n_kv, n_stream;
     int32_t type_k, type_v;
-    int32_t mask_heads;   // 0: no mask
+    int32_t mask_heads; // 0: no mask
     int32_t mask_streams;
-    int32_t mask_tokens;  // >= n_tokens
-    int32_t n_rows;       // of the arena; 0: no intact cells
+    int32_t mask_tokens; // >= n_tokens
+    int32_t n_rows;      // of the arena; 0: no intact cells
     intactkv::fused_rotation rot;
-    float   scale, max_bias, softcap;
-    const float    * q;     // [n_stream][n_tokens][n_head][dim_k]
-    const float    * k;     // [n_stream][n_kv][n_head_kv][dim_k]
-    const float    * v;
-    const uint16_t * mask;  // F16 [mask_streams][mask_heads][mask_tokens][n_kv]
-    const float    * sinks; // [n_head] or NULL
-    const float    * arena_k; // [n_rows][n_head_kv][dim_k] or NULL
-    const float    * arena_v;
-    const int32_t  * row_of_cell; // [n_stream][n_kv]
+    float scale, max_bias, softcap;
+    const float * q; // [n_stream][n_tokens][n_head][dim_k]
+    const float * k; // [n_stream][n_kv][n_head_kv][dim_k]
+    const float * v;
+    const uint16_t * mask; // F16 [mask_streams][mask_heads][mask_tokens][n_kv]
+    const float * sinks;   // [n_head] or NULL
+    const float * arena_k; // [n_rows][n_head_kv][dim_k] or NULL
+    const float * arena_v;
+    const int32_t * row_of_cell; // [n_stream][n_kv]
 };
 
 bool fused_test_isa(const char * name) {
@@ -87,13 +88,17 @@ int64_t fused_test_quantize(int32_t type, const float * in, void * out, int64_t 
 // n_layer copies of K and V are used in turn, so that timings read memory as a model with n_layer layers does.
 // which: 0 ggml_flash_attn_ext; 1 fused attention; 2 both in turn, fused first: seconds has 2*n_rep values and out is
 // fused attention's. out F32 [n_stream][n_tokens][n_head][dim_v]. false: not supported.
-bool fused_test_run(const fused_case * c, int32_t which, int32_t n_threads, float * out, int32_t n_rep, int32_t n_layer, double * seconds) {
-    const size_t kv_bytes = ggml_row_size((ggml_type) c->type_k, (size_t) c->dim_k * c->n_head_kv * c->n_kv * c->n_stream)
-                          + ggml_row_size((ggml_type) c->type_v, (size_t) c->dim_v * c->n_head_kv * c->n_kv * c->n_stream);
-    const size_t rest = sizeof(float) * ((size_t) c->n_stream * c->n_tokens * c->n_head * (c->dim_k + 3 * c->dim_v * (size_t) n_layer)
-                      + (size_t) c->mask_heads * c->mask_streams * c->mask_tokens * c->n_kv
-                      + (size_t) c->n_rows * c->n_head_kv * (c->dim_k + c->dim_v) + (size_t) c->n_stream * c->n_kv);
-    ggml_init_params init = { kv_bytes * n_layer + rest + ((size_t) 64 << 20) + ((size_t) n_layer << 23), nullptr, false };
+bool fused_test_run(const fused_case * c, int32_t which, int32_t n_threads, float * out, int32_t n_rep, int32_t n_layer,
+        double * seconds) {
+    const size_t kv_bytes =
+            ggml_row_size((ggml_type) c->type_k, (size_t) c->dim_k * c->n_head_kv * c->n_kv * c->n_stream) +
+            ggml_row_size((ggml_type) c->type_v, (size_t) c->dim_v * c->n_head_kv * c->n_kv * c->n_stream);
+    const size_t rest = sizeof(float) *
+            ((size_t) c->n_stream * c->n_tokens * c->n_head * (c->dim_k + 3 * c->dim_v * (size_t) n_layer) +
+                    (size_t) c->mask_heads * c->mask_streams * c->mask_tokens * c->n_kv +
+                    (size_t) c->n_rows * c->n_head_kv * (c->dim_k + c->dim_v) + (size_t) c->n_stream * c->n_kv);
+    ggml_init_params init = { kv_bytes * n_layer + rest + ((size_t) 64 << 20) + ((size_t) n_layer << 23), nullptr,
+        false };
     const std::unique_ptr<ggml_context, decltype(&ggml_free)> owner(ggml_init(init), ggml_free);
     ggml_context * ctx = owner.get();
 
@@ -150,7 +155,8 @@ bool fused_test_run(const fused_case * c, int32_t which, int32_t n_threads, floa
                 if (!intactkv::fused_supported(q, k, v, mask, sinks)) {
                     return false;
                 }
-                r = intactkv::fused_attention(ctx, q, k, v, mask, sinks, c->n_rows > 0 ? &intact : nullptr, c->rot, c->scale, c->max_bias, c->softcap);
+                r = intactkv::fused_attention(ctx, q, k, v, mask, sinks, c->n_rows > 0 ? &intact : nullptr, c->rot,
+                        c->scale, c->max_bias, c->softcap);
             } else {
                 r = ggml_flash_attn_ext(ctx, q, k, v, mask, c->scale, c->max_bias, c->softcap);
                 ggml_flash_attn_ext_add_sinks(r, sinks);
@@ -185,7 +191,7 @@ bool fused_test_run(const fused_case * c, int32_t which, int32_t n_threads, floa
     for (int i = 0; i < n_rep; i++) {
         const int layer = (i + 1) % n_layer;
         if (which == 2) {
-            seconds[2 * i]     = compute(graphs[1][layer]);
+            seconds[2 * i] = compute(graphs[1][layer]);
             seconds[2 * i + 1] = compute(graphs[0][layer]);
         } else {
             seconds[i] = compute(graphs[which][layer]);
@@ -197,10 +203,9 @@ bool fused_test_run(const fused_case * c, int32_t which, int32_t n_threads, floa
 
 // Stores K [n_tokens][n_head_kv][dim_k] and V into the cells of a cache of n_cells that is zero. which: 0 upstream's
 // nodes, 1 fused_store(). k_out, v_out: the bytes of the whole cache.
-void fused_test_store(
-        int32_t which, int32_t n_threads, int32_t type_k, int32_t type_v, int32_t dim_k, int32_t dim_v, int32_t n_head_kv,
-        int32_t n_tokens, int32_t n_cells, int32_t rot_k, int32_t rot_v,
-        const float * k, const float * v, const int64_t * cells, void * k_out, void * v_out) {
+void fused_test_store(int32_t which, int32_t n_threads, int32_t type_k, int32_t type_v, int32_t dim_k, int32_t dim_v,
+        int32_t n_head_kv, int32_t n_tokens, int32_t n_cells, int32_t rot_k, int32_t rot_v, const float * k,
+        const float * v, const int64_t * cells, void * k_out, void * v_out) {
     ggml_init_params init = { (size_t) 64 << 20, nullptr, false };
     const std::unique_ptr<ggml_context, decltype(&ggml_free)> owner(ggml_init(init), ggml_free);
     ggml_context * ctx = owner.get();
@@ -213,19 +218,20 @@ void fused_test_store(
         const float * values;
         void * out;
         ggml_tensor * cache = nullptr;
-        ggml_tensor * cur   = nullptr;
+        ggml_tensor * cur = nullptr;
     } sides[] = { { type_k, dim_k, rot_k, k, k_out }, { type_v, dim_v, rot_v, v, v_out } };
     for (side & s : sides) {
         s.cache = ggml_new_tensor_2d(ctx, (ggml_type) s.type, (int64_t) s.dim * n_head_kv, n_cells);
-        s.cur   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, s.dim, n_head_kv, n_tokens);
+        s.cur = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, s.dim, n_head_kv, n_tokens);
         memset(s.cache->data, 0, ggml_nbytes(s.cache));
         memcpy(s.cur->data, s.values, ggml_nbytes(s.cur));
     }
 
     ggml_cgraph * graph = ggml_new_graph(ctx);
     if (which == 1) {
-        ggml_build_forward_expand(graph, intactkv::fused_store(ctx, sides[0].cache, sides[1].cache, sides[0].cur, sides[1].cur,
-                cell, cell, { rot_k, rot_v }));
+        ggml_build_forward_expand(graph,
+                intactkv::fused_store(
+                        ctx, sides[0].cache, sides[1].cache, sides[0].cur, sides[1].cur, cell, cell, { rot_k, rot_v }));
     } else {
         for (side & s : sides) {
             ggml_tensor * cur = s.cur;
@@ -264,8 +270,8 @@ double fused_test_read_bandwidth(int32_t n_threads, int64_t n, int32_t n_rep) {
         std::vector<std::thread> threads;
         for (int t = 0; t < n_threads; t++) {
             threads.emplace_back([&, t] {
-                const size_t    part = memory.size() / n_threads / 32 * 32;
-                const uint64_t * p   = memory.data() + t * part;
+                const size_t part = memory.size() / n_threads / 32 * 32;
+                const uint64_t * p = memory.data() + t * part;
                 uint64_t lane[32] = {}; // enough independent loads to keep the memory busy
                 for (size_t i = 0; i < part; i += 32) {
                     for (int j = 0; j < 32; j++) {

@@ -5,17 +5,17 @@
 #include <cstdio>
 #include <string>
 
-inline size_t      n_checks   = 0;
-inline size_t      n_failures = 0;
+inline size_t n_checks = 0;
+inline size_t n_failures = 0;
 inline std::string check_case; // what is being tried, for the message
 
-#define CHECK(condition)                                                                               \
-    do {                                                                                               \
-        ++n_checks;                                                                                    \
-        if (!(condition)) {                                                                            \
-            ++n_failures;                                                                              \
-            fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, check_case.c_str(), #condition);    \
-        }                                                                                              \
+#define CHECK(condition)                                                                                               \
+    do {                                                                                                               \
+        ++n_checks;                                                                                                    \
+        if (!(condition)) {                                                                                            \
+            ++n_failures;                                                                                              \
+            fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, check_case.c_str(), #condition);                    \
+        }                                                                                                              \
     } while (false)
 
 inline bool contains(const std::string & text, const std::string & part) {

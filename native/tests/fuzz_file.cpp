@@ -41,7 +41,8 @@ static void try_parse(const uint8_t * data, size_t size) {
     }
     require(view.n_tokens > 0 && view.state + view.state_size <= exact.get() + size, "the view leaves the file");
     error.clear();
-    require(compatible(manifest, json::parse(manifest)["model"].dump(), "", error), "a prefix differs from its own model");
+    require(compatible(manifest, json::parse(manifest)["model"].dump(), "", error),
+            "a prefix differs from its own model");
     error.clear();
     require(compatible(manifest, model, "", error) == error.empty(), "the error does not tell what the result does");
 }
@@ -69,7 +70,8 @@ static void try_file(const uint8_t * data, size_t size) {
     static FILE * file = scratch_file();
     static const std::string path = "/dev/fd/" + std::to_string(fileno(file));
     rewind(file);
-    require(ftruncate(fileno(file), 0) == 0 && fwrite(data, 1, size, file) == size && fflush(file) == 0, "no scratch file");
+    require(ftruncate(fileno(file), 0) == 0 && fwrite(data, 1, size, file) == size && fflush(file) == 0,
+            "no scratch file");
     bytes content;
     std::string error;
     has_trailer(path.c_str());

@@ -25,14 +25,16 @@ static std::vector<bytes> seeds() {
     for (int i = 0; i < 40; ++i) {
         long_one.caches[0].positions.push_back(i);
     }
-    return { sample().file(), windows.file(), long_one.file(), gguf_sample(sample().file(), true), gguf_sample(sample().file(), false) };
+    return { sample().file(), windows.file(), long_one.file(), gguf_sample(sample().file(), true),
+        gguf_sample(sample().file(), false) };
 }
 
 // One change: at random, or where it hurts (the head, the manifest, the trailer).
 static void mutate(bytes & data, const std::vector<bytes> & all) {
     static const uint64_t telling[] = { 0, 1, 2, 3, 0x7f, 0x80, 0xff, 0x7fff, 0x7c00, 0xffff, 0x7fffffff, 0x80000000,
-                                        0xffffffff, 0x7fffffffffffffff, 0x8000000000000000, 0xffffffffffffffff };
-    static const char * const pieces[] = { "[", "]", "{", "}", "\"", "\\", ",", ":", "null", "-1", "1e999", "0.5", "\xff", "true", "\\u0000" };
+        0xffffffff, 0x7fffffffffffffff, 0x8000000000000000, 0xffffffffffffffff };
+    static const char * const pieces[] = { "[", "]", "{", "}", "\"", "\\", ",", ":", "null", "-1", "1e999", "0.5",
+        "\xff", "true", "\\u0000" };
     const size_t at = below(4) ? below(data.size()) : data.size() - std::min(data.size(), below(64));
     switch (below(8)) {
         case 0: // bits
@@ -41,7 +43,7 @@ static void mutate(bytes & data, const std::vector<bytes> & all) {
             }
             break;
         case 1: { // a word
-            const uint64_t word = telling[below(sizeof(telling)/sizeof(*telling))];
+            const uint64_t word = telling[below(sizeof(telling) / sizeof(*telling))];
             const size_t n = size_t(1) << below(4);
             if (at + n <= data.size()) {
                 memcpy(&data[at], &word, n);
@@ -58,14 +60,15 @@ static void mutate(bytes & data, const std::vector<bytes> & all) {
             data.insert(data.begin() + at, below(32), uint8_t(engine()));
             break;
         case 5: { // a piece of JSON
-            const std::string piece = pieces[below(sizeof(pieces)/sizeof(*pieces))];
+            const std::string piece = pieces[below(sizeof(pieces) / sizeof(*pieces))];
             data.insert(data.begin() + at, piece.begin(), piece.end());
             break;
         }
         case 6: { // a part of another file
             const bytes & other = all[below(all.size())];
             const size_t from = below(other.size());
-            data.insert(data.begin() + at, other.begin() + from, other.begin() + from + below(std::min<size_t>(other.size() - from, 200)));
+            data.insert(data.begin() + at, other.begin() + from,
+                    other.begin() + from + below(std::min<size_t>(other.size() - from, 200)));
             break;
         }
         case 7: // a digit, most of which stand for something

@@ -12,10 +12,9 @@
 #include <vector>
 
 using bytes = std::vector<uint8_t>;
-using json  = nlohmann::json;
+using json = nlohmann::json;
 
-template <typename T>
-inline void put(bytes & out, T value) {
+template <typename T> inline void put(bytes & out, T value) {
     uint8_t raw[sizeof(T)];
     memcpy(raw, &value, sizeof(T));
     out.insert(out.end(), raw, raw + sizeof(T));
@@ -28,7 +27,7 @@ inline void put(bytes & out, const std::string & text) {
 struct sample {
     struct cache {
         int swa_type = 0;
-        int n_swa    = 0;
+        int n_swa = 0;
         std::vector<int> layers;    // indices in the model
         std::vector<int> positions; // of its cells
     };
@@ -36,8 +35,8 @@ struct sample {
     static constexpr int N_HEAD_KV = 3, HEAD_DIM_K = 3, HEAD_DIM_V = 2; // rows that no word size divides
 
     std::vector<int32_t> tokens = { 1, 7, 3 };
-    std::vector<cache>   caches = { { 0, 0, { 0, 1 }, { 0, 1, 2 } } };
-    uint16_t             value  = 0x3c00; // F16 of every element: 1.0
+    std::vector<cache> caches = { { 0, 0, { 0, 1 }, { 0, 1, 2 } } };
+    uint16_t value = 0x3c00; // F16 of every element: 1.0
 
     json manifest() const {
         json caches_json = json::array();
@@ -45,7 +44,7 @@ struct sample {
             json layers = json::array();
             for (const int il : c.layers) {
                 layers.push_back({ { "il", il }, { "n_head_kv", N_HEAD_KV }, { "head_dim_k", HEAD_DIM_K },
-                                   { "head_dim_v", HEAD_DIM_V }, { "rope_base", 100000.0 } });
+                        { "head_dim_v", HEAD_DIM_V }, { "rope_base", 100000.0 } });
             }
             caches_json.push_back({ { "n_swa", c.n_swa }, { "swa_type", c.swa_type }, { "layers", layers } });
         }
@@ -56,16 +55,30 @@ struct sample {
             { "messages", { { { "role", "system" }, { "content", "h\u00e9" } } } },
             { "bos_only", false },
             { "chat_template_sha256", std::string(64, 'a') },
-            { "model", {
-                { "arch", "llama" }, { "n_ctx_train", 64 }, { "n_vocab", 10 }, { "vocab_sha256", std::string(64, 'b') },
-                { "caches", caches_json },
-                { "rope", {
-                    { "type", "norm" }, { "n_rot", 2 }, { "scale", 1.0 }, { "scaling", "none" }, { "n_ctx_orig", 64 },
-                    { "ext_factor", 0.0 }, { "attn_factor", 1.0 }, { "beta_fast", 32.0 }, { "beta_slow", 1.0 },
-                    { "factors", "none" },
-                } },
-            } },
-            { "reference", { { "sha256", std::string(64, 'c') }, { "dtype", "F16" }, { "name", "m" }, { "quantized", false } } },
+            { "model",
+                    {
+                            { "arch", "llama" },
+                            { "n_ctx_train", 64 },
+                            { "n_vocab", 10 },
+                            { "vocab_sha256", std::string(64, 'b') },
+                            { "caches", caches_json },
+                            { "rope",
+                                    {
+                                            { "type", "norm" },
+                                            { "n_rot", 2 },
+                                            { "scale", 1.0 },
+                                            { "scaling", "none" },
+                                            { "n_ctx_orig", 64 },
+                                            { "ext_factor", 0.0 },
+                                            { "attn_factor", 1.0 },
+                                            { "beta_fast", 32.0 },
+                                            { "beta_slow", 1.0 },
+                                            { "factors", "none" },
+                                    } },
+                    } },
+            { "reference",
+                    { { "sha256", std::string(64, 'c') }, { "dtype", "F16" }, { "name", "m" },
+                            { "quantized", false } } },
             { "engine", { { "name", "llama" }, { "dtype", "f16" }, { "versions", { { "llama.cpp", "1" } } } } },
             { "calibrated", nullptr },
             { "created_by", "intactkv-export 0.1.0" },
@@ -94,9 +107,9 @@ struct sample {
             for (const int head_dim : { HEAD_DIM_K, HEAD_DIM_V }) {
                 for (size_t i = 0; i < c.layers.size(); ++i) {
                     put<int32_t>(out, 1);
-                    put<uint64_t>(out, 2*N_HEAD_KV*head_dim);
+                    put<uint64_t>(out, 2 * N_HEAD_KV * head_dim);
                     const size_t begin = out.size();
-                    for (size_t j = 0; j < c.positions.size()*N_HEAD_KV*head_dim; ++j) {
+                    for (size_t j = 0; j < c.positions.size() * N_HEAD_KV * head_dim; ++j) {
                         put(out, value);
                     }
                     if (rows) {

@@ -101,22 +101,24 @@ static void order() {
     };
     const std::string other(64, 'd');
     check_case = "another reference";
-    CHECK(contains(error_of(manifest, model, other), "the reference model's SHA-256 is \"" + REFERENCE + "\" in the prefix and \"" + other));
-    next("/rope/beta_fast",                    1.0,     "rope beta_fast is 32.0 in the prefix and 1.0",  other);
-    next("/rope/type",                         "neox",  "rope type is \"norm\"",                         other);
-    next("/caches/1/layers/1/rope_base",       10000.0, "layer 2 rope_base is 100000.0",                 other);
-    next("/caches/1/layers/1/head_dim_k",      4,       "layer 2 head_dim_k is 3 in the prefix and 4",   other);
-    next("/caches/1/n_swa",                    4,       "KV cache 1 n_swa is 2 in the prefix and 4",     other);
-    next("/vocab_sha256",                      other,   "vocab_sha256",                                  other);
-    next("/n_vocab",                           11,      "n_vocab is 10 in the prefix and 11",            other);
-    next("/arch",                              "qwen2", "arch is \"llama\" in the prefix and \"qwen2\"", other);
+    CHECK(contains(error_of(manifest, model, other),
+            "the reference model's SHA-256 is \"" + REFERENCE + "\" in the prefix and \"" + other));
+    next("/rope/beta_fast", 1.0, "rope beta_fast is 32.0 in the prefix and 1.0", other);
+    next("/rope/type", "neox", "rope type is \"norm\"", other);
+    next("/caches/1/layers/1/rope_base", 10000.0, "layer 2 rope_base is 100000.0", other);
+    next("/caches/1/layers/1/head_dim_k", 4, "layer 2 head_dim_k is 3 in the prefix and 4", other);
+    next("/caches/1/n_swa", 4, "KV cache 1 n_swa is 2 in the prefix and 4", other);
+    next("/vocab_sha256", other, "vocab_sha256", other);
+    next("/n_vocab", 11, "n_vocab is 10 in the prefix and 11", other);
+    next("/arch", "qwen2", "arch is \"llama\" in the prefix and \"qwen2\"", other);
 }
 
 static void not_json() {
     std::string error;
     const std::string manifest = sample().manifest().dump();
-    const std::string model    = sample().manifest()["model"].dump();
-    for (const char * text : { "", "x", "{", "[]", "1", "null", "{}", "{\"model\":[]}", "{\"model\":{\"arch\":\"llama\"}}" }) {
+    const std::string model = sample().manifest()["model"].dump();
+    for (const char * text :
+            { "", "x", "{", "[]", "1", "null", "{}", "{\"model\":[]}", "{\"model\":{\"arch\":\"llama\"}}" }) {
         check_case = text;
         error.clear();
         CHECK(!compatible(text, model, "", error) && !error.empty());

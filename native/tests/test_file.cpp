@@ -24,7 +24,7 @@ static void check_file(const char * path) {
     printf("ok");
     for (uint32_t i = 0; i < view.n_tokens; ++i) {
         int32_t token;
-        memcpy(&token, view.tokens + 4*i, 4);
+        memcpy(&token, view.tokens + 4 * i, 4);
         printf(" %d", token);
     }
     printf("\n");

@@ -16,7 +16,8 @@ static std::string error_of(const bytes & file, prefix_view * view = nullptr, st
     prefix_view ignored_view;
     std::string ignored_manifest;
     std::string error;
-    const bool ok = parse(exact.get(), file.size(), view ? *view : ignored_view, manifest ? *manifest : ignored_manifest, error);
+    const bool ok = parse(
+            exact.get(), file.size(), view ? *view : ignored_view, manifest ? *manifest : ignored_manifest, error);
     CHECK(ok == error.empty());
     if (!ok) {
         CHECK(is_sentence(error));
@@ -100,7 +101,9 @@ static void wrong_words() {
     std::vector<std::pair<size_t, size_t>> rows;
     const bytes state = s.state(&rows);
     for (size_t i = 0; i + 4 <= state.size(); i += 4) {
-        const auto is_row = [&](const auto & range) { return i + 4 > range.first && i < range.second; };
+        const auto is_row = [&](const auto & range) {
+            return i + 4 > range.first && i < range.second;
+        };
         if (std::any_of(rows.begin(), rows.end(), is_row)) {
             continue;
         }
@@ -124,11 +127,9 @@ static void wrong_manifest() {
     const json flat = good.flatten(); // JSON pointer -> leaf
     // what another value may be: these fields take several types, or describe without deciding
     const std::vector<std::pair<std::string, json::value_t>> allowed = {
-        { "/messages",             json::value_t::null   },
-        { "/messages",             json::value_t::array  }, // []
-        { "/chat_template_sha256", json::value_t::null   },
-        { "/calibrated",           json::value_t::object },
-        { "/engine/versions",      json::value_t::object }, // {}
+        { "/messages", json::value_t::null }, { "/messages", json::value_t::array }, // []
+        { "/chat_template_sha256", json::value_t::null }, { "/calibrated", json::value_t::object },
+        { "/engine/versions", json::value_t::object }, // {}
     };
     std::vector<json::json_pointer> places;
     for (const auto & item : flat.items()) {
@@ -136,7 +137,8 @@ static void wrong_manifest() {
             places.push_back(at);
         }
     }
-    const std::vector<json> others = { nullptr, true, -1, 1.5, 18446744073709551615u, "x", json::array(), json::object() };
+    const std::vector<json> others = { nullptr, true, -1, 1.5, 18446744073709551615u, "x", json::array(),
+        json::object() };
     for (const auto & at : places) {
         const json & old = good[at];
         for (const json & other : others) {
@@ -145,7 +147,9 @@ static void wrong_manifest() {
             bad[at] = other;
             const std::string error = error_of(s, bad);
             const bool same_kind = other.type() == old.type() || (other.is_number() && old.is_number_float());
-            const auto is_this = [&](const auto & pair) { return pair.first == at.to_string() && pair.second == other.type(); };
+            const auto is_this = [&](const auto & pair) {
+                return pair.first == at.to_string() && pair.second == other.type();
+            };
             if (std::any_of(allowed.begin(), allowed.end(), is_this)) {
                 CHECK(error == "");
             } else if (!same_kind || old.is_structured() || old.is_number_unsigned()) {
@@ -169,7 +173,8 @@ static void wrong_manifest() {
     }
     for (const char * at : { "/chat_template_sha256", "/model/vocab_sha256", "/reference/sha256" }) {
         check_case = at;
-        for (const std::string & hex : { std::string(63, 'a'), std::string(65, 'a'), std::string(64, 'A'), std::string(64, 'g') }) {
+        for (const std::string & hex :
+                { std::string(63, 'a'), std::string(65, 'a'), std::string(64, 'A'), std::string(64, 'g') }) {
             json bad = good;
             bad[json::json_pointer(at)] = hex;
             CHECK(contains(error_of(s, bad), "64 hexadecimal digits"));
@@ -187,8 +192,10 @@ static void wrong_manifest() {
 static void hostile_manifest() {
     const sample s;
     const std::string good = s.manifest().dump();
-    const auto error_with = [&](const std::string & manifest) { return error_of(sample::seal(s.state(), manifest)); };
-    const auto with_text  = [&](const std::string & text) {
+    const auto error_with = [&](const std::string & manifest) {
+        return error_of(sample::seal(s.state(), manifest));
+    };
+    const auto with_text = [&](const std::string & text) {
         std::string res = good;
         const size_t at = res.find("intactkv-export 0.1.0");
         return error_with(res.replace(at, 21, text));
@@ -238,7 +245,8 @@ static void tokens() {
         check_case = "token " + std::to_string(token);
         s.tokens[2] = token;
         manifest["tokens"] = { 1, 7, token };
-        CHECK(contains(error_of(s, manifest), "tokens[2] is " + std::to_string(token) + ", not an integer from 0 to 9"));
+        CHECK(contains(
+                error_of(s, manifest), "tokens[2] is " + std::to_string(token) + ", not an integer from 0 to 9"));
     }
     s = sample();
     check_case = "no tokens";
@@ -256,8 +264,8 @@ static void cells() {
     check_case = "cells in another order";
     s.caches[0].positions = { 2, 0, 1 };
     CHECK(error_of(s.file()) == "");
-    for (const std::vector<int> & positions : std::vector<std::vector<int>> {
-             { 0, 1 }, { 0, 1, 2, 3 }, { 0, 1, 1 }, { 0, 1, 3 }, { 0, 1, -1 }, { 0, 1, 0x7fffffff }, {} }) {
+    for (const std::vector<int> & positions : std::vector<std::vector<int>>{
+                 { 0, 1 }, { 0, 1, 2, 3 }, { 0, 1, 1 }, { 0, 1, 3 }, { 0, 1, -1 }, { 0, 1, 0x7fffffff }, {} }) {
         s.caches[0].positions = positions;
         check_case = "cells " + json(positions).dump();
         CHECK(error_of(s.file()) != "");
@@ -266,7 +274,10 @@ static void cells() {
 
 // sliding windows: the rule of llama_hparams::is_masked_swa, worked out by hand for 7 tokens (last position 6)
 static void windows() {
-    const struct { int type, n_swa; std::vector<int> kept; } rules[] = {
+    const struct {
+        int type, n_swa;
+        std::vector<int> kept;
+    } rules[] = {
         { 0, 3, { 0, 1, 2, 3, 4, 5, 6 } },
         { 1, 1, { 6 } },
         { 1, 3, { 4, 5, 6 } },
@@ -323,10 +334,10 @@ static void huge_sizes() {
     for (const uint64_t heads : { uint64_t(65536), uint64_t(65537), UINT64_MAX, uint64_t(1) << 63 }) {
         check_case = "n_head_kv " + std::to_string(heads);
         json manifest = s.manifest();
-        manifest["model"]["caches"][0]["layers"][0]["n_head_kv"]  = heads;
+        manifest["model"]["caches"][0]["layers"][0]["n_head_kv"] = heads;
         manifest["model"]["caches"][0]["layers"][0]["head_dim_k"] = 65536;
         bytes state = s.state();
-        const uint64_t row = 2*heads*65536;
+        const uint64_t row = 2 * heads * 65536;
         const size_t at = 24 + 8 + 36 + 8 + 4; // row size of the first layer
         memcpy(&state[at], &row, 8);
         const std::string error = error_of(sample::seal(state, manifest.dump()));
@@ -334,12 +345,14 @@ static void huge_sizes() {
     }
     check_case = "manifest length";
     const bytes good = s.file();
-    for (const uint64_t n : { UINT64_MAX, UINT64_MAX - 47, uint64_t(1) << 63, uint64_t(good.size()), uint64_t(good.size() - 47) }) {
+    for (const uint64_t n :
+            { UINT64_MAX, UINT64_MAX - 47, uint64_t(1) << 63, uint64_t(good.size()), uint64_t(good.size() - 47) }) {
         bytes bad = good;
         memcpy(&bad[bad.size() - 48], &n, 8);
         CHECK(contains(error_of(bad), "manifest has " + std::to_string(n) + " bytes"));
     }
-    for (const uint64_t n : { uint64_t(0), uint64_t(1), uint64_t(good.size() - 48), uint64_t(s.manifest().dump().size() + 1) }) {
+    for (const uint64_t n :
+            { uint64_t(0), uint64_t(1), uint64_t(good.size() - 48), uint64_t(s.manifest().dump().size() + 1) }) {
         bytes bad = good;
         memcpy(&bad[bad.size() - 48], &n, 8);
         CHECK(error_of(bad) != "");
@@ -369,12 +382,12 @@ static void nonfinite() {
     const bytes state = s.state(&rows);
     for (const uint16_t value : { 0x7c00, 0xfc00, 0x7e00, 0xffff, 0x7c01 }) {
         for (size_t r = 0; r < rows.size(); ++r) {
-            const size_t row_bytes = (rows[r].second - rows[r].first)/3;
+            const size_t row_bytes = (rows[r].second - rows[r].first) / 3;
             for (size_t at = rows[r].first; at < rows[r].second; at += 2) {
                 bytes bad = state;
                 memcpy(&bad[at], &value, 2);
-                const std::string where = std::string(r < 2 ? "K" : "V") + " of KV cache 0, layer " + std::to_string(r % 2)
-                    + ", token " + std::to_string((at - rows[r].first)/row_bytes) + " ";
+                const std::string where = std::string(r < 2 ? "K" : "V") + " of KV cache 0, layer " +
+                        std::to_string(r % 2) + ", token " + std::to_string((at - rows[r].first) / row_bytes) + " ";
                 check_case = "value " + std::to_string(value) + " at byte " + std::to_string(at);
                 CHECK(contains(error_of(sample::seal(bad, s.manifest().dump())), where));
             }

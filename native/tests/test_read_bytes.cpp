@@ -115,7 +115,8 @@ static void ggufs(const fs::path & dir) {
     const bytes good = gguf_sample(file, true);
     const size_t begin = gguf_state_end(good, file) - file.size();
     for (size_t i = 4; i + 8 <= begin; ++i) {
-        for (const uint64_t word : { uint64_t(0), UINT64_MAX, uint64_t(1) << 63, uint64_t(1) << 61, uint64_t(1) << 40, uint64_t(8) << 32 }) {
+        for (const uint64_t word : { uint64_t(0), UINT64_MAX, uint64_t(1) << 63, uint64_t(1) << 61, uint64_t(1) << 40,
+                     uint64_t(8) << 32 }) {
             check_case = "word " + std::to_string(word) + " at byte " + std::to_string(i);
             bytes bad = good;
             memcpy(&bad[i], &word, 8);

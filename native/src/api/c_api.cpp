@@ -34,7 +34,9 @@ static int32_t fail(const std::string & error) {
 // the two readers must agree, and this one is next to the cache.
 class state_bytes : public llama_io_read_i {
 public:
-    state_bytes(const uint8_t * data, size_t size) : data(data), size(size) {}
+    state_bytes(const uint8_t * data, size_t size) :
+        data(data),
+        size(size) {}
 
     void read(void * dst, size_t n) override {
         if (n > size - pos) {
@@ -56,8 +58,8 @@ public:
 
 private:
     const uint8_t * data;
-    const size_t    size;
-    size_t          pos = 0;
+    const size_t size;
+    size_t pos = 0;
 };
 
 // the checks of intactkv_load(); empty on success
@@ -78,10 +80,12 @@ static std::string check(const llama_context * ctx, const void * data, size_t si
     }
     if (*reference == 0) {
         LLAMA_LOG_WARN("%s: the model has no intactkv.reference.sha256: only its structure could be compared with the "
-                "prefix\n", __func__);
+                       "prefix\n",
+                __func__);
     }
     if (view.n_tokens >= llama_n_ctx_seq(ctx)) {
-        return format("the prefix has %u tokens and the context only n_ctx = %u for a sequence: use a larger n_ctx", view.n_tokens, llama_n_ctx_seq(ctx));
+        return format("the prefix has %u tokens and the context only n_ctx = %u for a sequence: use a larger n_ctx",
+                view.n_tokens, llama_n_ctx_seq(ctx));
     }
     if (!ctx->get_cparams().flash_attn) {
         return "flash attention is off in this context, its V cache is transposed: turn flash attention on to load a prefix";
@@ -125,7 +129,8 @@ int32_t intactkv_load(llama_context * ctx, const void * data, size_t size, llama
         return fail(error);
     }
     if (seq_id < 0 || (uint32_t) seq_id >= llama_n_seq_max(ctx)) {
-        return fail(format("sequence %d does not exist: this context has n_seq_max = %u", seq_id, llama_n_seq_max(ctx)));
+        return fail(
+                format("sequence %d does not exist: this context has n_seq_max = %u", seq_id, llama_n_seq_max(ctx)));
     }
     llama_synchronize(ctx);
     try {
@@ -135,7 +140,8 @@ int32_t intactkv_load(llama_context * ctx, const void * data, size_t size, llama
         }
     } catch (const std::exception & err) {
         llama_memory_seq_rm(llama_get_memory(ctx), seq_id, -1, -1);
-        return fail(format("the prefix of %u tokens could not be placed in sequence %d: %s", view.n_tokens, seq_id, err.what()));
+        return fail(format(
+                "the prefix of %u tokens could not be placed in sequence %d: %s", view.n_tokens, seq_id, err.what()));
     }
     return view.n_tokens;
 }
@@ -165,7 +171,7 @@ size_t intactkv_arena_bytes(const llama_context * ctx) {
 
 const char * intactkv_attention(const llama_context * ctx) {
     const auto caches = caches_of(ctx);
-    const bool fused  = !caches.empty() && std::all_of(caches.begin(), caches.end(), [&](const llama_kv_cache * kv) {
+    const bool fused = !caches.empty() && std::all_of(caches.begin(), caches.end(), [&](const llama_kv_cache * kv) {
         return kv->intact && kv->intact->fused(ctx->get_cparams());
     });
     return fused ? "fused" : intactkv_n_cells(ctx, -1) > 0 ? "portable" : "stock";

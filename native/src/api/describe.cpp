@@ -65,7 +65,7 @@ static std::string vocab_sha256(const llama_vocab * vocab) {
         const char * text = llama_vocab_get_text(vocab, i);
         const uint32_t n = strlen(text);
         for (int b = 0; b < 4; ++b) {
-            all += (char) (n >> 8*b);
+            all += (char) (n >> 8 * b);
         }
         all.append(text, n);
     }
@@ -86,24 +86,24 @@ static const char * rope_type_name(llama_rope_type type) {
         case LLAMA_ROPE_TYPE_NONE: return "none";
         case LLAMA_ROPE_TYPE_NORM: return "norm";
         case LLAMA_ROPE_TYPE_NEOX: return "neox";
-        default:                   return "other";
+        default: return "other";
     }
 }
 
 static const char * rope_scaling_name(llama_rope_scaling_type type) {
     switch (type) {
-        case LLAMA_ROPE_SCALING_TYPE_LINEAR:   return "linear";
-        case LLAMA_ROPE_SCALING_TYPE_YARN:     return "yarn";
+        case LLAMA_ROPE_SCALING_TYPE_LINEAR: return "linear";
+        case LLAMA_ROPE_SCALING_TYPE_YARN: return "yarn";
         case LLAMA_ROPE_SCALING_TYPE_LONGROPE: return "longrope";
-        default:                               return "none";
+        default: return "none";
     }
 }
 
 std::string describe(const llama_context * ctx) {
-    const llama_model   & model   = *llama_get_model(ctx);
+    const llama_model & model = *llama_get_model(ctx);
     const llama_hparams & hparams = model.hparams;
     const llama_cparams & cparams = ctx->get_cparams();
-    const llama_vocab   * vocab   = llama_model_get_vocab(&model);
+    const llama_vocab * vocab = llama_model_get_vocab(&model);
 
     json caches = json::array();
     for (const llama_kv_cache * kv : caches_of(ctx)) {
@@ -111,39 +111,40 @@ std::string describe(const llama_context * ctx) {
         json layers = json::array();
         for (const uint32_t il : kv->get_layer_ids()) {
             layers.push_back({
-                { "il",         il },
-                { "n_head_kv",  hparams.n_head_kv(il) },
-                { "head_dim_k", hparams.n_embd_head_k(il) },
-                { "head_dim_v", hparams.n_embd_head_v(il) },
-                { "rope_base",  hparams.has_rope(il) ? (double) model.get_rope_freq_base(cparams, il) : 0.0 },
+                    { "il", il },
+                    { "n_head_kv", hparams.n_head_kv(il) },
+                    { "head_dim_k", hparams.n_embd_head_k(il) },
+                    { "head_dim_v", hparams.n_embd_head_v(il) },
+                    { "rope_base", hparams.has_rope(il) ? (double) model.get_rope_freq_base(cparams, il) : 0.0 },
             });
         }
         caches.push_back({
-            { "n_swa",    is_swa ? hparams.n_swa : 0 },
-            { "swa_type", is_swa ? (int) hparams.swa_type : 0 },
-            { "layers",   std::move(layers) },
+                { "n_swa", is_swa ? hparams.n_swa : 0 },
+                { "swa_type", is_swa ? (int) hparams.swa_type : 0 },
+                { "layers", std::move(layers) },
         });
     }
 
     const json res = {
-        { "arch",         llm_arch_name(model.arch) },
-        { "n_ctx_train",  hparams.n_ctx_train },
-        { "n_vocab",      llama_vocab_n_tokens(vocab) },
+        { "arch", llm_arch_name(model.arch) },
+        { "n_ctx_train", hparams.n_ctx_train },
+        { "n_vocab", llama_vocab_n_tokens(vocab) },
         { "vocab_sha256", vocab_sha256(vocab) },
-        { "caches",       std::move(caches) },
-        { "rope", {
-            { "type",        rope_type_name(hparams.rope_type) },
-            { "n_rot",       hparams.n_rot() },
-            { "scale",       (double) cparams.rope_freq_scale },
-            { "scale_swa",   (double) hparams.rope_freq_scale_train_swa },
-            { "scaling",     rope_scaling_name(cparams.rope_scaling_type) },
-            { "n_ctx_orig",  cparams.n_ctx_orig_yarn },
-            { "ext_factor",  (double) cparams.yarn_ext_factor },
-            { "attn_factor", (double) cparams.yarn_attn_factor },
-            { "beta_fast",   (double) cparams.yarn_beta_fast },
-            { "beta_slow",   (double) cparams.yarn_beta_slow },
-            { "factors",     factors_sha256(model.get_rope_factors(cparams, 0)) },
-        } },
+        { "caches", std::move(caches) },
+        { "rope",
+                {
+                        { "type", rope_type_name(hparams.rope_type) },
+                        { "n_rot", hparams.n_rot() },
+                        { "scale", (double) cparams.rope_freq_scale },
+                        { "scale_swa", (double) hparams.rope_freq_scale_train_swa },
+                        { "scaling", rope_scaling_name(cparams.rope_scaling_type) },
+                        { "n_ctx_orig", cparams.n_ctx_orig_yarn },
+                        { "ext_factor", (double) cparams.yarn_ext_factor },
+                        { "attn_factor", (double) cparams.yarn_attn_factor },
+                        { "beta_fast", (double) cparams.yarn_beta_fast },
+                        { "beta_slow", (double) cparams.yarn_beta_slow },
+                        { "factors", factors_sha256(model.get_rope_factors(cparams, 0)) },
+                } },
     };
     return res.dump();
 }

@@ -14,11 +14,11 @@ namespace {
 
 // What the nodes of attention keep at FUSED_PARAMS.
 struct node_params {
-    float          scale    = 1.0f;
-    float          max_bias = 0.0f;
-    float          softcap  = 0.0f;
-    int32_t        has      = 0; // which optional sources there are, in this order
-    fused_rotation rot      = {};
+    float scale = 1.0f;
+    float max_bias = 0.0f;
+    float softcap = 0.0f;
+    int32_t has = 0; // which optional sources there are, in this order
+    fused_rotation rot = {};
 };
 
 enum has_source { HAS_MASK = 1, HAS_SINKS = 2, HAS_K_ARENA = 4, HAS_V_ARENA = 8, HAS_ROWS = 16, HAS_COUNTER = 32 };
@@ -33,12 +33,10 @@ static_assert(FUSED_PARAMS + sizeof(node_params) <= GGML_MAX_OP_PARAMS, "op_para
 // Sources of the attention node, in order, without gaps: ggml stops at none, but other readers may.
 struct sources {
     ggml_tensor * list[GGML_MAX_SRC];
-    int           n   = 0;
-    int32_t       has = 0;
+    int n = 0;
+    int32_t has = 0;
 
-    void add(ggml_tensor * t) {
-        list[n++] = t;
-    }
+    void add(ggml_tensor * t) { list[n++] = t; }
     void add_if(ggml_tensor * t, has_source bit) {
         if (t) {
             add(t);
@@ -53,14 +51,14 @@ bool side_supported(const ggml_tensor * t) {
 
 fused_side make_side(const ggml_tensor * t, const ggml_tensor * arena) {
     fused_side side;
-    side.data      = (const uint8_t *) t->data;
-    side.nb_cell   = t->nb[1];
-    side.nb_head   = t->nb[2];
+    side.data = (const uint8_t *) t->data;
+    side.nb_cell = t->nb[1];
+    side.nb_head = t->nb[2];
     side.nb_stream = t->nb[3];
-    side.arena     = arena ? (const uint16_t *) arena->data : nullptr;
+    side.arena = arena ? (const uint16_t *) arena->data : nullptr;
     side.arena_row = arena ? arena->nb[1] / sizeof(uint16_t) : 0;
-    side.type      = t->type;
-    side.dim       = (int) t->ne[0];
+    side.type = t->type;
+    side.dim = (int) t->ne[0];
     return side;
 }
 
@@ -91,41 +89,41 @@ void attend(ggml_tensor * dst, int ith, int nth, void *) {
     const ggml_tensor * q = *src++;
     const ggml_tensor * k = *src++;
     const ggml_tensor * v = *src++;
-    const ggml_tensor * mask    = p.has & HAS_MASK    ? *src++ : nullptr;
-    const ggml_tensor * sinks   = p.has & HAS_SINKS   ? *src++ : nullptr;
+    const ggml_tensor * mask = p.has & HAS_MASK ? *src++ : nullptr;
+    const ggml_tensor * sinks = p.has & HAS_SINKS ? *src++ : nullptr;
     const ggml_tensor * k_arena = p.has & HAS_K_ARENA ? *src++ : nullptr;
     const ggml_tensor * v_arena = p.has & HAS_V_ARENA ? *src++ : nullptr;
-    const ggml_tensor * rows    = p.has & HAS_ROWS    ? *src++ : nullptr;
+    const ggml_tensor * rows = p.has & HAS_ROWS ? *src++ : nullptr;
     const ggml_tensor * counter = p.has & HAS_COUNTER ? *src++ : nullptr;
 
     fused_call call;
-    call.q              = (const char *) q->data;
-    call.q_nb_token     = q->nb[1];
-    call.q_nb_head      = q->nb[2];
-    call.q_nb_stream    = q->nb[3];
-    call.k              = make_side(k, k_arena);
-    call.v              = make_side(v, v_arena);
-    call.mask           = mask ? (const char *) mask->data : nullptr;
-    call.mask_nb_token  = mask ? mask->nb[1] : 0;
-    call.mask_nb_head   = mask ? mask->nb[2] : 0;
+    call.q = (const char *) q->data;
+    call.q_nb_token = q->nb[1];
+    call.q_nb_head = q->nb[2];
+    call.q_nb_stream = q->nb[3];
+    call.k = make_side(k, k_arena);
+    call.v = make_side(v, v_arena);
+    call.mask = mask ? (const char *) mask->data : nullptr;
+    call.mask_nb_token = mask ? mask->nb[1] : 0;
+    call.mask_nb_head = mask ? mask->nb[2] : 0;
     call.mask_nb_stream = mask ? mask->nb[3] : 0;
-    call.mask_heads     = mask ? (int) mask->ne[2] : 1;
-    call.mask_streams   = mask ? (int) mask->ne[3] : 1;
-    call.sinks          = sinks ? (const float *) sinks->data : nullptr;
-    call.row_of_cell    = rows ? (const int32_t *) rows->data : nullptr;
-    call.n_head         = (int) q->ne[2];
-    call.n_head_kv      = (int) k->ne[2];
-    call.n_tokens       = (int) q->ne[1];
-    call.n_stream       = (int) q->ne[3];
-    call.n_kv           = (int) k->ne[1];
-    call.scale          = p.scale;
-    call.max_bias       = p.max_bias;
-    call.softcap        = p.softcap;
-    call.rot_q          = p.rot.k;
-    call.rot_out        = p.rot.v;
-    call.plan           = plan_of(q, k, v);
-    call.out            = (float *) dst->data;
-    call.next_item      = counter ? (int32_t *) counter->data : nullptr;
+    call.mask_heads = mask ? (int) mask->ne[2] : 1;
+    call.mask_streams = mask ? (int) mask->ne[3] : 1;
+    call.sinks = sinks ? (const float *) sinks->data : nullptr;
+    call.row_of_cell = rows ? (const int32_t *) rows->data : nullptr;
+    call.n_head = (int) q->ne[2];
+    call.n_head_kv = (int) k->ne[2];
+    call.n_tokens = (int) q->ne[1];
+    call.n_stream = (int) q->ne[3];
+    call.n_kv = (int) k->ne[1];
+    call.scale = p.scale;
+    call.max_bias = p.max_bias;
+    call.softcap = p.softcap;
+    call.rot_q = p.rot.k;
+    call.rot_out = p.rot.v;
+    call.plan = plan_of(q, k, v);
+    call.out = (float *) dst->data;
+    call.next_item = counter ? (int32_t *) counter->data : nullptr;
 
     fused_chosen().run(call, ith, nth);
 }
@@ -133,20 +131,20 @@ void attend(ggml_tensor * dst, int ith, int nth, void *) {
 // dst F32 [head_dim_v, n_head, n_tokens, n_stream] from partial results F32
 // [FUSED_PARTIAL + head_dim_v, n_head*n_tokens, n_chunk, n_stream] and, maybe, sinks F32 [n_head].
 void merge(ggml_tensor * dst, int ith, int nth, void *) {
-    const ggml_tensor * part  = dst->src[0];
+    const ggml_tensor * part = dst->src[0];
     const ggml_tensor * sinks = dst->src[1];
 
-    const node_params p   = params_of(dst);
-    const int64_t dim     = dst->ne[0];
-    const int64_t n_rows  = part->ne[1];
+    const node_params p = params_of(dst);
+    const int64_t dim = dst->ne[0];
+    const int64_t n_rows = part->ne[1];
     const int64_t n_chunk = part->ne[2];
-    const int64_t stride  = part->nb[2] / sizeof(float);
+    const int64_t stride = part->nb[2] / sizeof(float);
 
     for (int64_t i = ith; i < n_rows * part->ne[3]; i += nth) {
         const int64_t stream = i / n_rows;
-        const int64_t row    = i % n_rows;
-        const float * first  = (const float *) ((const char *) part->data + stream * part->nb[3] + row * part->nb[1]);
-        float       * out    = (float *) dst->data + i * dim;
+        const int64_t row = i % n_rows;
+        const float * first = (const float *) ((const char *) part->data + stream * part->nb[3] + row * part->nb[1]);
+        float * out = (float *) dst->data + i * dim;
 
         const float sink = sinks ? ((const float *) sinks->data)[row % dst->ne[1]] * FUSED_LOG2E : -INFINITY;
         float max = sink;
@@ -176,39 +174,26 @@ void merge(ggml_tensor * dst, int ith, int nth, void *) {
 
 } // namespace
 
-bool fused_supported(
-        const ggml_tensor * q,
-        const ggml_tensor * k,
-        const ggml_tensor * v,
-        const ggml_tensor * mask,
+bool fused_supported(const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * mask,
         const ggml_tensor * sinks) {
-    return q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[0] == k->ne[0] &&
-           side_supported(k) && side_supported(v) &&
-           k->ne[1] == v->ne[1] && k->ne[2] == v->ne[2] && k->ne[3] == q->ne[3] && v->ne[3] == q->ne[3] &&
-           q->ne[2] % k->ne[2] == 0 &&
-           (!mask || (mask->type == GGML_TYPE_F16 && mask->nb[0] == sizeof(uint16_t) && mask->ne[1] >= q->ne[1] &&
-                      q->ne[2] % mask->ne[2] == 0 && q->ne[3] % mask->ne[3] == 0)) &&
-           (!sinks || (sinks->type == GGML_TYPE_F32 && fused_in_host_memory(sinks))) &&
-           fused_in_host_memory(k) && fused_in_host_memory(v);
+    return q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[0] == k->ne[0] && side_supported(k) &&
+            side_supported(v) && k->ne[1] == v->ne[1] && k->ne[2] == v->ne[2] && k->ne[3] == q->ne[3] &&
+            v->ne[3] == q->ne[3] && q->ne[2] % k->ne[2] == 0 &&
+            (!mask ||
+                    (mask->type == GGML_TYPE_F16 && mask->nb[0] == sizeof(uint16_t) && mask->ne[1] >= q->ne[1] &&
+                            q->ne[2] % mask->ne[2] == 0 && q->ne[3] % mask->ne[3] == 0)) &&
+            (!sinks || (sinks->type == GGML_TYPE_F32 && fused_in_host_memory(sinks))) && fused_in_host_memory(k) &&
+            fused_in_host_memory(v);
 }
 
-ggml_tensor * fused_attention(
-        ggml_context      * ctx,
-        ggml_tensor       * q,
-        ggml_tensor       * k,
-        ggml_tensor       * v,
-        ggml_tensor       * mask,
-        ggml_tensor       * sinks,
-        const intact_rows * intact,
-        fused_rotation      rot,
-        float               scale,
-        float               max_bias,
-        float               logit_softcap) {
+ggml_tensor * fused_attention(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask,
+        ggml_tensor * sinks, const intact_rows * intact, fused_rotation rot, float scale, float max_bias,
+        float logit_softcap) {
     GGML_ASSERT(fused_supported(q, k, v, mask, sinks));
     GGML_ASSERT(max_bias <= 0.0f || mask);
 
-    const fused_plan plan  = plan_of(q, k, v);
-    const bool       split = plan.n_chunk > 1;
+    const fused_plan plan = plan_of(q, k, v);
+    const bool split = plan.n_chunk > 1;
 
     sources src;
     src.add(q);
@@ -228,19 +213,19 @@ ggml_tensor * fused_attention(
     const node_params params = { scale, max_bias, logit_softcap, src.has, rot };
 
     if (!split) {
-        ggml_tensor * out = ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0], q->ne[2], q->ne[1], q->ne[3],
-                src.list, src.n, attend, GGML_N_TASKS_MAX, nullptr);
+        ggml_tensor * out = ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0], q->ne[2], q->ne[1], q->ne[3], src.list, src.n,
+                attend, GGML_N_TASKS_MAX, nullptr);
         set_params(out, params);
         return out;
     }
 
-    ggml_tensor * part = ggml_custom_4d(ctx, GGML_TYPE_F32, FUSED_PARTIAL + v->ne[0], q->ne[2] * q->ne[1],
-            plan.n_chunk, q->ne[3], src.list, src.n, attend, GGML_N_TASKS_MAX, nullptr);
+    ggml_tensor * part = ggml_custom_4d(ctx, GGML_TYPE_F32, FUSED_PARTIAL + v->ne[0], q->ne[2] * q->ne[1], plan.n_chunk,
+            q->ne[3], src.list, src.n, attend, GGML_N_TASKS_MAX, nullptr);
     set_params(part, params);
 
     ggml_tensor * merge_src[] = { part, sinks };
-    ggml_tensor * out = ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0], q->ne[2], q->ne[1], q->ne[3],
-            merge_src, sinks ? 2 : 1, merge, GGML_N_TASKS_MAX, nullptr);
+    ggml_tensor * out = ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0], q->ne[2], q->ne[1], q->ne[3], merge_src,
+            sinks ? 2 : 1, merge, GGML_N_TASKS_MAX, nullptr);
     set_params(out, params);
     return out;
 }

@@ -22,11 +22,7 @@ struct intact_rows {
 
 // Can fused_attention() compute this call? Types F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, IQ4_NL for K and for V,
 // head sizes that are multiples of 16 up to 512, K, V and sinks in host memory where their buffers are known.
-bool fused_supported(
-        const ggml_tensor * q,
-        const ggml_tensor * k,
-        const ggml_tensor * v,
-        const ggml_tensor * mask,
+bool fused_supported(const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * mask,
         const ggml_tensor * sinks);
 
 // Shapes, strides and meaning as ggml_flash_attn_ext() followed by ggml_flash_attn_ext_add_sinks():
@@ -39,17 +35,8 @@ bool fused_supported(
 // Returns F32 [head_dim_v, n_head, n_tokens, n_stream], contiguous. The result does not depend on the number of
 // threads. Nothing is allocated when the graph runs: partial results of the split over cells are a tensor of the
 // graph, everything else is on the stack.
-ggml_tensor * fused_attention(
-        ggml_context      * ctx,
-        ggml_tensor       * q,
-        ggml_tensor       * k,
-        ggml_tensor       * v,
-        ggml_tensor       * mask,
-        ggml_tensor       * sinks,
-        const intact_rows * intact,
-        fused_rotation      rot,
-        float               scale,
-        float               max_bias,
-        float               logit_softcap);
+ggml_tensor * fused_attention(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask,
+        ggml_tensor * sinks, const intact_rows * intact, fused_rotation rot, float scale, float max_bias,
+        float logit_softcap);
 
 } // namespace intactkv

@@ -13,8 +13,8 @@
 namespace intactkv {
 
 bool fused_head_supported(ggml_type type, int64_t dim) {
-    return std::find(std::begin(FUSED_TYPES), std::end(FUSED_TYPES), type) != std::end(FUSED_TYPES) &&
-           dim % 16 == 0 && dim % ggml_blck_size(type) == 0 && dim <= FUSED_HEAD_MAX;
+    return std::find(std::begin(FUSED_TYPES), std::end(FUSED_TYPES), type) != std::end(FUSED_TYPES) && dim % 16 == 0 &&
+            dim % ggml_blck_size(type) == 0 && dim <= FUSED_HEAD_MAX;
 }
 
 bool fused_in_host_memory(const ggml_tensor * t) {
@@ -52,12 +52,14 @@ fused_rotation rotation_of(const ggml_tensor * node) {
 }
 
 // One new row of one head: rotated and rounded into the cache.
-void store_head(const ggml_tensor * cache, const ggml_tensor * cur, int64_t cell, int64_t head, int64_t token, int rot) {
+void store_head(
+        const ggml_tensor * cache, const ggml_tensor * cur, int64_t cell, int64_t head, int64_t token, int rot) {
     alignas(64) float x[FUSED_HEAD_MAX];
     const int64_t dim = cur->ne[0];
     memcpy(x, (const char *) cur->data + head * cur->nb[1] + token * cur->nb[2], dim * sizeof(float));
     fused_rotate(x, dim, rot);
-    fused_narrow(cache->type, x, (char *) cache->data + cell * cache->nb[1] + head * ggml_row_size(cache->type, dim), dim);
+    fused_narrow(
+            cache->type, x, (char *) cache->data + cell * cache->nb[1] + head * ggml_row_size(cache->type, dim), dim);
 }
 
 // dst is the cache of K itself, and the cache of V a source that is written to.
@@ -66,15 +68,15 @@ void store(ggml_tensor * dst, int ith, int nth, void *) {
     const ggml_tensor * v_cache = dst->src[1];
     const ggml_tensor * k = dst->src[2];
     const ggml_tensor * v = dst->src[3];
-    const int64_t     * k_cell = (const int64_t *) dst->src[4]->data;
-    const int64_t     * v_cell = (const int64_t *) dst->src[5]->data;
+    const int64_t * k_cell = (const int64_t *) dst->src[4]->data;
+    const int64_t * v_cell = (const int64_t *) dst->src[5]->data;
 
     // K's heads, then V's; a thread takes neighbours, so that no two of them write to one cache line at a time
     const int64_t n_k = k->ne[1] * k->ne[2];
-    const int64_t n   = n_k + v->ne[1] * v->ne[2];
+    const int64_t n = n_k + v->ne[1] * v->ne[2];
     for (int64_t i = n * ith / nth; i < n * (ith + 1) / nth; i++) {
-        const bool    is_k  = i < n_k;
-        const int64_t j     = is_k ? i : i - n_k;
+        const bool is_k = i < n_k;
+        const int64_t j = is_k ? i : i - n_k;
         const int64_t heads = is_k ? k->ne[1] : v->ne[1];
         const int64_t token = j / heads;
         is_k ? store_head(dst, k, k_cell[token], j % heads, token, rot.k)
@@ -86,19 +88,12 @@ void store(ggml_tensor * dst, int ith, int nth, void *) {
 
 bool fused_store_supported(const ggml_tensor * cache, const ggml_tensor * cur) {
     return fused_head_supported(cache->type, cur->ne[0]) && fused_in_host_memory(cache) &&
-           cache->ne[0] == cur->ne[0] * cur->ne[1] && cur->type == GGML_TYPE_F32 &&
-           cur->nb[0] == sizeof(float) && cur->ne[3] == 1;
+            cache->ne[0] == cur->ne[0] * cur->ne[1] && cur->type == GGML_TYPE_F32 && cur->nb[0] == sizeof(float) &&
+            cur->ne[3] == 1;
 }
 
-ggml_tensor * fused_store(
-        ggml_context * ctx,
-        ggml_tensor  * k_cache,
-        ggml_tensor  * v_cache,
-        ggml_tensor  * k,
-        ggml_tensor  * v,
-        ggml_tensor  * k_cells,
-        ggml_tensor  * v_cells,
-        fused_rotation rot) {
+ggml_tensor * fused_store(ggml_context * ctx, ggml_tensor * k_cache, ggml_tensor * v_cache, ggml_tensor * k,
+        ggml_tensor * v, ggml_tensor * k_cells, ggml_tensor * v_cells, fused_rotation rot) {
     GGML_ASSERT(fused_store_supported(k_cache, k) && fused_store_supported(v_cache, v));
     GGML_ASSERT(k_cells->type == GGML_TYPE_I64 && v_cells->type == GGML_TYPE_I64);
 

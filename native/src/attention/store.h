@@ -21,15 +21,8 @@ bool fused_store_supported(const ggml_tensor * cache, const ggml_tensor * cur);
 //   k_cache, v_cache  KV  [head_dim*n_head_kv, n_cells, ...], streams one behind the other
 //   k, v              F32 [head_dim, n_head_kv, n_tokens], any strides but nb[0]
 //   k_cells, v_cells  I64 [n_tokens] the rows of k_cache and v_cache that they go to
-ggml_tensor * fused_store(
-        ggml_context * ctx,
-        ggml_tensor  * k_cache,
-        ggml_tensor  * v_cache,
-        ggml_tensor  * k,
-        ggml_tensor  * v,
-        ggml_tensor  * k_cells,
-        ggml_tensor  * v_cells,
-        fused_rotation rot);
+ggml_tensor * fused_store(ggml_context * ctx, ggml_tensor * k_cache, ggml_tensor * v_cache, ggml_tensor * k,
+        ggml_tensor * v, ggml_tensor * k_cells, ggml_tensor * v_cells, fused_rotation rot);
 
 // In place, the rotation of fused_rotation: each block of n_rot of the n values. n_rot 0: nothing happens.
 void fused_rotate(float * x, int64_t n, int32_t n_rot);

@@ -35,7 +35,7 @@ static attention_kind choose_attention(bool on_cpu) {
     }
     if (!on_cpu) {
         throw std::runtime_error("INTACTKV_ATTN is fused, but the KV cache is not in CPU memory: unset it, or keep the "
-                "cache there (offload_kqv = false)");
+                                 "cache there (offload_kqv = false)");
     }
     return attention_kind::fused;
 }
@@ -48,16 +48,16 @@ void arena::attach(llama_kv_cache & kv) {
 
 arena::arena(llama_kv_cache & kv) :
     kv(kv),
-    kind(choose_attention(std::all_of(kv.layers.begin(), kv.layers.end(), [](const auto & layer) {
-        return ggml_backend_buffer_get_type(layer.k->buffer) == ggml_backend_cpu_buffer_type();
-    }))),
-    layers(kv.layers.size()) {
-}
+    kind(choose_attention(std::all_of(kv.layers.begin(), kv.layers.end(),
+            [](const auto & layer) {
+                return ggml_backend_buffer_get_type(layer.k->buffer) == ggml_backend_cpu_buffer_type();
+            }))),
+    layers(kv.layers.size()) {}
 
 // whether the kernel takes a cache of this type with heads of this size, asked as if a token were to be stored
 static bool kernel_knows(const ggml_tensor * cache, int64_t head_dim, int64_t n_head_kv) {
     ggml_tensor cur = {};
-    cur.type  = GGML_TYPE_F32;
+    cur.type = GGML_TYPE_F32;
     cur.nb[0] = sizeof(float);
     cur.ne[0] = head_dim;
     cur.ne[1] = n_head_kv;
@@ -69,12 +69,13 @@ static bool kernel_knows(const ggml_tensor * cache, int64_t head_dim, int64_t n_
 bool arena::fused(int32_t il, const llama_cparams & cparams) const {
     const uint32_t n_head_kv = kv.hparams.n_head_kv(il);
     return kind == attention_kind::fused && cparams.flash_attn &&
-           kernel_knows(cache_k(il), kv.hparams.n_embd_head_k(il), n_head_kv) &&
-           kernel_knows(cache_v(il), kv.hparams.n_embd_head_v(il), n_head_kv);
+            kernel_knows(cache_k(il), kv.hparams.n_embd_head_k(il), n_head_kv) &&
+            kernel_knows(cache_v(il), kv.hparams.n_embd_head_v(il), n_head_kv);
 }
 
 bool arena::fused(const llama_cparams & cparams) const {
-    return std::all_of(kv.layers.begin(), kv.layers.end(), [&](const auto & layer) { return fused(layer.il, cparams); });
+    return std::all_of(
+            kv.layers.begin(), kv.layers.end(), [&](const auto & layer) { return fused(layer.il, cparams); });
 }
 
 const arena_layer & arena::layer(int32_t il) const {
@@ -108,7 +109,7 @@ const llama_hparams & arena::hparams() const {
 fused_rotation arena::rotation() const {
     fused_rotation res;
     if (kv.attn_rot_k) {
-        for (res.k = 64; kv.n_embd_head_k_all % (2*res.k) == 0;) {
+        for (res.k = 64; kv.n_embd_head_k_all % (2 * res.k) == 0;) {
             res.k *= 2;
         }
     }
@@ -132,9 +133,7 @@ void arena::each_intact(const cell_fn & f) const {
 
 uint32_t arena::n_cells(int32_t seq_id) const {
     uint32_t res = 0;
-    each_intact([&](uint32_t s, uint32_t i, int32_t) {
-        res += seq_id < 0 || kv.v_cells[s].seq_has(i, seq_id);
-    });
+    each_intact([&](uint32_t s, uint32_t i, int32_t) { res += seq_id < 0 || kv.v_cells[s].seq_has(i, seq_id); });
     return res;
 }
 
@@ -154,7 +153,7 @@ void arena::add_memory(std::map<ggml_backend_buffer_type_t, size_t> & breakdown)
 
 uint32_t arena::map_cells(uint32_t s0, uint32_t s1, uint32_t n_kv, int32_t * rows) const {
     if (rows) {
-        std::fill(rows, rows + (size_t) n_kv*(s1 - s0 + 1), -1);
+        std::fill(rows, rows + (size_t) n_kv * (s1 - s0 + 1), -1);
     }
     uint32_t res = 0;
     for (uint32_t s = s0; n_rows > 0 && s <= s1; ++s) {
@@ -165,7 +164,7 @@ uint32_t arena::map_cells(uint32_t s0, uint32_t s1, uint32_t n_kv, int32_t * row
                 continue;
             }
             if (rows) {
-                rows[(size_t) n_kv*(s - s0) + i] = cells.ext_get(i).intact;
+                rows[(size_t) n_kv * (s - s0) + i] = cells.ext_get(i).intact;
             }
             res++;
         }
@@ -220,7 +219,7 @@ void arena::grow(uint32_t n_rows_new) {
         }
         auto & ctx = ctxs[ggml_backend_buffer_get_type(t->buffer)];
         if (!ctx) {
-            ctx.reset(ggml_init({ 2*layers.size()*ggml_tensor_overhead(), nullptr, true }));
+            ctx.reset(ggml_init({ 2 * layers.size() * ggml_tensor_overhead(), nullptr, true }));
         }
         ggml_tensor * rows = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, t->ne[0], n_rows_new);
         ggml_format_name(rows, "intact_%s_l%u", name, il);
@@ -234,10 +233,10 @@ void arena::grow(uint32_t n_rows_new) {
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs_new;
     for (auto & [buft, ctx] : ctxs) {
-        ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft) };
+        ggml_backend_buffer_ptr buf{ ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft) };
         if (!buf) {
-            throw std::runtime_error(format("failed to allocate the F16 rows of %u intact cells on %s",
-                    n_rows_new, ggml_backend_buft_name(buft)));
+            throw std::runtime_error(format("failed to allocate the F16 rows of %u intact cells on %s", n_rows_new,
+                    ggml_backend_buft_name(buft)));
         }
         ggml_backend_buffer_clear(buf.get(), 0);
         ctxs_bufs_new.emplace_back(std::move(ctx), std::move(buf));
@@ -256,9 +255,9 @@ void arena::grow(uint32_t n_rows_new) {
         copy(layers[i].v, layers_new[i].v);
     }
 
-    layers    = std::move(layers_new);
+    layers = std::move(layers_new);
     ctxs_bufs = std::move(ctxs_bufs_new);
-    n_rows    = n_rows_new;
+    n_rows = n_rows_new;
     gen++;
 }
 

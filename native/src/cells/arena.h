@@ -48,8 +48,8 @@ public:
 
     // number of intact cells of a sequence (-1: of all)
     uint32_t n_cells(int32_t seq_id) const;
-    size_t   n_bytes() const;
-    void     add_memory(std::map<ggml_backend_buffer_type_t, size_t> & breakdown) const;
+    size_t n_bytes() const;
+    void add_memory(std::map<ggml_backend_buffer_type_t, size_t> & breakdown) const;
 
     // changes whenever the rows move in memory: a graph built before must not be reused
     uint64_t generation() const { return gen; }
@@ -93,8 +93,8 @@ public:
     // rows: [n_kv*(s1 - s0 + 1)] or nullptr to only count; returns the number of intact cells
     uint32_t map_cells(uint32_t s0, uint32_t s1, uint32_t n_kv, int32_t * rows) const;
 
-    bool      empty() const { return n_rows == 0; } // then no cell is intact
-    int32_t   row_of  (uint32_t strm, uint32_t cell) const; // -1: ordinary
+    bool empty() const { return n_rows == 0; }              // then no cell is intact
+    int32_t row_of(uint32_t strm, uint32_t cell) const;     // -1: ordinary
     llama_pos shift_of(uint32_t strm, uint32_t cell) const; // by how much seq_add() and seq_div() have moved it
 
     // f(stream, cell, row) for every intact cell
@@ -114,7 +114,7 @@ private:
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
 
     uint32_t n_rows = 0;
-    uint64_t gen    = 0;
+    uint64_t gen = 0;
 
     void grow(uint32_t n_rows_new);
 };

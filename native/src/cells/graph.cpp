@@ -13,27 +13,28 @@
 
 namespace intactkv {
 
-void graph_cells::build(ggml_context * ctx, const cells_view & view, ggml_tensor * mask, ggml_tensor * k_cells, ggml_tensor * v_cells) {
+void graph_cells::build(
+        ggml_context * ctx, const cells_view & view, ggml_tensor * mask, ggml_tensor * k_cells, ggml_tensor * v_cells) {
     a = view.a;
-    this->mask    = mask;
+    this->mask = mask;
     this->k_cells = k_cells;
     this->v_cells = v_cells;
     if (a == nullptr) {
         return;
     }
-    gen      = a->generation();
+    gen = a->generation();
     n_intact = a->map_cells(view.s0, view.s1, view.n_kv, nullptr);
     if (n_intact == 0) {
         return;
     }
-    rows        = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_intact);
-    cells       = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_intact);
+    rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_intact);
+    cells = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_intact);
     row_of_cell = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, view.n_kv, view.s1 - view.s0 + 1);
     ggml_set_input(rows);
     ggml_set_input(cells);
     ggml_set_input(row_of_cell);
-    ggml_set_name(rows,        "intact_rows");
-    ggml_set_name(cells,       "intact_cells");
+    ggml_set_name(rows, "intact_rows");
+    ggml_set_name(cells, "intact_cells");
     ggml_set_name(row_of_cell, "intact_row_of_cell");
 }
 
@@ -59,7 +60,7 @@ void graph_cells::set_input(const cells_view & view) const {
 
         for (size_t i = 0; i < map.size(); ++i) {
             if (map[i] >= 0) {
-                *row ++ = map[i];
+                *row++ = map[i];
                 *cell++ = i;
             }
         }
@@ -68,19 +69,21 @@ void graph_cells::set_input(const cells_view & view) const {
 }
 
 bool graph_cells::can_reuse(const cells_view & view) const {
-    return a == view.a && (a == nullptr ||
-        (gen == a->generation() && n_intact == a->map_cells(view.s0, view.s1, view.n_kv, nullptr)));
+    return a == view.a &&
+            (a == nullptr ||
+                    (gen == a->generation() && n_intact == a->map_cells(view.s0, view.s1, view.n_kv, nullptr)));
 }
 
 // t: [head_dim, n_kv, n_head_kv, n_stream], permuted from how the cache stores it
-static ggml_tensor * write_over(ggml_context * ctx, ggml_tensor * t, ggml_tensor * arena_rows, ggml_tensor * rows, ggml_tensor * cells) {
+static ggml_tensor * write_over(
+        ggml_context * ctx, ggml_tensor * t, ggml_tensor * arena_rows, ggml_tensor * rows, ggml_tensor * cells) {
     if (arena_rows == nullptr) {
         return t;
     }
     t = ggml_permute(ctx, t, 0, 2, 1, 3);
     // get_rows widens the F16 rows to F32 and build_attn_mha rounds back to F16: exact both ways
     ggml_tensor * res = ggml_cast(ctx, t, GGML_TYPE_F32);
-    res = ggml_reshape_2d(ctx, res, t->ne[0]*t->ne[1], t->ne[2]*t->ne[3]);
+    res = ggml_reshape_2d(ctx, res, t->ne[0] * t->ne[1], t->ne[2] * t->ne[3]);
     res = ggml_set_rows(ctx, res, ggml_get_rows(ctx, arena_rows, rows), cells);
     res = ggml_reshape_4d(ctx, res, t->ne[0], t->ne[1], t->ne[2], t->ne[3]);
     return ggml_permute(ctx, res, 0, 2, 1, 3);
@@ -89,17 +92,16 @@ static ggml_tensor * write_over(ggml_context * ctx, ggml_tensor * t, ggml_tensor
 // as build_attn_mha() has it: [head_dim, n_tokens, n_head, n_stream]
 static ggml_tensor permuted(const ggml_tensor & t, int64_t n_stream) {
     ggml_tensor res = t;
-    res.ne[1] = t.ne[2]/n_stream;
+    res.ne[1] = t.ne[2] / n_stream;
     res.nb[1] = t.nb[2];
     res.ne[2] = t.ne[1];
     res.nb[2] = t.nb[1];
     res.ne[3] = n_stream;
-    res.nb[3] = t.nb[2]*res.ne[1];
+    res.nb[3] = t.nb[2] * res.ne[1];
     return res;
 }
 
-layer_attention graph_cells::layer(
-        int32_t il, const llama_cparams & cparams, const ggml_tensor * bias,
+layer_attention graph_cells::layer(int32_t il, const llama_cparams & cparams, const ggml_tensor * bias,
         const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * sinks) const {
     if (a == nullptr || cparams.training) {
         return {};
@@ -131,15 +133,14 @@ layer_attention graph_cells::layer(
 bool layer_attention::store(ggml_cgraph * gf, ggml_context * ctx, ggml_tensor * k, ggml_tensor * v) const {
     if (is_whole) {
         const arena & a = *cells->a;
-        ggml_build_forward_expand(gf, fused_store(ctx, a.cache_k(il), a.cache_v(il), k, v, cells->k_cells, cells->v_cells, a.rotation()));
+        ggml_build_forward_expand(
+                gf, fused_store(ctx, a.cache_k(il), a.cache_v(il), k, v, cells->k_cells, cells->v_cells, a.rotation()));
     }
     return is_whole;
 }
 
-ggml_tensor * layer_attention::attend(
-        ggml_context * ctx,
-        ggml_tensor * q, ggml_tensor *& k, ggml_tensor *& v, ggml_tensor * mask, ggml_tensor * sinks,
-        float scale) const {
+ggml_tensor * layer_attention::attend(ggml_context * ctx, ggml_tensor * q, ggml_tensor *& k, ggml_tensor *& v,
+        ggml_tensor * mask, ggml_tensor * sinks, float scale) const {
     if (cells == nullptr) {
         return nullptr;
     }
@@ -150,12 +151,12 @@ ggml_tensor * layer_attention::attend(
     GGML_ASSERT(fused || !is_whole);
     if (fused) {
         const llama_hparams & hparams = a.hparams();
-        const intact_rows     intact  = { a.layer(il).k, a.layer(il).v, cells->row_of_cell };
+        const intact_rows intact = { a.layer(il).k, a.layer(il).v, cells->row_of_cell };
 
         ggml_tensor * res = fused_attention(ctx, q, k, v, mask, sinks, has_intact ? &intact : nullptr,
                 is_whole ? a.rotation() : fused_rotation{}, scale, hparams.f_max_alibi_bias,
                 hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f);
-        return ggml_reshape_2d(ctx, res, res->ne[0]*res->ne[1], res->ne[2]*res->ne[3]);
+        return ggml_reshape_2d(ctx, res, res->ne[0] * res->ne[1], res->ne[2] * res->ne[3]);
     }
 
     if (has_intact) {

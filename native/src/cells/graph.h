@@ -15,8 +15,8 @@ class arena;
 // What a graph sees of one cache's intact cells: the streams and cells in view.
 struct cells_view {
     const arena * a = nullptr;
-    uint32_t s0   = 0;
-    uint32_t s1   = 0;
+    uint32_t s0 = 0;
+    uint32_t s1 = 0;
     uint32_t n_kv = 0;
 };
 
@@ -26,7 +26,10 @@ class graph_cells;
 class layer_attention {
 public:
     layer_attention() = default;
-    layer_attention(const graph_cells & cells, int32_t il, bool fused) : cells(&cells), il(il), is_fused(fused) {}
+    layer_attention(const graph_cells & cells, int32_t il, bool fused) :
+        cells(&cells),
+        il(il),
+        is_fused(fused) {}
 
     // The fused kernel does all of it: store() takes the place of upstream's rotations of K and V and of their copies
     // into the cache, attend() that of upstream's rotations of Q and of the result.
@@ -39,19 +42,17 @@ public:
     // [head_dim, n_tokens|n_kv, n_head|n_head_kv, n_stream], permuted. Returns the fused kernel's result, F32
     // [head_dim_v*n_head, n_tokens*n_stream], or nullptr: upstream's ops go on with k and v, which have been replaced
     // by F32 copies with the intact rows written over their cells where there are any (portable attention).
-    ggml_tensor * attend(
-            ggml_context * ctx,
-            ggml_tensor * q, ggml_tensor *& k, ggml_tensor *& v, ggml_tensor * mask, ggml_tensor * sinks,
-            float scale) const;
+    ggml_tensor * attend(ggml_context * ctx, ggml_tensor * q, ggml_tensor *& k, ggml_tensor *& v, ggml_tensor * mask,
+            ggml_tensor * sinks, float scale) const;
 
 private:
     friend class graph_cells;
 
     const graph_cells * cells = nullptr;
 
-    int32_t il       = -1;
-    bool    is_fused = false; // arena::fused(), and upstream's would be flash attention without a bias
-    bool    is_whole = false;
+    int32_t il = -1;
+    bool is_fused = false; // arena::fused(), and upstream's would be flash attention without a bias
+    bool is_whole = false;
 };
 
 // Graph input: where the intact cells are; and the attention that reads them. Part of the attention inputs of a
@@ -59,31 +60,31 @@ private:
 class graph_cells {
 public:
     // mask, k_cells, v_cells: inputs of the same graph, the mask and where upstream's cpy_k() and cpy_v() write
-    void build    (ggml_context * ctx, const cells_view & view, ggml_tensor * mask, ggml_tensor * k_cells, ggml_tensor * v_cells);
+    void build(ggml_context * ctx, const cells_view & view, ggml_tensor * mask, ggml_tensor * k_cells,
+            ggml_tensor * v_cells);
     void set_input(const cells_view & view) const;
     bool can_reuse(const cells_view & view) const;
 
     // The attention of layer il. q, k, v, bias and sinks as build_attn() gets them, the first three F32
     // [head_dim, n_head|n_head_kv, n_tokens]; all but q may be nullptr
-    layer_attention layer(
-            int32_t il, const llama_cparams & cparams, const ggml_tensor * bias,
-            const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * sinks) const;
+    layer_attention layer(int32_t il, const llama_cparams & cparams, const ggml_tensor * bias, const ggml_tensor * q,
+            const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * sinks) const;
 
 private:
     friend class layer_attention;
 
     const arena * a = nullptr;
 
-    ggml_tensor * mask    = nullptr;
+    ggml_tensor * mask = nullptr;
     ggml_tensor * k_cells = nullptr;
     ggml_tensor * v_cells = nullptr;
 
-    uint64_t gen      = 0;
+    uint64_t gen = 0;
     uint32_t n_intact = 0;
 
     // nullptr without intact cells
-    ggml_tensor * rows        = nullptr; // I32 [n_intact] arena rows
-    ggml_tensor * cells       = nullptr; // I64 [n_intact] the cells they belong to, n_kv*(stream - s0) + cell
+    ggml_tensor * rows = nullptr;        // I32 [n_intact] arena rows
+    ggml_tensor * cells = nullptr;       // I64 [n_intact] the cells they belong to, n_kv*(stream - s0) + cell
     ggml_tensor * row_of_cell = nullptr; // I32 [n_kv, n_stream] arena row, -1: ordinary
 };
 

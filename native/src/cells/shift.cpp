@@ -17,9 +17,7 @@ namespace intactkv {
 void before_shift(arena & a) {
     // row -> shift -> cells
     std::map<int32_t, std::map<llama_pos, std::vector<std::pair<uint32_t, uint32_t>>>> by_row;
-    a.each_intact([&](uint32_t s, uint32_t i, int32_t row) {
-        by_row[row][a.shift_of(s, i)].emplace_back(s, i);
-    });
+    a.each_intact([&](uint32_t s, uint32_t i, int32_t row) { by_row[row][a.shift_of(s, i)].emplace_back(s, i); });
 
     std::vector<uint8_t> buf;
     for (const auto & [row, by_shift] : by_row) {
@@ -30,8 +28,8 @@ void before_shift(arena & a) {
                 for (ggml_tensor * t : { layer.k, layer.v }) {
                     if (t) {
                         buf.resize(t->nb[1]);
-                        ggml_backend_tensor_get(t, buf.data(), row *t->nb[1], t->nb[1]);
-                        ggml_backend_tensor_set(t, buf.data(), copy*t->nb[1], t->nb[1]);
+                        ggml_backend_tensor_get(t, buf.data(), row * t->nb[1], t->nb[1]);
+                        ggml_backend_tensor_set(t, buf.data(), copy * t->nb[1], t->nb[1]);
                     }
                 }
             }
@@ -66,23 +64,22 @@ ggml_tensor * build_input_shift(const arena & a, ggml_context * ctx) {
 
 void set_input_shift(const arena & a, ggml_tensor * moves) {
     GGML_ASSERT(ggml_backend_buffer_is_host(moves->buffer));
-    int32_t * row   = (int32_t *) moves->data;
+    int32_t * row = (int32_t *) moves->data;
     int32_t * shift = row + moves->ne[0];
     for (const auto & [r, by] : moved_rows(a)) {
-        *row ++  = r;
+        *row++ = r;
         *shift++ = by;
     }
 }
 
-void build_shift(
-        const arena & a, ggml_cgraph * gf, ggml_context * ctx, int32_t il,
-        ggml_tensor * moves, ggml_tensor * rot, const rope_fn & rope) {
+void build_shift(const arena & a, ggml_cgraph * gf, ggml_context * ctx, int32_t il, ggml_tensor * moves,
+        ggml_tensor * rot, const rope_fn & rope) {
     ggml_tensor * k = a.layer(il).k;
     if (k == nullptr) {
         return;
     }
     const int64_t n = moves->ne[0];
-    ggml_tensor * rows  = ggml_view_1d(ctx, moves, n, 0);
+    ggml_tensor * rows = ggml_view_1d(ctx, moves, n, 0);
     ggml_tensor * shift = ggml_view_1d(ctx, moves, n, moves->nb[1]);
 
     ggml_tensor * cur = ggml_get_rows(ctx, k, rows);

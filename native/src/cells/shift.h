@@ -17,14 +17,13 @@ void before_shift(arena & a);
 
 // I32 [n, 2]: the rows that move, and by how many positions; nullptr if none does
 ggml_tensor * build_input_shift(const arena & a, ggml_context * ctx);
-void            set_input_shift(const arena & a, ggml_tensor * moves);
+void set_input_shift(const arena & a, ggml_tensor * moves);
 
 // k: F32 [head_dim, n_head_kv, n]
-using rope_fn = std::function<ggml_tensor * (ggml_tensor * k, ggml_tensor * shift)>;
+using rope_fn = std::function<ggml_tensor *(ggml_tensor * k, ggml_tensor * shift)>;
 
 // shifts layer il's K rows in place; rot: the cache's Hadamard matrix or nullptr
-void build_shift(
-        const arena & a, ggml_cgraph * gf, ggml_context * ctx, int32_t il,
-        ggml_tensor * moves, ggml_tensor * rot, const rope_fn & rope);
+void build_shift(const arena & a, ggml_cgraph * gf, ggml_context * ctx, int32_t il, ggml_tensor * moves,
+        ggml_tensor * rot, const rope_fn & rope);
 
 } // namespace intactkv

@@ -16,7 +16,7 @@ namespace intactkv {
 // the intact cells among those of a state: their positions in its list of cells, and their rows
 struct saved_cells {
     std::vector<uint32_t> which;
-    std::vector<int32_t>  rows;
+    std::vector<int32_t> rows;
 };
 
 static saved_cells intact_in(const arena & a, uint32_t strm, const cell_ranges & ranges) {
@@ -26,7 +26,7 @@ static saved_cells intact_in(const arena & a, uint32_t strm, const cell_ranges &
         for (uint32_t i = range.first; i < range.second; ++i, ++n) {
             if (const int32_t row = a.row_of(strm, i); row >= 0) {
                 res.which.push_back(n);
-                res.rows .push_back(row);
+                res.rows.push_back(row);
             }
         }
     }
@@ -44,7 +44,7 @@ void write_state(const arena & a, llama_io_write_i & io, uint32_t strm, const ce
 
     const uint32_t n = which.size();
     io.write(&n, sizeof(n));
-    io.write(which.data(), n*sizeof(uint32_t));
+    io.write(which.data(), n * sizeof(uint32_t));
 
     std::vector<uint8_t> buf;
     for (const auto & layer : a.all_layers()) {
@@ -54,7 +54,7 @@ void write_state(const arena & a, llama_io_write_i & io, uint32_t strm, const ce
             buf.resize(row_size);
             for (const int32_t row : rows) {
                 if (t) {
-                    ggml_backend_tensor_get(t, buf.data(), row*row_size, row_size);
+                    ggml_backend_tensor_get(t, buf.data(), row * row_size, row_size);
                     io.write(buf.data(), row_size);
                 }
             }
@@ -72,7 +72,10 @@ static bool all_finite(const std::vector<ggml_fp16_t> & f16) {
 }
 
 state_reader::state_reader(arena * a, uint32_t strm, const std::vector<uint32_t> & cells, uint32_t & n_layer) :
-    a(a), strm(strm), cells(cells), mixed(a && (n_layer & STATE_FLAG)) {
+    a(a),
+    strm(strm),
+    cells(cells),
+    mixed(a && (n_layer & STATE_FLAG)) {
     if (mixed) {
         n_layer &= ~STATE_FLAG;
     }
@@ -88,15 +91,16 @@ void state_reader::read_rows(llama_io_read_i & io, int32_t il, bool is_v) {
 
     uint64_t row_size;
     io.read(&row_size, sizeof(row_size));
-    if (row_size != ne0*sizeof(ggml_fp16_t)) {
-        throw std::runtime_error(format("F16 %s rows of layer %d have %zu bytes, this cache needs %zu", is_v ? "V" : "K", il,
-                (size_t) row_size, (size_t) ne0*sizeof(ggml_fp16_t)));
+    if (row_size != ne0 * sizeof(ggml_fp16_t)) {
+        throw std::runtime_error(format("F16 %s rows of layer %d have %zu bytes, this cache needs %zu",
+                is_v ? "V" : "K", il, (size_t) row_size, (size_t) ne0 * sizeof(ggml_fp16_t)));
     }
 
     if (!is_exact(dst->type)) {
         if (!a->reads_intact()) {
-            throw std::runtime_error(format("INTACTKV_ATTN=stock cannot read F16 cells in a %s cache: unset it, or use an F16 cache",
-                    ggml_type_name(dst->type)));
+            throw std::runtime_error(
+                    format("INTACTKV_ATTN=stock cannot read F16 cells in a %s cache: unset it, or use an F16 cache",
+                            ggml_type_name(dst->type)));
         }
         if (rows.empty()) {
             rows = a->take_rows(cells.size());
@@ -108,8 +112,8 @@ void state_reader::read_rows(llama_io_read_i & io, int32_t il, bool is_v) {
     ggml_tensor * arena_rows = is_v ? a->layer(il).v : a->layer(il).k;
 
     std::vector<ggml_fp16_t> f16(ne0);
-    std::vector<float>       f32(ne0);
-    std::vector<uint8_t>     out(ggml_row_size(dst->type, ne0));
+    std::vector<float> f32(ne0);
+    std::vector<uint8_t> out(ggml_row_size(dst->type, ne0));
 
     for (size_t i = 0; i < cells.size(); ++i) {
         io.read(f16.data(), row_size);
@@ -120,13 +124,14 @@ void state_reader::read_rows(llama_io_read_i & io, int32_t il, bool is_v) {
             // a rotated pivot could leave the range of F16 (65504), an infinity would poison every later token
             if (!all_finite(f16)) {
                 throw std::runtime_error(format("%s row %zu of layer %d is not finite in the basis of this cache: "
-                        "use an F16 cache", is_v ? "V" : "K", i, il));
+                                                "use an F16 cache",
+                        is_v ? "V" : "K", i, il));
             }
-            ggml_backend_tensor_set(arena_rows, f16.data(), rows[i]*row_size, row_size);
+            ggml_backend_tensor_set(arena_rows, f16.data(), rows[i] * row_size, row_size);
         }
         // a copy in the cache's own type, for whatever reads the tensors directly
         fused_narrow(dst->type, f32.data(), out.data(), ne0);
-        ggml_backend_tensor_set(dst, out.data(), cells[i]*out.size(), out.size());
+        ggml_backend_tensor_set(dst, out.data(), cells[i] * out.size(), out.size());
     }
 }
 
@@ -144,10 +149,11 @@ void state_reader::finish(llama_io_read_i & io) {
         throw std::runtime_error(format("the state has %u intact cells of %zu", n, cells.size()));
     }
     std::vector<uint32_t> which(n);
-    io.read(which.data(), n*sizeof(uint32_t));
+    io.read(which.data(), n * sizeof(uint32_t));
     for (uint32_t i = 0; i < n; ++i) {
         if (which[i] >= cells.size() || (i > 0 && which[i] <= which[i - 1])) {
-            throw std::runtime_error(format("intact cell %u of the state is number %u of %zu", i, which[i], cells.size()));
+            throw std::runtime_error(
+                    format("intact cell %u of the state is number %u of %zu", i, which[i], cells.size()));
         }
     }
     if (!a->reads_intact()) {
@@ -168,7 +174,7 @@ void state_reader::finish(llama_io_read_i & io) {
             buf.resize(row_size);
             for (uint32_t i = 0; t && i < n; ++i) {
                 io.read(buf.data(), row_size);
-                ggml_backend_tensor_set(t, buf.data(), rows[i]*row_size, row_size);
+                ggml_backend_tensor_set(t, buf.data(), rows[i] * row_size, row_size);
             }
         }
     }

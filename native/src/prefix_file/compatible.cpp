@@ -19,12 +19,11 @@ static void check_same(const std::string & what, const json * prefix, const json
         return;
     }
     refuse("the prefix belongs to another model: %s is %s in the prefix and %s in the model: %s", what.c_str(),
-        prefix ? shown(*prefix).c_str() : "not given", model ? shown(*model).c_str() : "not given", remedy);
+            prefix ? shown(*prefix).c_str() : "not given", model ? shown(*model).c_str() : "not given", remedy);
 }
 
 // Two objects: the keys in the order given, then all others that either of them has.
-static void check_same(
-        const std::string & what, const json & prefix, const json & model,
+static void check_same(const std::string & what, const json & prefix, const json & model,
         const std::vector<const char *> & keys, const char * remedy) {
     const auto get = [](const json & object, const std::string & key) {
         const auto it = object.find(key);
@@ -45,9 +44,9 @@ static void check_same(
 }
 
 static constexpr const char * OTHER_MODEL =
-    "use the prefix that was made for this model, or make one with intactkv-export prefix";
+        "use the prefix that was made for this model, or make one with intactkv-export prefix";
 static constexpr const char * OTHER_ROPE =
-    "open the model with the RoPE settings the prefix was made with, or make a prefix for these";
+        "open the model with the RoPE settings the prefix was made with, or make a prefix for these";
 
 static size_t n_layers(const json & caches) {
     size_t res = 0;
@@ -61,7 +60,7 @@ static size_t n_layers(const json & caches) {
 static void check_layers(const json & prefix, const json & model, bool sizes) {
     for (size_t c = 0; c < model.size(); ++c) {
         const json & a = prefix[c].at("layers");
-        const json & b = model [c].at("layers");
+        const json & b = model[c].at("layers");
         for (size_t i = 0; i < b.size(); ++i) {
             const std::string what = "layer " + shown(b[i].at("il")) + " ";
             if (!sizes) {
@@ -76,9 +75,9 @@ static void check_layers(const json & prefix, const json & model, bool sizes) {
 }
 
 static void check_caches(const json & prefix, const json & model) {
-    const json layers[]   = { n_layers(prefix), n_layers(model) };
+    const json layers[] = { n_layers(prefix), n_layers(model) };
     const json n_caches[] = { prefix.size(), model.size() };
-    check_same("the number of layers",    &layers[0],   &layers[1],   OTHER_MODEL);
+    check_same("the number of layers", &layers[0], &layers[1], OTHER_MODEL);
     check_same("the number of KV caches", &n_caches[0], &n_caches[1], OTHER_MODEL);
     for (size_t c = 0; c < model.size(); ++c) {
         const std::string what = "KV cache " + std::to_string(c) + " ";
@@ -88,11 +87,10 @@ static void check_caches(const json & prefix, const json & model) {
     }
 }
 
-bool compatible(
-        const std::string & manifest_json, const std::string & describe_json,
+bool compatible(const std::string & manifest_json, const std::string & describe_json,
         const std::string & gguf_reference_sha256, std::string & error) {
     try {
-        const json root  = parse_json(manifest_json.data(), manifest_json.size());
+        const json root = parse_json(manifest_json.data(), manifest_json.size());
         const json model = json::parse(describe_json);
         const json & prefix = root.at("model");
 

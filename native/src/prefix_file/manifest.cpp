@@ -13,11 +13,11 @@ namespace intactkv {
 
 using json = nlohmann::json;
 
-static constexpr size_t   MAX_MANIFEST = 16 << 20; // bytes: a million tokens with their text
-static constexpr size_t   MAX_NESTING  = 32;
-static constexpr size_t   MAX_CACHES   = 2;        // base, and sliding window
-static constexpr size_t   MAX_LAYERS   = 4096;
-static constexpr uint64_t MAX_HEADS    = 1 << 16;
+static constexpr size_t MAX_MANIFEST = 16 << 20; // bytes: a million tokens with their text
+static constexpr size_t MAX_NESTING = 32;
+static constexpr size_t MAX_CACHES = 2; // base, and sliding window
+static constexpr size_t MAX_LAYERS = 4096;
+static constexpr uint64_t MAX_HEADS = 1 << 16;
 static constexpr uint64_t MAX_HEAD_DIM = 1 << 16;
 
 std::string shown(const json & value) {
@@ -38,7 +38,7 @@ std::string shown(const json & value) {
 // A place in the manifest with its name, so that every check can say where it failed.
 struct field {
     const json & value;
-    std::string  name; // e.g. model.caches[0].layers[3].n_head_kv
+    std::string name; // e.g. model.caches[0].layers[3].n_head_kv
 
     [[noreturn]] void expected(const std::string & what) const {
         refuse("the manifest's field %s is %s, not %s: %s", name.c_str(), shown(value).c_str(), what.c_str(), REMAKE);
@@ -95,7 +95,9 @@ struct field {
     }
 
     void sha256() const {
-        const auto hex = [](char c) { return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f'); };
+        const auto hex = [](char c) {
+            return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f');
+        };
         const auto * text = value.get_ptr<const json::string_t *>();
         if (!text || text->size() != 64 || !std::all_of(text->begin(), text->end(), hex)) {
             expected("a SHA-256 of 64 hexadecimal digits");
@@ -105,8 +107,8 @@ struct field {
 
 // The parser itself does not recurse, but a bound keeps everything that later walks the value from doing so.
 static void check_nesting(const char * text, size_t size) {
-    size_t depth  = 0;
-    bool   inside = false; // a string
+    size_t depth = 0;
+    bool inside = false; // a string
     for (size_t i = 0; i < size; ++i) {
         const char c = text[i];
         if (inside) {
@@ -146,15 +148,15 @@ static layer_shape read_layer(const field & layer) {
     const uint64_t heads = layer["n_head_kv"].integer(0, MAX_HEADS); // 0: a layer without attention
     return {
         (uint32_t) layer["il"].integer(0, MAX_LAYERS - 1),
-        2*heads*layer["head_dim_k"].integer(1, MAX_HEAD_DIM),
-        2*heads*layer["head_dim_v"].integer(1, MAX_HEAD_DIM),
+        2 * heads * layer["head_dim_k"].integer(1, MAX_HEAD_DIM),
+        2 * heads * layer["head_dim_v"].integer(1, MAX_HEAD_DIM),
     };
 }
 
 static cache_shape read_cache(const field & cache) {
     cache_shape res;
     res.swa_type = cache.object()["swa_type"].integer(0, 3);
-    res.n_swa    = cache["n_swa"].integer(res.swa_type == 0 ? 0 : 1, INT32_MAX);
+    res.n_swa = cache["n_swa"].integer(res.swa_type == 0 ? 0 : 1, INT32_MAX);
     const field layers = cache["layers"];
     const size_t n = layers.array(0, MAX_LAYERS);
     for (size_t i = 0; i < n; ++i) {
@@ -239,14 +241,15 @@ static void check_origin(const field & root) {
 }
 
 manifest read_manifest(const char * text, size_t size) {
-    const json  parsed = parse_json(text, size);
-    const field root { parsed, "" };
+    const json parsed = parse_json(text, size);
+    const field root{ parsed, "" };
     if (!parsed.is_object()) {
         refuse("the manifest is %s, not an object: %s", shown(parsed).c_str(), REMAKE);
     }
     if (!root["format"].value.is_number_integer() || root["format"].value != 1) {
         refuse("the manifest's field format is %s and this version reads format 1: use the version of "
-               "intactkv-export that made the prefix, or make it again", shown(root["format"].value).c_str());
+               "intactkv-export that made the prefix, or make it again",
+                shown(root["format"].value).c_str());
     }
 
     manifest res;
@@ -255,7 +258,7 @@ manifest read_manifest(const char * text, size_t size) {
     model["n_ctx_train"].integer(0, UINT32_MAX);
     model["vocab_sha256"].sha256();
     res.n_vocab = model["n_vocab"].integer(1, INT32_MAX);
-    res.caches  = read_caches(model["caches"]);
+    res.caches = read_caches(model["caches"]);
     check_rope(model["rope"]);
 
     const field tokens = root["tokens"];

@@ -18,14 +18,14 @@ struct layer_shape {
 };
 
 struct cache_shape {
-    uint32_t n_swa;       // window; 0: full attention
-    uint32_t swa_type;    // enum llama_swa_type
+    uint32_t n_swa;    // window; 0: full attention
+    uint32_t swa_type; // enum llama_swa_type
     std::vector<layer_shape> layers;
 };
 
 struct manifest {
-    uint32_t                 n_vocab;
-    std::vector<int32_t>     tokens;
+    uint32_t n_vocab;
+    std::vector<int32_t> tokens;
     std::vector<cache_shape> caches; // in the order of the state
 };
 

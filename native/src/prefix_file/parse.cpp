@@ -10,42 +10,41 @@
 
 namespace intactkv {
 
-static constexpr uint32_t STATE_MAGIC   = 0x67677371; // LLAMA_STATE_SEQ_MAGIC, 'ggsq'
-static constexpr uint32_t STATE_VERSION = 3;          // LLAMA_STATE_SEQ_VERSION
-static constexpr int32_t  TYPE_F16      = 1;          // GGML_TYPE_F16
-static constexpr size_t   SHA256_SIZE   = 32;
-static constexpr size_t   TRAILER_SIZE  = sizeof(uint64_t) + SHA256_SIZE + TRAILER_MAGIC_SIZE;
+static constexpr uint32_t STATE_MAGIC = 0x67677371; // LLAMA_STATE_SEQ_MAGIC, 'ggsq'
+static constexpr uint32_t STATE_VERSION = 3;        // LLAMA_STATE_SEQ_VERSION
+static constexpr int32_t TYPE_F16 = 1;              // GGML_TYPE_F16
+static constexpr size_t SHA256_SIZE = 32;
+static constexpr size_t TRAILER_SIZE = sizeof(uint64_t) + SHA256_SIZE + TRAILER_MAGIC_SIZE;
 
 // Walks the state. Every read is checked against what is left, so no sum of sizes can overflow.
 struct reader {
     const uint8_t * data;
-    size_t          size;
-    size_t          pos = 0;
+    size_t size;
+    size_t pos = 0;
 
     const uint8_t * take(uint64_t n, const char * what) {
         if (n > size - pos) {
-            refuse("the prefix file's state ends inside %s: %" PRIu64 " bytes are needed at byte %zu and %zu are left: %s",
-                what, n, pos, size - pos, REMAKE);
+            refuse("the prefix file's state ends inside %s: %" PRIu64
+                   " bytes are needed at byte %zu and %zu are left: %s",
+                    what, n, pos, size - pos, REMAKE);
         }
         const uint8_t * res = data + pos;
         pos += n;
         return res;
     }
 
-    template <typename T>
-    T get(const char * what) {
+    template <typename T> T get(const char * what) {
         T res;
         memcpy(&res, take(sizeof(T), what), sizeof(T));
         return res;
     }
 
-    template <typename T>
-    void expect(T expected, const char * what) {
+    template <typename T> void expect(T expected, const char * what) {
         const size_t at = pos;
         const T found = get<T>(what);
         if (found != expected) {
-            refuse("the prefix file's %s is %" PRId64 " at byte %zu and must be %" PRId64 ": %s",
-                what, (int64_t) found, at, (int64_t) expected, REMAKE);
+            refuse("the prefix file's %s is %" PRId64 " at byte %zu and must be %" PRId64 ": %s", what, (int64_t) found,
+                    at, (int64_t) expected, REMAKE);
         }
     }
 };
@@ -54,9 +53,9 @@ struct reader {
 static bool is_masked_swa(const cache_shape & cache, int64_t pos, int64_t last) {
     const int64_t n_swa = cache.n_swa;
     switch (cache.swa_type) {
-        case 1:  return last - pos >= n_swa;         // standard
-        case 2:  return pos < (last / n_swa)*n_swa;  // chunked
-        case 3:  return last - pos > n_swa/2;        // symmetric
+        case 1: return last - pos >= n_swa;          // standard
+        case 2: return pos < (last / n_swa) * n_swa; // chunked
+        case 3: return last - pos > n_swa / 2;       // symmetric
         default: return false;
     }
 }
@@ -80,7 +79,7 @@ static std::vector<int32_t> read_cells(reader & in, const cache_shape & cache, u
         if (pos < 0 || (uint32_t) pos >= n_tokens || !missing[pos]) {
             refuse("the prefix file's cell %" PRIu32 " has position %" PRId32 " at byte %zu, which is given twice or "
                    "not among the %" PRIu32 " that a prefix of %" PRIu32 " tokens has in this cache: %s",
-                i, pos, at, n_cells, n_tokens, REMAKE);
+                    i, pos, at, n_cells, n_tokens, REMAKE);
         }
         missing[pos] = false;
         in.expect<uint32_t>(1, "number of sequences of a cell");
@@ -98,28 +97,28 @@ static bool has_nonfinite(const uint8_t * row, size_t n) {
     size_t i = 0;
     for (; i + 4 <= n; i += 4) {
         uint64_t values;
-        memcpy(&values, row + 2*i, sizeof(values));
+        memcpy(&values, row + 2 * i, sizeof(values));
         found |= (values & EXPONENT) + LOWEST;
     }
     for (; i < n; ++i) {
         uint16_t value;
-        memcpy(&value, row + 2*i, sizeof(value));
+        memcpy(&value, row + 2 * i, sizeof(value));
         found |= (value & EXPONENT) + (LOWEST & 0xffff);
     }
     return found & CARRY;
 }
 
-static void read_rows(
-        reader & in, const char * name, size_t cache, uint32_t il, uint64_t row_bytes,
+static void read_rows(reader & in, const char * name, size_t cache, uint32_t il, uint64_t row_bytes,
         const std::vector<int32_t> & positions) {
     in.expect<int32_t>(TYPE_F16, "type of a layer's rows");
     in.expect<uint64_t>(row_bytes, "row size of a layer");
     for (const int32_t pos : positions) {
         const size_t at = in.pos;
-        if (has_nonfinite(in.take(row_bytes, "the rows of a layer"), row_bytes/2)) {
-            refuse("the prefix has NaN or infinity in %s of KV cache %zu, layer %" PRIu32 ", token %" PRId32 " (the row "
+        if (has_nonfinite(in.take(row_bytes, "the rows of a layer"), row_bytes / 2)) {
+            refuse("the prefix has NaN or infinity in %s of KV cache %zu, layer %" PRIu32 ", token %" PRId32
+                   " (the row "
                    "at byte %zu), where all values must be finite: compute it again with the engine in F32",
-                name, cache, il, pos, at);
+                    name, cache, il, pos, at);
         }
     }
 }
@@ -137,25 +136,26 @@ static void read_cache(reader & in, size_t index, const cache_shape & cache, uin
 }
 
 static prefix_view read_state(const uint8_t * data, size_t size, const manifest & said) {
-    reader in { data, size };
-    in.expect(STATE_MAGIC,   "magic number");
+    reader in{ data, size };
+    in.expect(STATE_MAGIC, "magic number");
     in.expect(STATE_VERSION, "state version");
     in.expect<uint32_t>(said.tokens.size(), "number of tokens");
 
     prefix_view res;
     res.n_tokens = said.tokens.size();
-    res.tokens   = in.data + in.pos;
+    res.tokens = in.data + in.pos;
     for (const int32_t token : said.tokens) { // which the manifest has within the vocabulary
         in.expect(token, "token");
     }
 
-    res.state      = in.data + in.pos;
+    res.state = in.data + in.pos;
     res.state_size = size - in.pos;
     for (size_t i = 0; i < said.caches.size(); ++i) {
         read_cache(in, i, said.caches[i], res.n_tokens);
     }
     if (in.pos != size) {
-        refuse("the prefix file's state ends at byte %zu and its manifest begins at byte %zu: %s", in.pos, size, REMAKE);
+        refuse("the prefix file's state ends at byte %zu and its manifest begins at byte %zu: %s", in.pos, size,
+                REMAKE);
     }
     return res;
 }
@@ -177,24 +177,25 @@ static size_t check_trailer(const uint8_t * data, size_t size) {
     }
     const size_t body = size - TRAILER_SIZE; // state and manifest
     const uint8_t * checksum = data + body + sizeof(uint64_t);
-    const uint8_t * magic    = checksum + SHA256_SIZE;
+    const uint8_t * magic = checksum + SHA256_SIZE;
     if (memcmp(magic, TRAILER_MAGIC, TRAILER_MAGIC_SIZE) != 0) {
         refuse("the prefix file ends in the bytes %s, not in %s (%s) at byte %zu, so it is cut off or not a prefix file: %s",
-            hex(magic, TRAILER_MAGIC_SIZE).c_str(),
-            hex((const uint8_t *) TRAILER_MAGIC, TRAILER_MAGIC_SIZE).c_str(), TRAILER_MAGIC,
-            size - TRAILER_MAGIC_SIZE, DOWNLOAD);
+                hex(magic, TRAILER_MAGIC_SIZE).c_str(),
+                hex((const uint8_t *) TRAILER_MAGIC, TRAILER_MAGIC_SIZE).c_str(), TRAILER_MAGIC,
+                size - TRAILER_MAGIC_SIZE, DOWNLOAD);
     }
     uint64_t manifest_size;
     memcpy(&manifest_size, data + body, sizeof(manifest_size));
     if (manifest_size > body) {
-        refuse("the prefix file's manifest has %" PRIu64 " bytes according to byte %zu and only %zu bytes are before it: %s",
-            manifest_size, body, body, DOWNLOAD);
+        refuse("the prefix file's manifest has %" PRIu64
+               " bytes according to byte %zu and only %zu bytes are before it: %s",
+                manifest_size, body, body, DOWNLOAD);
     }
     const std::string stored = hex(checksum, SHA256_SIZE);
     const std::string actual = hash_sha256_hex(data, body);
     if (stored != actual) {
         refuse("the prefix file is damaged: its bytes have the SHA-256 checksum %s and byte %zu says %s: %s",
-            actual.c_str(), body + sizeof(uint64_t), stored.c_str(), DOWNLOAD);
+                actual.c_str(), body + sizeof(uint64_t), stored.c_str(), DOWNLOAD);
     }
     return body - manifest_size;
 }
@@ -211,7 +212,8 @@ bool parse(const void * data, size_t size, prefix_view & out, std::string & mani
     } catch (const refused & err) {
         error = err.what();
     } catch (const std::exception & err) {
-        error = std::string("the prefix file could not be checked (") + err.what() + "): free some memory and try again";
+        error = std::string("the prefix file could not be checked (") + err.what() +
+                "): free some memory and try again";
     }
     return false;
 }

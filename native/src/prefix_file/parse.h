@@ -21,10 +21,10 @@ namespace intactkv {
 
 // Where things are in the bytes given to parse(), which must outlive it.
 struct prefix_view {
-    uint32_t        n_tokens   = 0;
-    const uint8_t * tokens     = nullptr; // n_tokens times i32, maybe unaligned
-    const uint8_t * state      = nullptr; // the KV state: the bytes right after the tokens
-    size_t          state_size = 0;       // up to the manifest, which is not part of it
+    uint32_t n_tokens = 0;
+    const uint8_t * tokens = nullptr; // n_tokens times i32, maybe unaligned
+    const uint8_t * state = nullptr;  // the KV state: the bytes right after the tokens
+    size_t state_size = 0;            // up to the manifest, which is not part of it
 };
 
 // Checks everything that the bytes alone can tell: trailer, checksum, the manifest's shape, and that tokens and
@@ -32,7 +32,7 @@ struct prefix_view {
 bool parse(const void * data, size_t size, prefix_view & out, std::string & manifest_json, std::string & error);
 
 // The trailer's last bytes.
-constexpr char   TRAILER_MAGIC[]    = "INTACTKV";
+constexpr char TRAILER_MAGIC[] = "INTACTKV";
 constexpr size_t TRAILER_MAGIC_SIZE = sizeof(TRAILER_MAGIC) - 1;
 
 } // namespace intactkv

@@ -25,16 +25,17 @@ static constexpr char IKV_MAGIC[] = "qsgg"; // the little-endian 'ggsq'
 // A regular file with its size. Reading past the end is refused before anything is allocated for it.
 class input {
 public:
-    explicit input(const char * name) : path(name ? name : "") {
+    explicit input(const char * name) :
+        path(name ? name : "") {
         std::error_code error;
-        const fs::path  where  = fs::u8path(path);
-        const auto      status = fs::status(where, error);
+        const fs::path where = fs::u8path(path);
+        const auto status = fs::status(where, error);
         if (error) {
             refuse("cannot read %s: %s: check the path", path, error.message().c_str());
         }
         if (!fs::is_regular_file(status)) {
             refuse("cannot read %s: it is %s, not a file: check the path", path,
-                fs::is_directory(status) ? "a directory" : "a device, pipe or socket");
+                    fs::is_directory(status) ? "a directory" : "a device, pipe or socket");
         }
         size = fs::file_size(where, error);
         if (!error) {
@@ -47,7 +48,7 @@ public:
         if (!file) {
             const int code = errno;
             refuse("cannot read %s: %s: check its permissions", path,
-                error ? error.message().c_str() : std::generic_category().message(code).c_str());
+                    error ? error.message().c_str() : std::generic_category().message(code).c_str());
         }
     }
 
@@ -60,13 +61,12 @@ public:
         if (got != n) {
             const int code = errno;
             refuse("cannot read %s: %zu of %zu bytes at byte %" PRIu64 " (%s): try again", path, got, n, pos,
-                code ? std::generic_category().message(code).c_str() : "the file was made shorter meanwhile");
+                    code ? std::generic_category().message(code).c_str() : "the file was made shorter meanwhile");
         }
         pos += n;
     }
 
-    template <typename T>
-    T get() {
+    template <typename T> T get() {
         T res;
         read(&res, sizeof(res));
         return res;
@@ -93,15 +93,18 @@ public:
     void need(uint64_t n) const {
         if (n > left()) {
             refuse("%s is cut off or damaged: %" PRIu64 " bytes are needed at byte %" PRIu64 " and %" PRIu64
-                   " are left: %s", path, n, pos, left(), DOWNLOAD);
+                   " are left: %s",
+                    path, n, pos, left(), DOWNLOAD);
         }
     }
 
     const char * path;
-    uint64_t     pos = 0;
+    uint64_t pos = 0;
 
 private:
-    struct closer { void operator()(FILE * file) const { fclose(file); } };
+    struct closer {
+        void operator()(FILE * file) const { fclose(file); }
+    };
 
     std::unique_ptr<FILE, closer> file;
     uint64_t size = 0;
@@ -109,11 +112,18 @@ private:
 
 static uint64_t type_size(int32_t type) {
     switch (type) {
-        case GGUF_TYPE_UINT8:  case GGUF_TYPE_INT8:  case GGUF_TYPE_BOOL:    return 1;
-        case GGUF_TYPE_UINT16: case GGUF_TYPE_INT16:                         return 2;
-        case GGUF_TYPE_UINT32: case GGUF_TYPE_INT32: case GGUF_TYPE_FLOAT32: return 4;
-        case GGUF_TYPE_UINT64: case GGUF_TYPE_INT64: case GGUF_TYPE_FLOAT64: return 8;
-        default:                                                             return 0;
+        case GGUF_TYPE_UINT8:
+        case GGUF_TYPE_INT8:
+        case GGUF_TYPE_BOOL: return 1;
+        case GGUF_TYPE_UINT16:
+        case GGUF_TYPE_INT16: return 2;
+        case GGUF_TYPE_UINT32:
+        case GGUF_TYPE_INT32:
+        case GGUF_TYPE_FLOAT32: return 4;
+        case GGUF_TYPE_UINT64:
+        case GGUF_TYPE_INT64:
+        case GGUF_TYPE_FLOAT64: return 8;
+        default: return 0;
     }
 }
 
@@ -127,10 +137,10 @@ static void skip_values(input & in, int32_t type, uint64_t n) {
     const uint64_t each = type_size(type);
     if (each == 0) {
         refuse("%s is damaged: a value before byte %" PRIu64 " has the type %" PRId32 ", which GGUF does not have: %s",
-            in.path, in.pos, type, DOWNLOAD);
+                in.path, in.pos, type, DOWNLOAD);
     }
-    in.need(n > UINT64_MAX/each ? UINT64_MAX : n*each);
-    in.skip(n*each);
+    in.need(n > UINT64_MAX / each ? UINT64_MAX : n * each);
+    in.skip(n * each);
 }
 
 // The array intactkv.state, of a file whose magic was read. Not with gguf_init_from_file(): that reads arrays value
@@ -138,8 +148,8 @@ static void skip_values(input & in, int32_t type, uint64_t n) {
 static std::vector<uint8_t> read_embedded(input & in) {
     const auto version = in.get<uint32_t>();
     if (version < 2 || version > GGUF_VERSION) {
-        refuse("%s has GGUF version %" PRIu32 " and versions 2 to %d can be read: convert the model again",
-            in.path, version, GGUF_VERSION);
+        refuse("%s has GGUF version %" PRIu32 " and versions 2 to %d can be read: convert the model again", in.path,
+                version, GGUF_VERSION);
     }
     in.get<int64_t>(); // number of tensors
     const auto n_kv = in.get<uint64_t>();
@@ -157,7 +167,7 @@ static std::vector<uint8_t> read_embedded(input & in) {
         const bool is_array = type == GGUF_TYPE_ARRAY;
         if (is_array) {
             type = in.get<int32_t>();
-            n    = in.get<uint64_t>();
+            n = in.get<uint64_t>();
         }
         if (key != STATE_KEY) {
             skip_values(in, type, n);
@@ -165,7 +175,7 @@ static std::vector<uint8_t> read_embedded(input & in) {
         }
         if (!is_array || type != GGUF_TYPE_UINT8) {
             refuse("the key %s of %s is of GGUF type %" PRId32 ", not an array of type %d: embed the prefix again",
-                STATE_KEY, in.path, type, GGUF_TYPE_UINT8);
+                    STATE_KEY, in.path, type, GGUF_TYPE_UINT8);
         }
         in.need(n);
         std::vector<uint8_t> res(n);
@@ -173,7 +183,8 @@ static std::vector<uint8_t> read_embedded(input & in) {
         return res;
     }
     refuse("%s has no prefix embedded: none of its %" PRIu64 " keys is %s: name an .ikv file, or embed one with "
-           "intactkv-export embed", in.path, n_kv, STATE_KEY);
+           "intactkv-export embed",
+            in.path, n_kv, STATE_KEY);
 }
 
 bool read_bytes(const char * path, std::vector<uint8_t> & out, std::string & error) {
@@ -192,13 +203,15 @@ bool read_bytes(const char * path, std::vector<uint8_t> & out, std::string & err
             in.read(out.data() + 4, in.left());
         } else {
             refuse("%s is neither a prefix file nor a GGUF: it begins with the bytes %02x%02x%02x%02x, these with "
-                   "71736767 and 47475546: check the path", path, magic[0], magic[1], magic[2], magic[3]);
+                   "71736767 and 47475546: check the path",
+                    path, magic[0], magic[1], magic[2], magic[3]);
         }
         return true;
     } catch (const refused & err) {
         error = err.what();
     } catch (const std::exception & err) {
-        error = std::string("cannot read ") + (path ? path : "") + " (" + err.what() + "): free some memory and try again";
+        error = std::string("cannot read ") + (path ? path : "") + " (" + err.what() +
+                "): free some memory and try again";
     }
     return false;
 }

@@ -12,7 +12,7 @@ namespace intactkv {
 // What to do, the end of most sentences. DOWNLOAD: the bytes are not those that were written. REMAKE: the checksum was
 // right, so whoever wrote the file wrote this.
 inline constexpr const char * DOWNLOAD = "download it again";
-inline constexpr const char * REMAKE   = "make the prefix again with this version of intactkv-export";
+inline constexpr const char * REMAKE = "make the prefix again with this version of intactkv-export";
 
 struct refused : std::runtime_error {
     using std::runtime_error::runtime_error;

@@ -28,11 +28,11 @@ inline const uint8_t * v_row(const work & w, int h, int c) {
 // hardware's own prefetch stops at page ends and loses its way between heads and cells. In one burst the
 // prefetches would fill the miss queue, and arithmetic would wait behind them.
 inline void find_rows(const work & w, const fused_side & side, const tile & t, const tile & next, tile_rows & r) {
-    const uint8_t * base  = side.data + w.it.kv_head * side.nb_head + w.it.stream * side.nb_stream;
+    const uint8_t * base = side.data + w.it.kv_head * side.nb_head + w.it.stream * side.nb_stream;
     const uint8_t * arena = (const uint8_t *) (side.arena ? side.arena + (size_t) w.it.kv_head * side.dim : nullptr);
-    const size_t    arena_row  = side.arena_row * sizeof(uint16_t);
-    const size_t    arena_head = side.dim * sizeof(uint16_t);
-    r.f16  = t.intact && arena;
+    const size_t arena_row = side.arena_row * sizeof(uint16_t);
+    const size_t arena_head = side.dim * sizeof(uint16_t);
+    r.f16 = t.intact && arena;
     r.base = r.f16 ? arena : base;
     r.head = r.f16 ? arena_head : side.nb_head;
     for (int c = 0; c < t.n; c++) {
@@ -40,7 +40,7 @@ inline void find_rows(const work & w, const fused_side & side, const tile & t, c
     }
     for (int c = t.n; c < round_up(t.n, W); c++) { // lanes behind the last cell repeat it
         r.offset[c] = r.offset[t.n - 1];
-        r.ahead[c]  = 0;
+        r.ahead[c] = 0;
     }
     int n_ahead = 0;
     const bool ahead_f16 = next.intact && arena;
@@ -73,18 +73,16 @@ struct row_list {
     const uint8_t * later[FUSED_TILE];
 
     row_list(const tile_rows & from, int h, int n) {
-        const uint8_t * base  = from.base + h * from.head;
+        const uint8_t * base = from.base + h * from.head;
         const uint8_t * ahead = from.ahead_base + h * from.ahead_head;
         for (int c = 0; c < n; c++) {
-            here[c]  = base + from.offset[c];
+            here[c] = base + from.offset[c];
             later[c] = ahead + from.ahead[c];
         }
     }
 
     // Into the second cache: the first is full of the tile in hand.
-    void prefetch(int c, size_t offset) const {
-        __builtin_prefetch(later[c] + offset, 0, 2);
-    }
+    void prefetch(int c, size_t offset) const { __builtin_prefetch(later[c] + offset, 0, 2); }
 };
 
 // Whether block b is where the next cache line is asked for: wherever a row begins, none is left out.

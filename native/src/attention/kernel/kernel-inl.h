@@ -155,7 +155,7 @@ inline void push(const work & w, tile * pair) {
 inline void add(const work & w, tile * pair, int cell, int row, bool masked) {
     tile * t = pair;
     t->cell[t->n] = cell;
-    t->row[t->n]  = row;
+    t->row[t->n] = row;
     t->n++;
     t->masked |= masked;
     if (t->n == w.cells_max) {
@@ -169,7 +169,7 @@ inline bool add_all(const work & w, int cell, int n, const uint16_t * live, cons
         return false;
     }
     uint16_t all = 1;
-    int32_t  row = -1;
+    int32_t row = -1;
     for (int i = 0; i < FUSED_TILE; i++) {
         all &= live[i];
     }
@@ -183,7 +183,7 @@ inline bool add_all(const work & w, int cell, int n, const uint16_t * live, cons
     for (int i = 0; i < FUSED_TILE; i++) {
         t.cell[i] = cell + i;
     }
-    t.n      = FUSED_TILE;
+    t.n = FUSED_TILE;
     t.masked = masked;
     push(w, w.mem.ordinary);
     return true;
@@ -197,10 +197,10 @@ inline void run_item(const work & w) {
         w.mem.sum[r] = 0.0f;
     }
     for (int i = 0; i < 2; i++) {
-        w.mem.ordinary[i].n      = w.mem.intact[i].n      = 0;
+        w.mem.ordinary[i].n = w.mem.intact[i].n = 0;
         w.mem.ordinary[i].masked = w.mem.intact[i].masked = false;
         w.mem.ordinary[i].intact = false;
-        w.mem.intact[i].intact   = true;
+        w.mem.intact[i].intact = true;
     }
 
     const int32_t * arena_rows = w.call.row_of_cell ? w.call.row_of_cell + (size_t) w.it.stream * w.call.n_kv : nullptr;

@@ -29,8 +29,8 @@ inline bool look(const work & w, int c, int n, uint16_t * live) {
         return false;
     }
     const int n_group = w.call.n_head / w.call.n_head_kv;
-    const int first   = w.call.mask_heads > 1 ? w.it.kv_head * n_group : 0;
-    const int last    = w.call.mask_heads > 1 ? (w.it.kv_head + w.it.kv_heads) * n_group : 1;
+    const int first = w.call.mask_heads > 1 ? w.it.kv_head * n_group : 0;
+    const int last = w.call.mask_heads > 1 ? (w.it.kv_head + w.it.kv_heads) * n_group : 1;
     uint16_t any = 0;
     for (int head = first; head < last; head++) {
         for (int i = 0; i < w.it.tokens; i++) {
@@ -67,7 +67,7 @@ inline void load_mask(const work & w, const tile & t, int head) {
 // To the scores of all rows of a KV head.
 inline void add_mask(const work & w, const tile & t, int kv_head) {
     const int n_group = w.call.n_head / w.call.n_head_kv;
-    const int ld      = mask_ld(w);
+    const int ld = mask_ld(w);
     for (int g = 0; g < w.it.heads; g++) {
         const int head = kv_head * n_group + w.it.head + g;
         if (w.call.mask_heads > 1) {

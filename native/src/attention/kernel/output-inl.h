@@ -17,13 +17,13 @@ namespace intactkv {
 namespace {
 
 inline void write(const work & w) {
-    const int  n_group = w.call.n_head / w.call.n_head_kv;
+    const int n_group = w.call.n_head / w.call.n_head_kv;
     const bool partial = w.call.plan.n_chunk > 1;
-    const size_t size  = w.dim_v + (partial ? FUSED_PARTIAL : 0);
+    const size_t size = w.dim_v + (partial ? FUSED_PARTIAL : 0);
     for (int h = 0; h < w.it.kv_heads; h++) {
         for (int r = 0; r < w.it.rows; r++) {
-            const int row   = h * w.it.rows + r;
-            const int head  = (w.it.kv_head + h) * n_group + w.it.head + r / w.it.tokens;
+            const int row = h * w.it.rows + r;
+            const int head = (w.it.kv_head + h) * n_group + w.it.head + r / w.it.tokens;
             const int token = w.it.token + r % w.it.tokens;
             const float * acc = w.mem.acc + row * w.dim_v;
             size_t at = (size_t) w.it.stream * w.call.plan.n_chunk + w.it.cell / w.call.plan.chunk_cells;
@@ -39,7 +39,7 @@ inline void write(const work & w) {
                 float total = w.mem.sum[row];
                 if (w.call.sinks) {
                     const float sink = w.call.sinks[head] * FUSED_LOG2E;
-                    const float ref  = lowest(sink > w.mem.max[row] ? sink : w.mem.max[row]);
+                    const float ref = lowest(sink > w.mem.max[row] ? sink : w.mem.max[row]);
                     scale = exp2_neg(set1(lowest(w.mem.max[row]) - ref))[0];
                     total = total * scale + exp2_neg(set1(lowest(sink) - ref))[0];
                 }

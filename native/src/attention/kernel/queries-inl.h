@@ -17,7 +17,7 @@ namespace intactkv {
 namespace {
 
 inline const float * query(const work & w, int kv_head, int row) {
-    const int head  = kv_head * (w.call.n_head / w.call.n_head_kv) + w.it.head + row / w.it.tokens;
+    const int head = kv_head * (w.call.n_head / w.call.n_head_kv) + w.it.head + row / w.it.tokens;
     const int token = w.it.token + row % w.it.tokens;
     return (const float *) (w.call.q + head * w.call.q_nb_head + token * w.call.q_nb_token +
             w.it.stream * w.call.q_nb_stream);
@@ -26,13 +26,13 @@ inline const float * query(const work & w, int kv_head, int row) {
 // 32 values of a row: rounded to 8 bits of the largest of them.
 inline void load_query_block(const work & w, const float * q, float scale, int row, int b, int n_block) {
     const float amax = largest_of(q);
-    const float inv  = amax > 0.0f ? 127.0f / amax : 0.0f;
+    const float inv = amax > 0.0f ? 127.0f / amax : 0.0f;
     int32_t bits[QK];
     for (int i = 0; i < QK; i += W) {
         store(bits + i, as_int(fma(load(q + i), set1(inv), set1(ROUNDER))) - ROUNDER_BITS);
     }
     int32_t total = 0;
-    int8_t  n[QK];
+    int8_t n[QK];
     for (int i = 0; i < QK; i++) {
         n[i] = (int8_t) bits[i];
         total += bits[i];
@@ -46,17 +46,17 @@ inline void load_query_block(const work & w, const float * q, float scale, int r
     }
     const int at = w.it.wide ? b * w.it.rows_pad + row : row * n_block + b;
     w.mem.q_scale[at] = amax / 127.0f * scale;
-    w.mem.q_sum[at]   = w.mem.q_scale[at] * total;
+    w.mem.q_sum[at] = w.mem.q_scale[at] * total;
     w.mem.q_start[at] = -K_BIAS * total;
 }
 
 // All rows of the item, once: for F16 and BF16 in floats, for a quantized K in bytes, for intact cells beside it in both.
 inline void load_queries(const work & w) {
-    const float scale   = w.call.softcap != 0.0f ? w.call.scale / w.call.softcap : w.call.scale * FUSED_LOG2E;
-    const int   n_block = w.dim_k / QK;
-    const bool  bytes   = w.call.k.type != GGML_TYPE_F16 && w.call.k.type != GGML_TYPE_BF16;
-    const bool  floats  = !bytes || (w.call.row_of_cell && w.call.k.arena);
-    const int   step    = w.it.wide ? w.it.rows_pad : 1;
+    const float scale = w.call.softcap != 0.0f ? w.call.scale / w.call.softcap : w.call.scale * FUSED_LOG2E;
+    const int n_block = w.dim_k / QK;
+    const bool bytes = w.call.k.type != GGML_TYPE_F16 && w.call.k.type != GGML_TYPE_BF16;
+    const bool floats = !bytes || (w.call.row_of_cell && w.call.k.arena);
+    const int step = w.it.wide ? w.it.rows_pad : 1;
     if (w.it.wide && w.it.rows_pad > w.it.rows) {
         memset(w.mem.q, 0, sizeof(float) * w.dim_k * w.it.rows_pad);
         memset(w.mem.q8, 0, w.dim_k * w.it.rows_pad);
@@ -66,8 +66,8 @@ inline void load_queries(const work & w) {
     }
     for (int h = 0; h < w.it.kv_heads; h++) {
         for (int r = 0; r < w.it.rows; r++) {
-            const int     row = h * w.it.rows + r;
-            const float * q   = query(w, w.it.kv_head + h, r);
+            const int row = h * w.it.rows + r;
+            const float * q = query(w, w.it.kv_head + h, r);
             alignas(64) float rotated[FUSED_HEAD_MAX];
             if (w.call.rot_q > 0) {
                 memcpy(rotated, q, sizeof(float) * w.dim_k);

@@ -24,7 +24,7 @@ constexpr int SCORE_ROWS = W >= 16 ? 8 : 4; // rows up to which quantized K stay
 // K of the tile, transposed: [dim_k/4][cell, cells_max][4]; its scales and lows [block][cell, cells_max].
 template <ggml_type T> inline void pack_k(const work & w, int n, int h) {
     const int n_block = w.dim_k / QK;
-    const int n_pad   = round_up(n, W);
+    const int n_pad = round_up(n, W);
     const row_list rows(w.mem.k_rows, h, n_pad);
     for (int b = 0; b < n_block; b++) {
         const size_t offset = b * block<T>::bytes;
@@ -47,11 +47,11 @@ template <ggml_type T> inline void pack_k(const work & w, int n, int h) {
 
 // Scores of R rows with the cells' blocks transposed in registers, W cells at a time.
 template <ggml_type T, int R> inline void narrow_scores_quant_rows(const work & w, int n, int h) {
-    const int      n_block = w.dim_k / QK;
+    const int n_block = w.dim_k / QK;
     const row_list rows(w.mem.k_rows, h, round_up(n, W));
-    const uint8_t * q       = w.mem.q8 + h * R * w.dim_k;
-    const float   * q_scale = w.mem.q_scale + h * R * n_block;
-    const float   * q_sum   = w.mem.q_sum   + h * R * n_block;
+    const uint8_t * q = w.mem.q8 + h * R * w.dim_k;
+    const float * q_scale = w.mem.q_scale + h * R * n_block;
+    const float * q_sum = w.mem.q_sum + h * R * n_block;
     const int32_t * q_start = w.mem.q_start + h * R * n_block;
     for (int c = 0; c < n; c += W) {
         vf s[R] = {};
@@ -93,10 +93,18 @@ template <ggml_type T> inline void narrow_scores_quant_many(const work & w, int 
     const int row0 = h * w.it.rows;
     const int n_block = w.dim_k / QK;
     const idot_args g = {
-        w.mem.q8 + row0 * w.dim_k, (size_t) w.dim_k, w.mem.k8, (size_t) w.cells_max,
-        w.mem.q_scale + row0 * n_block, w.mem.k_scale,
-        block<T>::min ? w.mem.q_sum + row0 * n_block : nullptr, w.mem.k_low,
-        w.mem.q_start + row0 * n_block, w.mem.s, FUSED_TILE, n_block,
+        w.mem.q8 + row0 * w.dim_k,
+        (size_t) w.dim_k,
+        w.mem.k8,
+        (size_t) w.cells_max,
+        w.mem.q_scale + row0 * n_block,
+        w.mem.k_scale,
+        block<T>::min ? w.mem.q_sum + row0 * n_block : nullptr,
+        w.mem.k_low,
+        w.mem.q_start + row0 * n_block,
+        w.mem.s,
+        FUSED_TILE,
+        n_block,
     };
     idot<false>(g, w.it.rows, round_up(n, W));
 }
@@ -166,9 +174,18 @@ template <ggml_type T> inline void wide_scores_quant(const work & w, int n) {
         }
     }
     const idot_args g = {
-        w.mem.k8, (size_t) w.dim_k, w.mem.q8, (size_t) w.it.rows_pad,
-        w.mem.k_scale, w.mem.q_scale, block<T>::min ? w.mem.k_low : nullptr, w.mem.q_sum,
-        w.mem.q_start, w.mem.s, (size_t) w.it.rows_pad, n_block,
+        w.mem.k8,
+        (size_t) w.dim_k,
+        w.mem.q8,
+        (size_t) w.it.rows_pad,
+        w.mem.k_scale,
+        w.mem.q_scale,
+        block<T>::min ? w.mem.k_low : nullptr,
+        w.mem.q_sum,
+        w.mem.q_start,
+        w.mem.s,
+        (size_t) w.it.rows_pad,
+        n_block,
     };
     idot<true>(g, n, w.it.rows_pad);
 }
@@ -180,8 +197,8 @@ template <ggml_type T> inline void wide_scores_float(const work & w, int n) {
             store(w.mem.k + c * w.dim_k + d, values<T>(k_row(w, 0, c) + d * 2, 0));
         }
     }
-    const size_t    ld = w.it.rows_pad;
-    const gemm_args g  = { w.mem.k, (size_t) w.dim_k, 1, w.mem.q, ld, w.mem.s, ld, nullptr, w.dim_k };
+    const size_t ld = w.it.rows_pad;
+    const gemm_args g = { w.mem.k, (size_t) w.dim_k, 1, w.mem.q, ld, w.mem.s, ld, nullptr, w.dim_k };
     gemm(g, n, w.it.rows_pad);
 }
 
@@ -199,7 +216,7 @@ inline void scores(const work & w, const tile & t, int h) {
     if (w.call.softcap != 0.0f) {
         const int n_row = w.it.wide ? t.n : w.it.rows;
         const int n_col = w.it.wide ? w.it.rows_pad : round_up(t.n, W);
-        const int ld    = w.it.wide ? w.it.rows_pad : FUSED_TILE;
+        const int ld = w.it.wide ? w.it.rows_pad : FUSED_TILE;
         for (int i = 0; i < n_row; i++) {
             for (int j = 0; j < n_col; j += W) {
                 store(w.mem.s + i * ld + j, tanh(load(w.mem.s + i * ld + j)) * (w.call.softcap * FUSED_LOG2E));

@@ -35,15 +35,15 @@ inline void narrow_softmax(const work & w, int n, int row0) {
             m = max(m, load(s + c));
         }
         const float here = max_of(m), before = w.mem.max[row0 + r];
-        const float now  = here > before ? here : before;
-        const float ref  = lowest(now);
+        const float now = here > before ? here : before;
+        const float ref = lowest(now);
         vf total = {};
         for (int c = 0; c < n_pad; c += W) {
             const vf p = exp2_neg(load(s + c) - ref);
             total += p;
             store(s + c, p);
         }
-        w.mem.beta[r]       = here > before ? exp2_neg(set1(lowest(before) - ref))[0] : 1.0f;
+        w.mem.beta[r] = here > before ? exp2_neg(set1(lowest(before) - ref))[0] : 1.0f;
         w.mem.max[row0 + r] = now;
         w.mem.sum[row0 + r] = w.mem.sum[row0 + r] * w.mem.beta[r] + sum(total);
     }
@@ -57,7 +57,7 @@ inline void wide_softmax(const work & w, int n) {
         for (int c = 0; c < n; c++) {
             m = max(m, load(s + c * w.it.rows_pad));
         }
-        const vf ref  = max(set1(LOWEST), m);
+        const vf ref = max(set1(LOWEST), m);
         const vf beta = exp2_neg(max(set1(LOWEST), old) - ref);
         vf total = {};
         for (int c = 0; c < n; c++) {

@@ -20,10 +20,10 @@
 namespace intactkv {
 namespace {
 
-constexpr int   VALUE_ROWS  = INTACTKV_X86 >= 3 ? 4 : 2; // rows that share an expansion of V in registers
-constexpr int   VALUE_COLS  = W >= 16 ? 64 : 32;         // columns of V that do so, for F16 and BF16
-constexpr float WEIGHT_MAX  = 32767.0f;                  // of a weight in 16 bits
-constexpr float WEIGHT_TINY = 1.0e-30f;                  // smaller largest weights might have no finite inverse
+constexpr int VALUE_ROWS = INTACTKV_X86 >= 3 ? 4 : 2; // rows that share an expansion of V in registers
+constexpr int VALUE_COLS = W >= 16 ? 64 : 32;         // columns of V that do so, for F16 and BF16
+constexpr float WEIGHT_MAX = 32767.0f;                // of a weight in 16 bits
+constexpr float WEIGHT_TINY = 1.0e-30f;               // smaller largest weights might have no finite inverse
 
 // The weights of R rows for a block of V, as narrow_values_quant() wants them.
 template <int R> struct weights {
@@ -51,7 +51,7 @@ template <int R> struct weights {
                 }
             }
             const float w_max = max_of(largest);
-            const float inv   = w_max > WEIGHT_TINY ? WEIGHT_MAX / w_max : 0.0f;
+            const float inv = w_max > WEIGHT_TINY ? WEIGHT_MAX / w_max : 0.0f;
             for (int v = 0; v < n_vec; v++) {
                 store_s16(w[r] + v * W, product[v] * inv);
             }
@@ -64,7 +64,7 @@ template <int R> struct weights {
 // Quantized V: acc[r][d0..d0+32) of R rows.
 template <ggml_type T, int R>
 inline void narrow_values_quant(const work & w, const row_list & rows, int n, int r0, int h, int d0) {
-    const int    row0   = h * w.it.rows + r0;
+    const int row0 = h * w.it.rows + r0;
     const size_t offset = (size_t) (d0 / QK * block<T>::bytes);
 
     weights<R> u;
@@ -134,7 +134,8 @@ inline void narrow_values_float(const work & w, const row_list & rows, int n, in
 }
 
 // All columns of R rows.
-template <ggml_type T, int R> inline void narrow_values_rows(const work & w, const row_list & rows, int n, int r0, int h) {
+template <ggml_type T, int R>
+inline void narrow_values_rows(const work & w, const row_list & rows, int n, int r0, int h) {
     int d = 0;
     if constexpr (block<T>::quant) {
         for (; d < w.dim_v; d += QK) {
@@ -198,8 +199,8 @@ template <ggml_type T> inline void pack_v(const work & w, int n, int32_t * pairs
 // The weights times one block's scales, by row in units of the largest / 32767: [pair of cells][row][2], 16 bits
 // each. lows: the sum of the weights times the block's lows. n: even.
 template <ggml_type T>
-inline void pack_weights(const work & w, int n, const float * scale, const float * low, int32_t * products, float * unit,
-        float * lows) {
+inline void pack_weights(
+        const work & w, int n, const float * scale, const float * low, int32_t * products, float * unit, float * lows) {
     for (int r = 0; r < w.it.rows_pad; r += W) {
         vf largest = {}, total = {};
         for (int c = 0; c < n; c++) {
@@ -224,9 +225,9 @@ inline void pack_weights(const work & w, int n, const float * scale, const float
 // Quantized V as narrow_values_quant() does it, a block of 32 columns of all rows at a time.
 template <ggml_type T> inline void wide_values_quant(const work & w, int n) {
     int32_t * pairs = (int32_t *) w.mem.v;
-    alignas(64) float   scale[TILE_FLOATS / QK], low[TILE_FLOATS / QK];
+    alignas(64) float scale[TILE_FLOATS / QK], low[TILE_FLOATS / QK];
     alignas(64) int32_t products[FUSED_TILE / 2 * FUSED_ROWS_MAX];
-    alignas(64) float   unit[FUSED_ROWS_MAX], lows[FUSED_ROWS_MAX];
+    alignas(64) float unit[FUSED_ROWS_MAX], lows[FUSED_ROWS_MAX];
     pack_v<T>(w, n, pairs, scale, low);
     if (n % 2 != 0) { // the cell that came once more
         memset(w.mem.s + n * w.it.rows_pad, 0, sizeof(float) * w.it.rows_pad);
@@ -234,9 +235,9 @@ template <ggml_type T> inline void wide_values_quant(const work & w, int n) {
     }
     for (int b = 0; b < w.dim_v / QK; b++) {
         pack_weights<T>(w, n, scale + b * w.cells_max, low + b * w.cells_max, products, unit, lows);
-        const size_t    ld = w.dim_v;
-        const pair_args g  = { products, (size_t) w.it.rows_pad, pairs + b * QK, ld, w.mem.acc + b * QK, ld, w.mem.beta,
-                               unit, block<T>::min ? lows : nullptr, n / 2 };
+        const size_t ld = w.dim_v;
+        const pair_args g = { products, (size_t) w.it.rows_pad, pairs + b * QK, ld, w.mem.acc + b * QK, ld, w.mem.beta,
+            unit, block<T>::min ? lows : nullptr, n / 2 };
         pair_gemm(g, w.it.rows);
     }
 }
@@ -249,7 +250,7 @@ template <ggml_type T> inline void wide_values_float(const work & w, int n) {
             for (int d = 0; d < w.dim_v; d += QK) {
                 const uint8_t * p = v_row(w, 0, c) + d / QK * block<T>::bytes;
                 const vf scale = set1(block_scale<T>(p));
-                const vf low   = set1(block_low<T>(p));
+                const vf low = set1(block_low<T>(p));
                 for (int v = 0; v < QK / W; v++) {
                     store(w.mem.v + c * w.dim_v + d + v * W, fma(values<T>(p, v), scale, low));
                 }
@@ -260,8 +261,8 @@ template <ggml_type T> inline void wide_values_float(const work & w, int n) {
             }
         }
     }
-    const size_t    ld = w.dim_v;
-    const gemm_args g  = { w.mem.s, 1, (size_t) w.it.rows_pad, w.mem.v, ld, w.mem.acc, ld, w.mem.beta, n };
+    const size_t ld = w.dim_v;
+    const gemm_args g = { w.mem.s, 1, (size_t) w.it.rows_pad, w.mem.v, ld, w.mem.acc, ld, w.mem.beta, n };
     gemm(g, w.it.rows, w.dim_v);
 }
 

@@ -25,14 +25,38 @@ inline float largest_of(const float * x) {
 
 template <ggml_type T> struct block;
 
-template <> struct block<GGML_TYPE_F16>    { static constexpr int bytes = 2 * QK, head = 0, offset = 0; static constexpr bool quant = false, min = false; };
-template <> struct block<GGML_TYPE_BF16>   { static constexpr int bytes = 2 * QK, head = 0, offset = 0; static constexpr bool quant = false, min = false; };
-template <> struct block<GGML_TYPE_Q8_0>   { static constexpr int bytes = 34, head = 2, offset =  0; static constexpr bool quant = true, min = false; };
-template <> struct block<GGML_TYPE_Q4_0>   { static constexpr int bytes = 18, head = 2, offset =  8; static constexpr bool quant = true, min = false; };
-template <> struct block<GGML_TYPE_Q4_1>   { static constexpr int bytes = 20, head = 4, offset =  0; static constexpr bool quant = true, min = true;  };
-template <> struct block<GGML_TYPE_Q5_0>   { static constexpr int bytes = 22, head = 6, offset = 16; static constexpr bool quant = true, min = false; };
-template <> struct block<GGML_TYPE_Q5_1>   { static constexpr int bytes = 24, head = 8, offset =  0; static constexpr bool quant = true, min = true;  };
-template <> struct block<GGML_TYPE_IQ4_NL> { static constexpr int bytes = 18, head = 2, offset =  0; static constexpr bool quant = true, min = false; };
+template <> struct block<GGML_TYPE_F16> {
+    static constexpr int bytes = 2 * QK, head = 0, offset = 0;
+    static constexpr bool quant = false, min = false;
+};
+template <> struct block<GGML_TYPE_BF16> {
+    static constexpr int bytes = 2 * QK, head = 0, offset = 0;
+    static constexpr bool quant = false, min = false;
+};
+template <> struct block<GGML_TYPE_Q8_0> {
+    static constexpr int bytes = 34, head = 2, offset = 0;
+    static constexpr bool quant = true, min = false;
+};
+template <> struct block<GGML_TYPE_Q4_0> {
+    static constexpr int bytes = 18, head = 2, offset = 8;
+    static constexpr bool quant = true, min = false;
+};
+template <> struct block<GGML_TYPE_Q4_1> {
+    static constexpr int bytes = 20, head = 4, offset = 0;
+    static constexpr bool quant = true, min = true;
+};
+template <> struct block<GGML_TYPE_Q5_0> {
+    static constexpr int bytes = 22, head = 6, offset = 16;
+    static constexpr bool quant = true, min = false;
+};
+template <> struct block<GGML_TYPE_Q5_1> {
+    static constexpr int bytes = 24, head = 8, offset = 0;
+    static constexpr bool quant = true, min = true;
+};
+template <> struct block<GGML_TYPE_IQ4_NL> {
+    static constexpr int bytes = 18, head = 2, offset = 0;
+    static constexpr bool quant = true, min = false;
+};
 
 // A KV type as a constant.
 template <ggml_type T> struct kv_type {
@@ -74,8 +98,8 @@ template <ggml_type T, int BIAS> inline __m256i unpacked(const uint8_t * b) {
             // byte i of the block: bit i%8 of byte i/8
             const __m256i which = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
             const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32((int) high_bits<T>(b)), which);
-            const __m256i bit   = _mm256_set1_epi64x((long long) 0x8040201008040201);
-            const __m256i set   = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
+            const __m256i bit = _mm256_set1_epi64x((long long) 0x8040201008040201);
+            const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
             x = _mm256_or_si256(x, _mm256_and_si256(set, _mm256_set1_epi8(16)));
         }
         if constexpr (T == GGML_TYPE_IQ4_NL) {
@@ -123,17 +147,17 @@ template <ggml_type T> inline void transpose(const uint8_t * const * in, size_t 
         z[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
     }
     for (int i = 0; i < 8; i += 2) {
-        u[i]     = _mm512_unpacklo_epi32(z[i], z[i + 1]);
+        u[i] = _mm512_unpacklo_epi32(z[i], z[i + 1]);
         u[i + 1] = _mm512_unpackhi_epi32(z[i], z[i + 1]);
     }
     for (int i = 0; i < 8; i += 4) {
-        w[i]     = _mm512_unpacklo_epi64(u[i], u[i + 2]);
+        w[i] = _mm512_unpacklo_epi64(u[i], u[i + 2]);
         w[i + 1] = _mm512_unpackhi_epi64(u[i], u[i + 2]);
         w[i + 2] = _mm512_unpacklo_epi64(u[i + 1], u[i + 3]);
         w[i + 3] = _mm512_unpackhi_epi64(u[i + 1], u[i + 3]);
     }
     for (int j = 0; j < 4; j++) {
-        out[j]     = (vi) _mm512_shuffle_i32x4(w[j], w[j + 4], 0x88);
+        out[j] = (vi) _mm512_shuffle_i32x4(w[j], w[j + 4], 0x88);
         out[j + 4] = (vi) _mm512_shuffle_i32x4(w[j], w[j + 4], 0xdd);
     }
 #elif INTACTKV_X86 == 2
@@ -142,17 +166,17 @@ template <ggml_type T> inline void transpose(const uint8_t * const * in, size_t 
         z[i] = unpacked<T, K_BIAS>(in[i] + offset);
     }
     for (int i = 0; i < 8; i += 2) {
-        u[i]     = _mm256_unpacklo_epi32(z[i], z[i + 1]);
+        u[i] = _mm256_unpacklo_epi32(z[i], z[i + 1]);
         u[i + 1] = _mm256_unpackhi_epi32(z[i], z[i + 1]);
     }
     for (int i = 0; i < 8; i += 4) {
-        w[i]     = _mm256_unpacklo_epi64(u[i], u[i + 2]);
+        w[i] = _mm256_unpacklo_epi64(u[i], u[i + 2]);
         w[i + 1] = _mm256_unpackhi_epi64(u[i], u[i + 2]);
         w[i + 2] = _mm256_unpacklo_epi64(u[i + 1], u[i + 3]);
         w[i + 3] = _mm256_unpackhi_epi64(u[i + 1], u[i + 3]);
     }
     for (int j = 0; j < 4; j++) {
-        out[j]     = (vi) _mm256_permute2x128_si256(w[j], w[j + 4], 0x20);
+        out[j] = (vi) _mm256_permute2x128_si256(w[j], w[j + 4], 0x20);
         out[j + 4] = (vi) _mm256_permute2x128_si256(w[j], w[j + 4], 0x31);
     }
 #else

@@ -32,13 +32,13 @@ template <typename V, int MB, int VB> inline void clear(V (&acc)[MB][VB]) {
 // C[m][n] = beta[m]*C[m][n] + sum over k < K of A[m][k]*B[k][n]; beta nullptr: C is overwritten.
 struct gemm_args {
     const float * a;
-    size_t        a_row, a_col;
+    size_t a_row, a_col;
     const float * b;
-    size_t        b_row;
-    float       * c;
-    size_t        c_row;
+    size_t b_row;
+    float * c;
+    size_t c_row;
     const float * beta;
-    int           k;
+    int k;
 };
 
 template <int MB, int VB> inline void gemm_tile(const gemm_args & g, int m0, int n0) {
@@ -99,15 +99,15 @@ inline void gemm(const gemm_args & g, int m, int n) {
 // For QK columns: C[m] = beta[m]*C[m] + unit[m] * (sum over p < n_pair of A[p][m] . B[p]) + low[m]
 struct pair_args {
     const int32_t * a; // [pair][a_row rows][2], 16 bits each
-    size_t          a_row;
+    size_t a_row;
     const int32_t * b; // [pair][b_row columns][2], 16 bits each
-    size_t          b_row;
-    float         * c;
-    size_t          c_row;
-    const float   * beta;
-    const float   * unit;
-    const float   * low; // or nullptr
-    int             n_pair;
+    size_t b_row;
+    float * c;
+    size_t c_row;
+    const float * beta;
+    const float * unit;
+    const float * low; // or nullptr
+    int n_pair;
 };
 
 template <int MB> inline void pair_tile(const pair_args & g, int m0) {
@@ -156,18 +156,18 @@ inline void pair_gemm(const pair_args & g, int m) {
 // K_ROWS: A is K (with K_BIAS) and B is Q, else the other way round. The bias is taken out by what the integer sums
 // start from: -K_BIAS times the sum of q over the block.
 struct idot_args {
-    const uint8_t * a;       // [m][a_row bytes]
-    size_t          a_row;
-    const uint8_t * b;       // [block][8][b_row lanes][4]
-    size_t          b_row;
-    const float   * scale_a; // [m][n_block]
-    const float   * scale_b; // [block][b_row]
-    const float   * low_a;   // as scale_a, nullptr: no lows
-    const float   * low_b;   // as scale_b
-    const int32_t * start;   // [m][n_block] if A is Q, [block][b_row] if B is Q
-    float         * c;
-    size_t          c_row;
-    int             n_block;
+    const uint8_t * a; // [m][a_row bytes]
+    size_t a_row;
+    const uint8_t * b; // [block][8][b_row lanes][4]
+    size_t b_row;
+    const float * scale_a; // [m][n_block]
+    const float * scale_b; // [block][b_row]
+    const float * low_a;   // as scale_a, nullptr: no lows
+    const float * low_b;   // as scale_b
+    const int32_t * start; // [m][n_block] if A is Q, [block][b_row] if B is Q
+    float * c;
+    size_t c_row;
+    int n_block;
 };
 
 template <bool K_ROWS, int MB, int VB> inline void idot_tile(const idot_args & g, int m0, int n0) {
@@ -178,8 +178,8 @@ template <bool K_ROWS, int MB, int VB> inline void idot_tile(const idot_args & g
         for (int m = 0; m < MB; m++) {
             for (int v = 0; v < VB; v++) {
                 acc[m][v] = K_BIAS == 0 ? vi{}
-                          : K_ROWS ? load_as<vi>(g.start + b * g.b_row + n0 + v * W)
-                          : set1(g.start[(m0 + m) * g.n_block + b]);
+                        : K_ROWS        ? load_as<vi>(g.start + b * g.b_row + n0 + v * W)
+                                        : set1(g.start[(m0 + m) * g.n_block + b]);
             }
         }
         for (int j = 0; j < QK / 4; j++) {

@@ -53,7 +53,7 @@ inline void rotate(float * x, int64_t n_values, int n) {
             for (int i = 0; i < n; i += 2 * h) {
                 for (int j = i; j < i + h; j += W) {
                     const vf u = load(b + j), w = load(b + j + h);
-                    store(b + j,     u + w);
+                    store(b + j, u + w);
                     store(b + j + h, u - w);
                 }
             }
@@ -109,8 +109,7 @@ inline bool narrow(ggml_type type, const float * x, void * out, int64_t n_values
                 store_q8_0((uint8_t *) out + i * block<GGML_TYPE_Q8_0>::bytes, x + i * QK);
             }
             return true;
-        default:
-            return false;
+        default: return false;
     }
 }
 #else

@@ -21,13 +21,13 @@ constexpr int W = 8;
 constexpr int W = 4;
 #endif
 
-typedef float    vf  __attribute__((vector_size(4 * W)));
-typedef int32_t  vi  __attribute__((vector_size(4 * W)));
-typedef uint16_t vh  __attribute__((vector_size(2 * W)));
-typedef uint8_t  vub __attribute__((vector_size(W)));
-typedef int8_t   vsb __attribute__((vector_size(W)));
-typedef int16_t  vs  __attribute__((vector_size(4 * W)));
-typedef int8_t   vsb2 __attribute__((vector_size(2 * W)));
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+typedef uint8_t vub __attribute__((vector_size(W)));
+typedef int8_t vsb __attribute__((vector_size(W)));
+typedef int16_t vs __attribute__((vector_size(4 * W)));
+typedef int8_t vsb2 __attribute__((vector_size(2 * W)));
 
 // K bytes are kept with this added, because x86's dot products want one side unsigned.
 constexpr int K_BIAS = INTACTKV_X86 >= 4 ? 128 : 0;
@@ -38,14 +38,30 @@ template <typename T> inline T load_as(const void * p) {
     return r;
 }
 
-inline vf   load(const float * p)      { return load_as<vf>(p); }
-inline void store(float * p, vf a)     { memcpy(p, &a, sizeof(a)); }
-inline void store(void * p, vi a)      { memcpy(p, &a, sizeof(a)); }
-inline vf   set1(float a)              { return vf{} + a; }
-inline vi   set1(int32_t a)            { return vi{} + a; }
-inline vf   to_float(vi a)             { return __builtin_convertvector(a, vf); }
-inline vf   as_float(vi a)             { return (vf) a; }
-inline vi   as_int(vf a)               { return (vi) a; }
+inline vf load(const float * p) {
+    return load_as<vf>(p);
+}
+inline void store(float * p, vf a) {
+    memcpy(p, &a, sizeof(a));
+}
+inline void store(void * p, vi a) {
+    memcpy(p, &a, sizeof(a));
+}
+inline vf set1(float a) {
+    return vf{} + a;
+}
+inline vi set1(int32_t a) {
+    return vi{} + a;
+}
+inline vf to_float(vi a) {
+    return __builtin_convertvector(a, vf);
+}
+inline vf as_float(vi a) {
+    return (vf) a;
+}
+inline vi as_int(vf a) {
+    return (vi) a;
+}
 
 // W bytes or halves as integers. GCC takes __builtin_convertvector() apart into single bytes here.
 inline vi load_u8(const uint8_t * p) {
@@ -112,11 +128,11 @@ inline vf to_float(vh h) {
     return vcvt_f32_f16((float16x4_t) h);
 #else
     // exponent and mantissa moved into place, then the exponent's bias corrected by a product; inf and NaN by hand
-    const vi x    = __builtin_convertvector(h, vi);
+    const vi x = __builtin_convertvector(h, vi);
     const vi sign = (x & 0x8000) << 16;
-    const vi em   = x & 0x7fff;
-    const vf f    = as_float(em << 13) * set1(0x1p112f);
-    const vi big  = (em << 13) | 0x7f800000;
+    const vi em = x & 0x7fff;
+    const vf f = as_float(em << 13) * set1(0x1p112f);
+    const vi big = (em << 13) | 0x7f800000;
     return as_float((em > 0x7bff ? big : as_int(f)) | sign);
 #endif
 }
@@ -166,7 +182,7 @@ inline void sum4(const vf * a, float * out) {
     const __m512 hi = _mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
     const __m512d x = (__m512d) lo, y = (__m512d) hi;
     const __m512 four = _mm512_add_ps((__m512) _mm512_unpacklo_pd(x, y), (__m512) _mm512_unpackhi_pd(x, y));
-    const __m256 two  = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+    const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1)));
 #elif INTACTKV_X86 == 2
     const __m256 two = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
@@ -199,7 +215,8 @@ inline vi dot4(vi acc, vi k, vi q) {
 #if INTACTKV_X86 >= 4
     return (vi) _mm512_dpbusd_epi32((__m512i) acc, (__m512i) k, (__m512i) q);
 #elif INTACTKV_X86 == 3
-    const __m512i s = _mm512_mask_sub_epi8((__m512i) q, _mm512_movepi8_mask((__m512i) k), _mm512_setzero_si512(), (__m512i) q);
+    const __m512i s =
+            _mm512_mask_sub_epi8((__m512i) q, _mm512_movepi8_mask((__m512i) k), _mm512_setzero_si512(), (__m512i) q);
     const __m512i p = _mm512_maddubs_epi16(_mm512_abs_epi8((__m512i) k), s);
     return acc + (vi) _mm512_madd_epi16(p, _mm512_set1_epi16(1));
 #elif INTACTKV_X86 == 2
@@ -239,9 +256,11 @@ struct cell_pair {
 
 inline cell_pair make_pair(vs v0, vs v1) {
 #if INTACTKV_X86 >= 3
-    return { (vs) _mm512_unpacklo_epi16((__m512i) v0, (__m512i) v1), (vs) _mm512_unpackhi_epi16((__m512i) v0, (__m512i) v1) };
+    return { (vs) _mm512_unpacklo_epi16((__m512i) v0, (__m512i) v1),
+        (vs) _mm512_unpackhi_epi16((__m512i) v0, (__m512i) v1) };
 #elif INTACTKV_X86 == 2
-    return { (vs) _mm256_unpacklo_epi16((__m256i) v0, (__m256i) v1), (vs) _mm256_unpackhi_epi16((__m256i) v0, (__m256i) v1) };
+    return { (vs) _mm256_unpacklo_epi16((__m256i) v0, (__m256i) v1),
+        (vs) _mm256_unpackhi_epi16((__m256i) v0, (__m256i) v1) };
 #else
     return { v0, v1 };
 #endif
@@ -268,7 +287,7 @@ inline void pair_dot(vi & lo, vi & hi, const cell_pair & p, const int16_t * w) {
 // Sums of pair_dot() as the values were: lo the first W, hi the others.
 inline void in_order(vi & lo, vi & hi) {
 #if INTACTKV_X86 >= 3
-    const __m512i first  = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
     const __m512i a = (__m512i) lo, b = (__m512i) hi;
     lo = (vi) _mm512_permutex2var_epi32(a, first, b);
@@ -284,7 +303,7 @@ inline void in_order(vi & lo, vi & hi) {
 
 // 1.5 * 2^23, and its bits. A float of |a| < 2^22 that this is added to is rounded to an integer, ties to even: the bits of
 // the sum are ROUNDER_BITS + that integer.
-constexpr float   ROUNDER      = 12582912.0f;
+constexpr float ROUNDER = 12582912.0f;
 constexpr int32_t ROUNDER_BITS = 0x4b400000;
 
 // The nearest integers, ties to even; |a| < 2^22.

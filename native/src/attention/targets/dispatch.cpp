@@ -26,7 +26,7 @@ bool has_avx2() {
 }
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512vnni() {
     return has_avx512() && __builtin_cpu_supports("avx512vnni");
@@ -37,8 +37,8 @@ bool has_dotprod() {
     constexpr unsigned long hwcap_asimddp = 1ul << 20;
     return getauxval(AT_HWCAP) & hwcap_asimddp;
 #elif defined(__APPLE__)
-    int    value = 0;
-    size_t size  = sizeof(value);
+    int value = 0;
+    size_t size = sizeof(value);
     return sysctlbyname("hw.optional.arm.FEAT_DotProd", &value, &size, nullptr, 0) == 0 && value;
 #else
     return false;
@@ -47,18 +47,18 @@ bool has_dotprod() {
 #endif
 
 const struct {
-    bool              (* available)();
+    bool (*available)();
     const fused_target & target;
 } targets[] = {
 #if defined(__x86_64__)
-    { has_avx512vnni, fused_avx512vnni   },
-    { has_avx512,     fused_avx512       },
-    { has_avx2,       fused_avx2         },
+    { has_avx512vnni, fused_avx512vnni },
+    { has_avx512, fused_avx512 },
+    { has_avx2, fused_avx2 },
 #elif defined(__aarch64__)
-    { has_dotprod,    fused_neon_dotprod },
-    { always,         fused_neon         },
+    { has_dotprod, fused_neon_dotprod },
+    { always, fused_neon },
 #endif
-    { always,         fused_portable     },
+    { always, fused_portable },
 };
 
 const fused_target * find(const char * isa) {

@@ -12,18 +12,18 @@ struct fused_target {
     const char * isa;
 
     // Computes this thread's share of the items (kernel/kernel-inl.h).
-    void (* run)(const fused_call & call, int ith, int nth);
+    void (*run)(const fused_call & call, int ith, int nth);
 
     // In-place product of each block of n values with the orthonormal Walsh-Hadamard matrix, as upstream's
     // GGML_HINT_SRC0_IS_HADAMARD: the same sums, the same bits. n: a power of 2, n_values a multiple of it.
-    void (* rotate)(float * x, int64_t n_values, int n);
+    void (*rotate)(float * x, int64_t n_values, int n);
 
     // F16 values to F32. n_values: a multiple of 16.
-    void (* widen)(const uint16_t * x, float * out, int64_t n_values);
+    void (*widen)(const uint16_t * x, float * out, int64_t n_values);
 
     // F32 values to F16 or to blocks of Q8_0, as upstream rounds them on x86; false: not this type, or not here.
     // n_values: a multiple of 16, of 32 for Q8_0.
-    bool (* narrow)(ggml_type type, const float * x, void * out, int64_t n_values);
+    bool (*narrow)(ggml_type type, const float * x, void * out, int64_t n_values);
 };
 
 #if defined(__x86_64__)
