@@ -60,7 +60,7 @@ struct fused_call {
     const int32_t * row_of_cell; // or nullptr
     int n_head, n_head_kv, n_tokens, n_stream, n_kv;
     float scale, max_bias, softcap;
-    int rot_q;   // Q is rotated in blocks of so many values first, see lanes/rows-inl.h; 0: it is not
+    int rot_q;   // Q is rotated in blocks of so many values first, see simd/rows-inl.h; 0: it is not
     int rot_out; // so is the result; not partial results, they are rotated when they have been merged
     fused_plan plan;
     int32_t * next_item; // shared by the threads, 0 at first; or nullptr: thread i takes items i, i + nth, ...

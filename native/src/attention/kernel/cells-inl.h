@@ -8,7 +8,7 @@
 #pragma once
 
 #include "attention/kernel/item-inl.h"
-#include "attention/lanes/blocks-inl.h"
+#include "attention/simd/blocks-inl.h"
 
 namespace intactkv {
 namespace {

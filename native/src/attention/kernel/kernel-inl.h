@@ -44,7 +44,7 @@
 //             VALUE_ROWS rows at a time.
 //     wide    more rows: prefill. One KV head. Scores [cell][row], rows in lanes. K and V are expanded once per tile,
 //             to bytes, 16-bit pairs of cells or floats, and meet the rows in register-blocked products
-//             (lanes/gemm-inl.h).
+//             (simd/gemm-inl.h).
 //
 // MEMORY TRAFFIC. An item reads K and V of the cells it sees once for all its rows. Bytes per value: F16 and BF16 2,
 // Q8_0 34/32, Q5_1 24/32, Q5_0 22/32, Q4_1 20/32, Q4_0 and IQ4_NL 18/32. For one token that is, per layer,
@@ -117,7 +117,7 @@
 #include "attention/kernel/scores-inl.h"
 #include "attention/kernel/softmax-inl.h"
 #include "attention/kernel/values-inl.h"
-#include "attention/lanes/rows-inl.h"
+#include "attention/simd/rows-inl.h"
 
 namespace intactkv {
 namespace {

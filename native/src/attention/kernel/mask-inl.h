@@ -8,7 +8,7 @@
 #pragma once
 
 #include "attention/kernel/item-inl.h"
-#include "attention/lanes/simd-inl.h"
+#include "attention/simd/vector-inl.h"
 
 namespace intactkv {
 namespace {

@@ -10,8 +10,8 @@
 
 #include "attention/kernel/item-inl.h"
 #include "attention/kernel/softmax-inl.h"
-#include "attention/lanes/rows-inl.h"
-#include "attention/lanes/simd-inl.h"
+#include "attention/simd/rows-inl.h"
+#include "attention/simd/vector-inl.h"
 
 namespace intactkv {
 namespace {

@@ -9,9 +9,9 @@
 #pragma once
 
 #include "attention/kernel/item-inl.h"
-#include "attention/lanes/blocks-inl.h"
-#include "attention/lanes/rows-inl.h"
-#include "attention/lanes/simd-inl.h"
+#include "attention/simd/blocks-inl.h"
+#include "attention/simd/rows-inl.h"
+#include "attention/simd/vector-inl.h"
 
 namespace intactkv {
 namespace {

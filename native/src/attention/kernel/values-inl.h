@@ -13,9 +13,9 @@
 
 #include "attention/kernel/cells-inl.h"
 #include "attention/kernel/item-inl.h"
-#include "attention/lanes/blocks-inl.h"
-#include "attention/lanes/gemm-inl.h"
-#include "attention/lanes/simd-inl.h"
+#include "attention/simd/blocks-inl.h"
+#include "attention/simd/gemm-inl.h"
+#include "attention/simd/vector-inl.h"
 
 namespace intactkv {
 namespace {

@@ -4,8 +4,8 @@
 
 #pragma once
 
-#include "attention/lanes/blocks-inl.h"
-#include "attention/lanes/simd-inl.h"
+#include "attention/simd/blocks-inl.h"
+#include "attention/simd/vector-inl.h"
 
 namespace intactkv {
 namespace {

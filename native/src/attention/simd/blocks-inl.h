@@ -7,7 +7,7 @@
 
 #pragma once
 
-#include "attention/lanes/simd-inl.h"
+#include "attention/simd/vector-inl.h"
 
 namespace intactkv {
 namespace {
