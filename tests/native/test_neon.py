@@ -1,7 +1,6 @@
 """The NEON kernels, built with a cross compiler and run under an emulator, against float64 and the x86 kernels' bound.
 
-Debian: apt-get install g++-aarch64-linux-gnu qemu-user-static. On a 64-bit ARM machine tests/native/test_fused.py already
-runs them.
+Debian: apt-get install g++-aarch64-linux-gnu qemu-user-static. On a 64-bit ARM machine test_fused.py already runs them.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ CROSS = shutil.which("aarch64-linux-gnu-g++")
 QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 
 pytestmark = [
-    pytest.mark.skipif(platform.machine() == "aarch64", reason="this machine is ARM: tests/native/test_fused.py runs NEON"),
+    pytest.mark.skipif(platform.machine() == "aarch64", reason="this machine is ARM: test_fused.py runs NEON"),
     pytest.mark.skipif(K.compiler() is None, reason="no C++ compiler for the kernel's test library"),
     pytest.mark.skipif(CROSS is None, reason="no aarch64-linux-gnu-g++ (package g++-aarch64-linux-gnu)"),
     pytest.mark.skipif(QEMU is None, reason="no qemu-aarch64 (package qemu-user-static)"),

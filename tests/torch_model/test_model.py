@@ -23,10 +23,10 @@ import torch
 from gguf.quants import dequantize
 
 from intactkv_export import library, torch_model
-from intactkv_export.prefix import ikv
 from intactkv_export.engines import torch_engine as engine
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama.vocabulary import Vocabulary
+from intactkv_export.prefix import ikv
 from intactkv_export.runtime.intact_llama import KV_TYPES
 from intactkv_export.torch_model import mixed_cache, rounding
 from tests.support.cache_rows import Llama, random_tokens, state_of
