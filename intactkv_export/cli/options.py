@@ -38,7 +38,7 @@ def _options(
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="CPU threads. Default: by the cores.")]
+Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="CPU threads. Default: the cores it may use.")]
 KvType = Annotated[str, typer.Option("--kv-type", help=f"Type of the KV cache, or K,V: {KV_TYPE_NAMES}.")]
 Reference = Annotated[
     str, typer.Argument(help="The full-precision model: a directory, a hub id, or a GGUF.", show_default=False)
