@@ -18,7 +18,7 @@ from tests.support.paths import REPO
 PACKAGE = "intactkv_export"
 TOWER = (
     "cli", "analysis", "conversion", "calibration", "evaluation", "engines", "texts", "runtime", "torch_model",
-    "prefix", "models", "libllama", "work", "extras", "library", "errors",
+    "prefix", "models", "libllama", "work", "extras", "library", "escapes", "errors",
 )  # fmt: skip
 # Floors that load a large library: others may import them inside functions only.
 LOADED_LATE = ("torch_model", "runtime")

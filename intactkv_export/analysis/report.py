@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from intactkv_export.analysis import plots
+from intactkv_export.escapes import shown
 
 Data = Mapping[str, Any]
 
@@ -27,6 +28,7 @@ def render(facts: Data, data: Mapping[str, Data], svgs: Mapping[str, str]) -> st
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) or not isinstance(value, str) else shown(value),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
