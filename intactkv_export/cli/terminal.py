@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from prompt_toolkit import PromptSession
 from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from prompt_toolkit.output import create_output
+from prompt_toolkit.output import Output, create_output
 from prompt_toolkit.output.vt100 import Vt100_Output
+from prompt_toolkit.utils import is_dumb_terminal
 
 from intactkv_export.cli.options import PROG
 from intactkv_export.cli.output import remark, say
@@ -45,9 +46,11 @@ def interactive(talk: Conversation) -> None:
     while True:
         try:
             typed = session.prompt()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
+        except (EOFError, KeyboardInterrupt) as end:
+            if is_dumb_terminal():  # there nothing else leaves the line that was begun
+                say("")
+            if isinstance(end, EOFError):
+                return
             continue
         command = typed.rstrip()
         if command == "/quit":
@@ -97,19 +100,26 @@ def _session() -> PromptSession[str]:
     def begin_a_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
-    output = create_output(always_prefer_tty=True)  # stdout may be a file: the prompt does not belong into it
-    if isinstance(output, Vt100_Output):
-        # It would ask where the cursor is, and wait; an answer that comes late would be taken as typed.
-        output.enable_cpr = False
     return PromptSession(
         "> ",
         multiline=True,
         prompt_continuation="  ",
         key_bindings=keys,
         history=_History(_history_file()),
-        output=output,
+        output=_editor_output(),
         enable_suspend=True,
     )
+
+
+def _editor_output() -> Output | None:
+    """Where the editor draws. stdout may be a file: the prompt does not belong into it. None: it cannot draw at all."""
+    if is_dumb_terminal():
+        return None
+    output = create_output(always_prefer_tty=True)
+    if isinstance(output, Vt100_Output):
+        # It would ask where the cursor is, and wait; an answer that comes late would be taken as typed.
+        output.enable_cpr = False
+    return output
 
 
 class _History(FileHistory):

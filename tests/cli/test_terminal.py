@@ -69,13 +69,13 @@ def test_a_paste_is_one_message_of_any_length(terminal: Start, tmp_path: Path) -
     long = "word " * 1199 + "last."  # 6,000 characters: a line of the kernel's editor ends at 4,096
     t.paste(long)
     t.ask("")
+    stats = t.ask("/stats")
+    assert int(stats.partition("last reply ")[2].split()[0]) > 1200, "all of the long line was evaluated"
     t.send("two\x1b\rlines")  # Alt-Enter
     t.ask("")
-    stats = t.ask("/stats")
-    assert int(stats.partition("last reply ")[2].split()[0]) > 1200, "all of the long line is in the conversation"
     entries = (tmp_path / "intactkv-export" / "history").read_text().split("\n\n# ")
     messages = ["\n".join(line[1:] for line in entry.splitlines() if line.startswith("+")) for entry in entries]
-    assert messages == [lines, long, "two\nlines", "/stats"]
+    assert messages == [lines, long, "/stats", "two\nlines"]
 
 
 def test_ctrl_c_stops_the_reply_and_not_the_program(terminal: Start) -> None:
@@ -96,14 +96,18 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(terminal: Start) -> None:
 
 def test_a_dumb_terminal_will_do(terminal: Start) -> None:
     t = terminal("-n", "4", term="dumb", until="> ")
-    t.send("/stats\r")
-    assert "24 tokens from" in t.read_until("intact,")
-    t.read_until("> ")
-    t.send(f"{SEA}\r")
-    t.read_until("\n> ")
-    t.send("/stats\r")
-    assert "last reply" in t.read_until("/s\r\n")
-    t.send("\x04")
+
+    def send(text: str, until: str) -> str:
+        t.wait_for_the_editor()
+        t.send(text)
+        return t.read_until(until)
+
+    assert "24 tokens from" in send("/stats\r", "\n> ")
+    assert send(f"{SEA}\r", "\n> ").partition(f"{SEA}\r\r\n")[2].removesuffix("> ").strip()
+    send("half a line", "half a line")
+    send("\x03", "\n> ")
+    assert "last reply" in send("/stats\r", "\n> ")
+    send("\x04", "\n")
     assert t.exit_code() == 0
 
 

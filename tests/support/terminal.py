@@ -8,6 +8,7 @@ import re
 import select
 import signal
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -53,6 +54,13 @@ class Terminal:
         self.send(message + "\r")
         self.read_until(SENT)
         return self.read_until(READY).removesuffix(READY)
+
+    def wait_for_the_editor(self) -> None:
+        """Until keys are read one by one: what is typed before is a line to the kernel, and Ctrl-D its end."""
+        end = time.monotonic() + 600
+        while termios.tcgetattr(self.fd)[3] & termios.ICANON:
+            assert time.monotonic() < end, self.unread
+            time.sleep(0.01)
 
     def paste(self, text: str) -> None:
         self.send(f"\x1b[200~{text}\x1b[201~")
