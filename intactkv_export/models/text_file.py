@@ -49,8 +49,7 @@ def argument_text(value: str, name: str) -> str:
 def check_encoding(encoding: str) -> str:
     """Raises UsageError if there is no such encoding of text."""
     try:
-        codecs.lookup(encoding)
-        b"".decode(encoding)  # refuses what is a codec of bytes, such as hex
+        "a".encode(encoding)  # refuses what is a codec of bytes too, such as hex
     except (LookupError, ValueError) as error:
         raise UsageError(
             f"there is no text encoding {encoding!r}: give one that Python knows, as latin-1 or utf-16"

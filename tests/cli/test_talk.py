@@ -78,7 +78,7 @@ def test_every_encoding_that_shows_itself(chat: Chat) -> None:
     ("arguments", "given", "code", "reason"),
     [
         ([], b"\x7fELF\x02\x01\x01\x00\x00\x01", 1, "standard input is not text: byte 7 is 0x00"),
-        ([], b"\xff\xfea", 1, "begins as UTF-16-LE and is not at byte 0"),
+        ([], b"\xff\xfea", 1, "begins as UTF-16-LE and is not at byte 2"),
         (["--encoding", "ascii"], "é".encode(), 1, "standard input is not ascii at byte 0 (0xc3)"),
         (["--encoding", "klingon"], b"Hi", 2, "there is no text encoding 'klingon'"),
         (["--encoding", "hex"], b"Hi", 2, "there is no text encoding 'hex'"),
