@@ -36,13 +36,14 @@ def open_chat(
     blocks the best that fits. n_ctx: None: what the model was trained for, at most 4096, or as much as holds the prefix
     and 2048 tokens more; 0: all that it was trained for.
     """
+    asked = None if kv_type is None else kv_pair(kv_type)  # what is misspelt needs no file to be seen
     header = gguf_file.read(model).values
-    if kv_type is None:
+    if asked is None:
         pair, why = best_kv_types(header)
         if why:
             notice(why)
     else:
-        pair = kv_pair(kv_type)
+        pair = asked
         check_kv_types(pair, header)
     path = ikv.find(model) if prefix == "auto" else prefix
     n_prefix = 0 if path is None else len(ikv.read(path).tokens)
