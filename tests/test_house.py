@@ -18,7 +18,7 @@ from tests.support.paths import REPO
 PACKAGE = "intactkv_export"
 TOWER = (
     "cli", "analysis", "conversion", "calibration", "evaluation", "engines", "texts", "runtime", "torch_model",
-    "prefix", "models", "libllama", "work", "extras", "library", "errors",
+    "prefix", "models", "libllama", "work", "extras", "library", "escapes", "errors",
 )  # fmt: skip
 # Floors that load a large library: others may import them inside functions only.
 LOADED_LATE = ("torch_model", "runtime")
@@ -144,7 +144,7 @@ def test_rooms_are_few_and_files_short() -> None:
     for folder in ours:
         names = {p.stem for p in folder.iterdir() if p.suffix in (".py", ".cpp", ".h", ".jinja")}
         names |= {p.name for p in folder.iterdir() if p.is_dir() and p.name not in ("__pycache__", "lib", "include")}
-        limit = 18 if folder == REPO / PACKAGE else 9  # the tower itself, and its three singles
+        limit = 18 if folder == REPO / PACKAGE else 9  # the tower itself, and its four singles
         assert len(names - {"__init__", "__main__"}) <= limit, (folder, sorted(names))
     for path in [*(REPO / PACKAGE).rglob("*.py"), *(REPO / "native/src").rglob("*.[ch]*")]:
         assert len(path.read_text().splitlines()) <= 500, path

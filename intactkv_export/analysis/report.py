@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from intactkv_export.analysis import plots
+from intactkv_export.escapes import shown
 
 Data = Mapping[str, Any]
 
@@ -24,9 +25,20 @@ def render(facts: Data, data: Mapping[str, Data], svgs: Mapping[str, str]) -> st
 
     Texts of tokens, names of files and of models are escaped; only the figures are taken as they are.
     """
-    environment = Environment(
+    figures = {name: Markup(inline(svg, name)) for name, svg in svgs.items()}
+    return (
+        environment()
+        .get_template("report.html.jinja")
+        .render(facts=facts, data=data, figures=figures, said=headlines(data), configurations=plots.CONFIGURATIONS)
+    )
+
+
+def environment() -> Environment:
+    """Of the template: every text is escaped, for HTML and for whoever reads the page's source in a terminal."""
+    made = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=lambda value: shown(value) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -37,11 +49,8 @@ def render(facts: Data, data: Mapping[str, Data], svgs: Mapping[str, str]) -> st
         "token": plots.label,
         "megabytes": _megabytes,
     }
-    environment.filters |= filters
-    figures = {name: Markup(inline(svg, name)) for name, svg in svgs.items()}
-    return environment.get_template("report.html.jinja").render(
-        facts=facts, data=data, figures=figures, said=headlines(data), configurations=plots.CONFIGURATIONS
-    )
+    made.filters |= filters
+    return made
 
 
 def headlines(data: Mapping[str, Data]) -> dict[str, Any]:

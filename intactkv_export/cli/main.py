@@ -13,6 +13,7 @@ import typer
 
 from intactkv_export.cli import make, measure, prefixes, talk  # their commands register themselves
 from intactkv_export.cli.options import PROG, app
+from intactkv_export.cli.output import remark
 from intactkv_export.errors import IntactKVError, UsageError
 
 __all__ = ["main", "make", "measure", "prefixes", "talk"]
@@ -34,13 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except (Exception, KeyboardInterrupt) as error:
         if debug:
-            traceback.print_exc()
+            remark(traceback.format_exc())
         return _explain(error)
 
 
 def _explain(error: BaseException) -> int:
     if isinstance(error, IntactKVError):
-        print(f"{PROG}: {error}", file=sys.stderr)
+        remark(f"{PROG}: {error}")
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
@@ -50,11 +51,11 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, typer.BadParameter.__base__ or ()):  # the parser's usage errors
         command = error.ctx.command_path if error.ctx else PROG  # type: ignore[attr-defined]
         message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
-        print(f"{PROG}: {message[:1].lower()}{message[1:]}: see `{command} --help`", file=sys.stderr)
+        remark(f"{PROG}: {message[:1].lower()}{message[1:]}: see `{command} --help`")
         return UsageError.exit_code
-    print(f"{PROG}: internal error: {type(error).__name__}: {error}; run with --debug to see where", file=sys.stderr)
+    remark(f"{PROG}: internal error: {type(error).__name__}: {error}; run with --debug to see where")
     return IntactKVError.exit_code
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"{PROG}: warning: {message}", file=sys.stderr)
+    remark(f"{PROG}: warning: {message}")

@@ -13,6 +13,7 @@ from intactkv_export.cli.options import (
     Context,
     Device,
     Dtype,
+    Encoding,
     Engine,
     KvType,
     Offload,
@@ -25,7 +26,7 @@ from intactkv_export.cli.options import (
     number_or_word,
     text_or_file,
 )
-from intactkv_export.cli.output import megabytes, print_json, print_result, short_path
+from intactkv_export.cli.output import megabytes, print_json, print_result, say, short_path
 from intactkv_export.cli.progress_bar import ProgressBar
 
 
@@ -50,6 +51,7 @@ def convert(
     offload_dir: Offload = None,
     ctx_size: Context = 0,
     threads: Threads = None,
+    encoding: Encoding = None,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a model and compute its prefix: OUT.gguf, ready to chat with, and OUT.ikv.
@@ -109,6 +111,7 @@ def prefix(
     offload_dir: Offload = None,
     ctx_size: Context = 0,
     threads: Threads = None,
+    encoding: Encoding = None,
     as_json: AsJson = False,
 ) -> None:
     """Compute a prefix for another system prompt, for a model that is quantized already.
@@ -173,6 +176,7 @@ def calibrate(
         str | None, typer.Option("--dtype", help="Of torch. Default: float32; over 2^30 weights on a GPU bfloat16.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="The same result for the same seed on one CPU.")] = 0,
+    encoding: Encoding = None,
     allow_requantize: Requantize = False,
     as_json: AsJson = False,
 ) -> None:
@@ -218,8 +222,8 @@ def calibrate(
         return
     made, n_held_out = result.manifest, result.manifest["held_out"]["n_tokens"]
     kept = f"step {made['best_step']} of {made['steps']}" if made["best_step"] else "no step was better: as it began"
-    print(f"\n{short_path(result.out)}: {result.n_tokens} tokens, {result.n_bytes:,} bytes, {kept}")
-    print(f"KL divergence on {n_held_out:,} held-out tokens: {result.before:.4f} -> {result.after:.4f}")
+    say(f"\n{short_path(result.out)}: {result.n_tokens} tokens, {result.n_bytes:,} bytes, {kept}")
+    say(f"KL divergence on {n_held_out:,} held-out tokens: {result.before:.4f} -> {result.after:.4f}")
     for stage, seconds in result.seconds.items():
-        print(f"{stage:24} {seconds:7.1f} s")
-    print(f"{'peak memory':24} {megabytes(result.peak_bytes):>9}")
+        say(f"{stage:24} {seconds:7.1f} s")
+    say(f"{'peak memory':24} {megabytes(result.peak_bytes):>9}")

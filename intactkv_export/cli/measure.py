@@ -9,10 +9,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from intactkv_export.cli.options import KV_TYPE_NAMES, AsJson, Device, Reference, Threads, app, text_or_file, words
-from intactkv_export.cli.output import print_json, short_path
+from intactkv_export.cli.options import KV_TYPE_NAMES, AsJson, Device, Encoding, Reference, Threads, app, words
+from intactkv_export.cli.output import print_json, say, short_path
 from intactkv_export.cli.progress_bar import ProgressBar
 from intactkv_export.evaluation import MODES, REFERENCE
+from intactkv_export.models import read_text
 
 _ROWS = "\n".join(
     f"{name:11} {what}" for name, what in {REFERENCE: "the full-precision model itself, F16 cache", **MODES}.items()
@@ -61,7 +62,7 @@ def evaluate(
         typer.Option(
             "--text",
             metavar="FILE|self",
-            help="UTF-8 text; self: conversations that the reference writes (needs torch). "
+            help="A text; self: conversations that the reference writes (needs torch). "
             "Default: Python's language reference.",
             show_default=False,
         ),
@@ -71,6 +72,7 @@ def evaluate(
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of a text.")] = 256,
     allow_requantize: Annotated[bool, typer.Option("--allow-requantize", help="Take a quantized reference.")] = False,
     threads: Threads = None,
+    encoding: Encoding = None,
     as_json: AsJson = False,
 ) -> None:
     from intactkv_export import evaluation
@@ -78,7 +80,7 @@ def evaluate(
     texts = evaluation.Texts(
         n_chunks=chunks,
         n_tokens=tokens,
-        text=text if text in (None, evaluation.SELF) else text_or_file(f"@{text}"),
+        text=text if text in (None, evaluation.SELF) else read_text(text),
         questions=evaluation.multiple_choice.read(task_file) if task_file else (),
     )
     with ProgressBar(quiet=as_json) as progress:
@@ -114,10 +116,11 @@ def analyze(
     ] = None,
     html: Annotated[bool, typer.Option("--html/--no-html", help="Write report.html, one file with everything.")] = True,
     text: Annotated[
-        Path | None, typer.Option("--text", help="UTF-8 text to measure on. Default: Python's language reference.")
+        Path | None, typer.Option("--text", help="Text to measure on. Default: Python's language reference.")
     ] = None,
     kv_type: Annotated[str, typer.Option("--kv-type", help=f"Type of the KV cache: {KV_TYPE_NAMES}.")] = "q8_0",
     device: Device = "cpu",
+    encoding: Encoding = None,
     as_json: AsJson = False,
 ) -> None:
     """Draw what quantization does to a model and what its prefix undoes, as in the paper.
@@ -150,5 +153,5 @@ def analyze(
         print_json({"files": files, "facts": made.facts, "headlines": report.headlines(made.data)})
     else:
         for line in report.summary(made.data):
-            print(line)
-        print(f"\n{len(made.files)} files in {short_path(made.directory)}, beginning with {made.files[-1].name}")
+            say(line)
+        say(f"\n{len(made.files)} files in {short_path(made.directory)}, beginning with {made.files[-1].name}")

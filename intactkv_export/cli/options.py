@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from intactkv_export.libllama import KV_TYPES
-from intactkv_export.models import read_text
+from intactkv_export.models import read_text, text_file
 
 PROG = "intactkv-export"
 KV_TYPE_NAMES = ", ".join(KV_TYPES)
+FILE_RULE = "its last line break is left out, CRLF read as LF"
 
 app = typer.Typer(
     add_completion=False,
@@ -38,14 +40,21 @@ def _options(
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="CPU threads. Default: by the cores.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", "-t", min=1, help="CPU threads. Default: the cores it may use.")
+]
 KvType = Annotated[str, typer.Option("--kv-type", help=f"Type of the KV cache, or K,V: {KV_TYPE_NAMES}.")]
 Reference = Annotated[
     str, typer.Argument(help="The full-precision model: a directory, a hub id, or a GGUF.", show_default=False)
 ]
 SystemPrompt = Annotated[
     str | None,
-    typer.Option("--system-prompt", "-s", help="TEXT or @FILE. Default: the chat template's own.", show_default=False),
+    typer.Option(
+        "--system-prompt",
+        "-s",
+        help=f"TEXT or @FILE ({FILE_RULE}). Default: the chat template's own.",
+        show_default=False,
+    ),
 ]
 BosOnly = Annotated[bool, typer.Option("--bos-only", help="Keep only the first token intact; for base models.")]
 PrefixTokens = Annotated[
@@ -74,11 +83,33 @@ Context = Annotated[
 ]
 
 
+def _use_encoding(encoding: str | None) -> str | None:
+    """For everything that this command reads, in its other processes too."""
+    if encoding is not None:
+        os.environ[text_file.VARIABLE] = text_file.check_encoding(encoding)
+    return encoding
+
+
+Encoding = Annotated[
+    str | None,
+    typer.Option(
+        "--encoding",
+        help=f"Of the texts it reads, as latin-1. Default: ${text_file.VARIABLE}, or what they show: UTF-8, UTF-16, "
+        "the locale's.",
+        callback=_use_encoding,
+        show_default=False,
+    ),
+]
+
+
 def text_or_file(value: str) -> str:
-    """An option's TEXT, or the text of the file that @FILE names. Raises UsageError if it cannot be read."""
+    """An option's TEXT, or the text of the file that @FILE names without the line break that editors put at its end.
+
+    Raises UsageError if it cannot be read, IntactKVError if it is no text.
+    """
     if not value.startswith("@"):
-        return value
-    return read_text(value[1:])
+        return text_file.argument_text(value, "the text on the command line")
+    return read_text(value[1:]).removesuffix("\n")
 
 
 def number_or_word(value: str | None) -> int | str | None:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from intactkv_export.cli.options import AsJson, app
-from intactkv_export.cli.output import print_json
+from intactkv_export.cli.output import print_json, say
 
 
 @app.command()
@@ -75,7 +75,7 @@ def verify(
     if as_json:
         print_json(result)
     else:
-        print(f"{found.source}: {len(found.tokens)} tokens, whole{f', fits {against}' if against else ''}")
+        say(f"{found.source}: {len(found.tokens)} tokens, whole{f', fits {against}' if against else ''}")
 
 
 @app.command()
@@ -94,7 +94,7 @@ def embed(
 
     found = ikv.read(file)
     check_fit(found, model)
-    print(f"{ikv.embed(model, found, out)}: {len(found.tokens)} tokens, {len(found.data):,} bytes embedded")
+    say(f"{ikv.embed(model, found, out)}: {len(found.tokens)} tokens, {len(found.data):,} bytes embedded")
 
 
 @app.command()
@@ -111,4 +111,4 @@ def extract(
 
     out = out or model.with_suffix(".ikv")
     found = ikv.extract(model, out)
-    print(f"{out}: {len(found.tokens)} tokens, {len(found.data):,} bytes")
+    say(f"{out}: {len(found.tokens)} tokens, {len(found.data):,} bytes")

@@ -9,6 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from intactkv_export.cli.output import remark
+from intactkv_export.escapes import shown
+
 
 class ProgressBar:
     """A work.Progress for the eye. A context manager."""
@@ -38,14 +41,15 @@ class ProgressBar:
         self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        stage, note = shown(stage), shown(note)
         lines = self._bars.disable and not self._quiet
         if stage != self._stage:
             self._finish()
             self._stage, self._task = stage, self._bars.add_task(stage, total=None, note=note)
             if lines:
-                print(f"{stage} ...", file=sys.stderr, flush=True)
+                remark(f"{stage} ...")
         if lines and note and note != self._note:
-            print(f"{stage} {done}/{total}: {note}", file=sys.stderr, flush=True)
+            remark(f"{stage} {done}/{total}: {note}")
         self._note = note
         if self._task is not None:
             self._bars.update(self._task, completed=done, total=total or None, note=note)

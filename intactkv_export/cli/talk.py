@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,16 +11,17 @@ from typing import Annotated
 import typer
 
 from intactkv_export import __version__
-from intactkv_export.cli.options import AsJson, KvType, Threads, app, text_or_file
-from intactkv_export.cli.output import print_json
-from intactkv_export.errors import UsageError
+from intactkv_export.cli.options import FILE_RULE, KV_TYPE_NAMES, AsJson, Encoding, Threads, app, text_or_file
+from intactkv_export.cli.output import print_json, say
+from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.models import text_file
 
 
 @app.command()
 def chat(
     model: Annotated[Path, typer.Argument(help="A quantized GGUF.", show_default=False)],
     text: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Answer this message and exit; only the reply is on stdout.")
+        str | None, typer.Option("--prompt", "-p", help="Answer this message and exit; a pipe's text follows it.")
     ] = None,
     prefix_path: Annotated[
         Path | None, typer.Option("--prefix", help="Prefix file. Default: the one embedded or beside the model.")
@@ -26,52 +29,96 @@ def chat(
     no_prefix: Annotated[bool, typer.Option("--no-prefix", help="Chat without a prefix.")] = False,
     system_prompt: Annotated[
         str | None,
-        typer.Option("--system-prompt", "-s", help="TEXT or @FILE. A prefix brings its own and allows no other."),
+        typer.Option(
+            "--system-prompt", "-s", help=f"TEXT or @FILE ({FILE_RULE}). A prefix brings its own and allows no other."
+        ),
     ] = None,
-    kv_type: KvType = "q8_0",
+    kv_type: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-type",
+            help=f"Type of the KV cache, or K,V: {KV_TYPE_NAMES}. Default: q8_0, or f16 where only that fits.",
+            show_default=False,
+        ),
+    ] = None,
     n_predict: Annotated[int, typer.Option("-n", "--n-predict", min=0, help="Longest reply; 0: until it ends.")] = 0,
     ctx_size: Annotated[
         int | None,
-        typer.Option("--ctx-size", "-c", min=0, help="Context in tokens; 0: the model's. Default: that, at most 4096."),
+        typer.Option(
+            "--ctx-size",
+            "-c",
+            min=0,
+            help="Context in tokens; 0: the model's. Default: that, at most 4096, or the prefix and 2048 more.",
+            show_default=False,
+        ),
     ] = None,
     temp: Annotated[float, typer.Option("--temp", min=0, help="Temperature; 0: always the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option("--top-p", min=0, max=1, help="Sample from this probability mass.")] = 0.95,
     min_p: Annotated[float, typer.Option("--min-p", min=0, max=1, help="... of tokens this near the best.")] = 0.05,
-    seed: Annotated[int | None, typer.Option("--seed", help="For replies that can be repeated.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="For replies that can be repeated; /stats names the one in use.")
+    ] = None,
+    encoding: Encoding = None,
     threads: Threads = None,
 ) -> None:
     """Talk to a model. Its prefix is loaded, not computed, and stays at F16 whatever the KV type.
 
-    In a terminal: history with the arrow keys, Ctrl-C stops a reply, /help lists the commands. With -p or from a
-    pipe one message is answered.
+    In a terminal: a paste is one message, Alt-Enter begins another line, the arrow keys bring back earlier messages,
+    Ctrl-C stops a reply, /help lists the commands. With -p or from a pipe one message is answered; with both, -p
+    and then the pipe's text (-p TEXT < /dev/null: without).
 
     \b
     intactkv-export chat smol.gguf
     intactkv-export chat smol.gguf -p "What is a KV cache?" --temp 0
-    git diff | intactkv-export chat smol.gguf --kv-type q8_0,q4_0 > review.txt
+    git diff | intactkv-export chat smol.gguf -p "Review this" --kv-type q8_0,q4_0 > review.txt
     """
-    from intactkv_export.runtime import chat as chats
+    from intactkv_export import runtime
+    from intactkv_export.cli import terminal
 
     if prefix_path is not None and no_prefix:
         raise UsageError("--prefix and --no-prefix exclude each other: leave one out")
-    message = text
-    if message is None and not sys.stdin.isatty():
-        message = sys.stdin.read().rstrip("\n")
-    if message is not None and not message.strip():
-        raise UsageError("there is no message: give one with -p TEXT or on standard input")
-    talk = chats.open_chat(
+    message = _message(text)
+    talk = runtime.open_chat(
         model,
+        notice=terminal.notice,
         prefix=None if no_prefix else prefix_path or "auto",
         kv_type=kv_type,
         n_ctx=ctx_size,
         n_threads=threads,
         system_prompt=None if system_prompt is None else text_or_file(system_prompt),
-        sampling=chats.Sampling(n_predict, temp, top_p, min_p, seed),
+        sampling=runtime.Sampling(n_predict, temp, top_p, min_p, seed),
     )
     if message is not None:
-        chats.once(talk, message)
+        terminal.once(talk, message)
     else:
-        chats.interactive(talk)
+        terminal.interactive(talk)
+
+
+def _message(prompt: str | None) -> str | None:
+    """The one message to answer: --prompt, then what is piped. None: there is a terminal to talk in.
+
+    Raises UsageError if there is neither, IntactKVError if what is piped is no text.
+    """
+    stdin = sys.stdin  # None: closed
+    parts = [] if prompt is None else [text_file.argument_text(prompt, "--prompt")]
+    if stdin is not None and (_is_piped(stdin.fileno()) if parts else not stdin.isatty()):
+        try:
+            piped = stdin.buffer.read()
+        except OSError as error:
+            raise IntactKVError(f"cannot read standard input ({error.strerror}): give the message with -p") from error
+        parts.append(text_file.decode(piped, "standard input").rstrip("\n"))
+    elif stdin is not None and not parts:
+        return None
+    message = "\n\n".join(part for part in parts if part.strip())
+    if not message:
+        raise UsageError("there is no message: give one with -p TEXT or on standard input")
+    return message
+
+
+def _is_piped(fd: int) -> bool:
+    """Whether somebody means what is there to be read: a pipe or a file, and not what a service manager leaves open."""
+    mode = os.fstat(fd).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
 
 
 @app.command()
@@ -92,4 +139,4 @@ def version(as_json: AsJson = False) -> None:
         print_json(facts)
     else:
         for name, value in facts.items():
-            print(f"{name}: {'stock, without intact cells' if value is None else value}")
+            say(f"{name}: {'stock, without intact cells' if value is None else value}")

@@ -74,7 +74,8 @@ def convert(
         directories of an architecture whose layout is proven, else llama.
     dtype: None: F32; "auto": that of the weights, saving memory and disk at some precision; with the torch engine
         also "float16", "bfloat16". device, offload_dir: of the torch engine (engines/torch_engine.py).
-    n_threads: None: all cores. n_ctx: of the context that the prefix will be used in; only LongRoPE models need it.
+    n_threads: None: the cores that this process may use. n_ctx: of the context that the prefix will be used in; only
+    LongRoPE models need it.
     keep_reference: of a Hugging Face model, also keep the reference GGUF: name.reference.gguf.
     progress: told of each stage.
 

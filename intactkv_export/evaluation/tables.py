@@ -8,6 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from intactkv_export.escapes import shown
 from intactkv_export.evaluation.metrics import Difference, Estimate, Figures, differences, summary
 
 _NOISE = " ~"
@@ -20,7 +21,7 @@ def tables(results: Sequence[Figures]) -> Iterator[RenderableType]:
     for model in dict.fromkeys(r.model for r in results if r.mode != "reference"):
         rows = [r for r in results if r.model == model and r.mode != "reference"]
         compared = list(differences(rows))
-        yield Text(f"\n{model}", style="bold")
+        yield Text(f"\n{shown(model)}", style="bold")
         yield _configurations([*references[:1], *rows])
         if compared:
             yield Text("\ndifferences, chunk by chunk")

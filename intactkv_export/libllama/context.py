@@ -12,6 +12,7 @@ from intactkv_export import library
 from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama.kv_types import KV_TYPES
 from intactkv_export.libllama.log import errors_logged
+from intactkv_export.work import usable_cores
 
 N_BATCH = 512  # tokens evaluated at a time, at most
 
@@ -20,7 +21,7 @@ class Context:
     """A GGUF with a llama_context, `ptr`. A context manager: frees both.
 
     n_ctx: 0: N_BATCH. cache_type: "f32" (then without flash attention, which works in F16) or another of KV_TYPES.
-    n_threads: None: all cores. Raises IntactKVError if llama.cpp cannot run it.
+    n_threads: None: the cores that this process may use. Raises IntactKVError if llama.cpp cannot run it.
     """
 
     def __init__(self, gguf: str | os.PathLike[str], n_ctx: int, cache_type: str, n_threads: int | None) -> None:
@@ -36,7 +37,7 @@ class Context:
                 context = L.llama_context_default_params()
                 context.n_ctx, context.n_seq_max = n_ctx or N_BATCH, 1
                 context.n_batch = context.n_ubatch = N_BATCH
-                context.n_threads = context.n_threads_batch = n_threads or os.cpu_count() or 1
+                context.n_threads = context.n_threads_batch = n_threads or usable_cores()
                 context.type_k = context.type_v = KV_TYPES[cache_type]
                 context.flash_attn_type = int(cache_type != "f32")
                 context.offload_kqv = context.op_offload = False  # a GPU would round in its own ways

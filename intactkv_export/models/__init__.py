@@ -1,6 +1,6 @@
 """Files of models: a path or a hub id goes in; what it is and which one it is comes out, or a GGUF of another type."""
 
-from intactkv_export.models import gguf_file, imatrix, reference, tensor_types, weights
+from intactkv_export.models import gguf_file, imatrix, reference, tensor_types, text_file, weights
 from intactkv_export.models.dtypes import DTYPES, FLOATS, check_dtype
 from intactkv_export.models.proven import PROVEN, supports
 from intactkv_export.models.reference import (
@@ -16,5 +16,5 @@ from intactkv_export.models.text_file import read_text
 __all__ = [
     "DTYPES", "FLOATS", "KEY_CONVERTED", "KEY_REFERENCE", "PROVEN", "Reference", "check_dtype",
     "check_same_reference", "gguf_file", "identity", "imatrix", "locate", "read_text", "reference", "supports",
-    "tensor_types", "weights",
+    "tensor_types", "text_file", "weights",
 ]  # fmt: skip

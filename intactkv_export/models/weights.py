@@ -24,7 +24,7 @@ from intactkv_export.libllama import ERROR
 from intactkv_export.models import gguf_file, tensor_types
 from intactkv_export.models.imatrix import Imatrix
 from intactkv_export.models.reference import Reference
-from intactkv_export.work import Stages, Steps
+from intactkv_export.work import Stages, Steps, usable_cores
 
 # Name -> llama_ftype: QUANT_OPTIONS of upstream's tools/quantize/quantize.cpp.
 TYPES: dict[str, int] = {
@@ -100,14 +100,14 @@ def quantize(
 ) -> float:
     """Quantize a GGUF to a type of TYPES (llama_model_quantize); returns the bits per weight of the result.
 
-    The first of several parts stands for all; the result is one file. n_threads: None: all cores. progress counts
-    tensors. Raises IntactKVError with upstream's own reason.
+    The first of several parts stands for all; the result is one file. n_threads: None: the cores that this process may
+    use. progress counts tensors. Raises IntactKVError with upstream's own reason.
     """
     L = library.load()
     params = L.llama_model_quantize_default_params()
     params.ftype = TYPES[quant]
     params.allow_requantize = allow_requantize
-    params.nthread = n_threads or 0
+    params.nthread = n_threads or usable_cores()
     keep = imatrix.attach(params) if imatrix else None
     with _log(progress) as errors:
         failed = L.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params))

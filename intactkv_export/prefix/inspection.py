@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
+from intactkv_export.escapes import shown
 from intactkv_export.libllama import Vocabulary
 from intactkv_export.prefix.ikv import Prefix
 
@@ -108,7 +109,7 @@ def _facts(prefix: Prefix, fits: str | None) -> list[Text]:
         facts.append(("fits", fits))
     lines = []
     for name, value in facts:
-        for i, part in enumerate(_wrap(value, WIDTH - 12)):
+        for i, part in enumerate(_wrap(_one_line(value), WIDTH - 12)):
             lines.append(Text(f"{name if i == 0 else '':11} ", style="dim") + Text(part, style="default"))
     return lines
 
@@ -202,6 +203,11 @@ def _cells(ratio: np.ndarray) -> Text:
 
 def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _one_line(text: str) -> str:
+    """Of a manifest or a name: nothing that a terminal obeys, and no second line that looks like a fact of ours."""
+    return shown(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _wrap(text: str, width: int) -> list[str]:

@@ -17,6 +17,7 @@ from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import EXACT, KV_TYPES, bindings, errors_logged, kv_pair
 from intactkv_export.models import KEY_REFERENCE
 from intactkv_export.prefix import ikv
+from intactkv_export.work import usable_cores
 
 L = library.load()  # before anything else imports llama_cpp: on the patched libraries
 
@@ -42,6 +43,7 @@ class IntactLlama(Llama):
     kv_type: type of the KV cache, or a pair of types for K and V: f16, q8_0, q5_1, q5_0, q4_1, q4_0, bf16, iq4_nl,
         f32. Flash attention is on: quantized caches and prefixes need it.
     llama_kwargs: as of llama_cpp.Llama (n_ctx, n_threads, n_gpu_layers, ...), whose type_k, type_v are kv_type.
+        n_threads, n_threads_batch: None: the cores that this process may use.
 
     Raises UsageError for settings that exclude each other, IntactKVError if the model or the prefix cannot be
     loaded, or does not fit. On stock llama.cpp libraries a prefix loads into an f16 cache only.
@@ -72,6 +74,7 @@ class IntactLlama(Llama):
             raise IntactKVError(f"no model at {model_path}: give the path of a GGUF file")
         type_k, type_v = (KV_TYPES[name] for name in self.kv_type)
         settings = {"verbose": False, **llama_kwargs, "flash_attn": True, "type_k": type_k, "type_v": type_v}
+        settings |= {name: settings.get(name) or usable_cores() for name in ("n_threads", "n_threads_batch")}
         with errors_logged() as lines:
             try:
                 super().__init__(model_path, **settings)

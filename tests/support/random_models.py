@@ -144,8 +144,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(name: str, directory: Path | str, *, seed: int = 0) -> Path:
-    """Write random model `name` (a key of MODELS) into `directory` and return it."""
+def build(name: str, directory: Path | str, *, seed: int = 0, **changes: Any) -> Path:
+    """Write random model `name` (a key of MODELS), with changed settings, into `directory` and return it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -153,7 +153,7 @@ def build(name: str, directory: Path | str, *, seed: int = 0) -> Path:
     model_type, differs = MODELS[name]
     # Copied through JSON: a config class changes the dictionaries that it is given.
     base = {} if "text_config" in differs else _BASE
-    settings = json.loads(json.dumps({k: v for k, v in {**base, **differs}.items() if v is not None}))
+    settings = json.loads(json.dumps({k: v for k, v in {**base, **differs, **changes}.items() if v is not None}))
     if "sliding_window" in differs:
         settings["sliding_window"] = differs["sliding_window"]  # None is not the class's default
     config = AutoConfig.for_model(model_type, **settings)

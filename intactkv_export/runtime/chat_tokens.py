@@ -1,0 +1,112 @@
+"""Messages as tokens, by the model's own chat template: its control tokens are the template's, never the messages'.
+
+llama.cpp takes the name of a control token, as <|im_end|>, for that token wherever it stands. Whoever types it, or has
+it in a file that is pasted, would end his turn and could speak as the assistant or the system.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+
+from intactkv_export.errors import IntactKVError, first_line
+from intactkv_export.runtime.intact_llama import IntactLlama, L
+
+Messages = Sequence[Mapping[str, str]]
+
+
+class ChatTokens:
+    """Renders conversations and tokenizes them. Raises IntactKVError if the model has no template."""
+
+    def __init__(self, llama: IntactLlama) -> None:
+        template = llama.metadata.get("tokenizer.chat_template")
+        if template is None:
+            raise IntactKVError(
+                f"{llama.model_path} has no chat template, so nothing says how it marks turns: "
+                "use IntactLlama.create_completion() for a base model"
+            )
+        self._llama = llama
+        self._vocab = L.llama_model_get_vocab(llama.model)
+        names = (self._name(token) if token != -1 else "" for token in (llama.token_eos(), llama.token_bos()))
+        self._formatter = L.llama_chat_format.Jinja2ChatFormatter(template, *names)
+        self._control_names_of: dict[str, tuple[str, ...]] = {}  # turns come again with every message
+
+    def __call__(self, messages: Messages) -> list[int]:
+        """The tokens of a conversation that goes on with the assistant's reply.
+
+        Those of the rendered text as a whole, as IntactLlama.create_chat_completion() has them, unless a message
+        contains the name of a control token: then this message's part is tokenized as plain text. Raises IntactKVError
+        if the template refuses the conversation.
+        """
+        hidden: dict[str, str] = {}  # what stands for a name: the name
+        safe = [{**message, "content": self._hide(message["content"], hidden)} for message in messages]
+        try:
+            text = self._formatter(messages=safe).prompt
+        except Exception as error:  # a template is a program: anything can happen
+            raise IntactKVError(
+                f"the chat template of {self._llama.model_path} refuses this conversation ({first_line(error)}): "
+                "leave out --system-prompt, or use /reset"
+            ) from error
+        return self._tokenize_parts(text, hidden) if hidden else self._tokenize(text, special=True)
+
+    def _hide(self, content: str, hidden: dict[str, str]) -> str:
+        """The content with words that cannot be guessed in place of the names of control tokens."""
+        if content not in self._control_names_of:
+            self._control_names_of[content] = self._control_names(content)
+        names = self._control_names_of[content]
+        while names:
+            for name in names:
+                stand_in = f"\ue000{secrets.token_hex(8)}\ue001"
+                hidden[stand_in] = name
+                content = content.replace(name, stand_in)
+            names = self._control_names(content)  # without one, two halves of another may have met
+        return content
+
+    def _control_names(self, text: str) -> tuple[str, ...]:
+        """Names of the control tokens that llama.cpp reads in a text, the longest first."""
+        names = {self._name(token) for token in set(self._tokenize(text, special=True)) if self._is_control(token)}
+        return tuple(sorted((name for name in names if name and name in text), key=len, reverse=True))
+
+    def _tokenize_parts(self, text: str, hidden: Mapping[str, str]) -> list[int]:
+        """Between the template's control tokens are parts; one that has a name to bring back is plain text.
+
+        All else is tokenized together with the control tokens around it. llama.cpp too tokenizes the parts one by one.
+        """
+        back = re.compile("|".join(map(re.escape, hidden)))
+        control = "|".join(map(re.escape, self._control_names(text)))
+        pieces = re.split(f"({control})", text) if control else [text]
+        tokens: list[int] = []
+        others = ""
+        for i, piece in enumerate(pieces):
+            if not back.search(piece):
+                others += piece
+                continue
+            tokens += self._tokenize(others, special=True)
+            others = ""
+            plain = back.sub(lambda match: hidden[match[0]], piece)
+            tokens += self._tokenize(self._stripped(plain, pieces, i), special=False)
+        return tokens + self._tokenize(others, special=True)
+
+    def _stripped(self, plain: str, pieces: Sequence[str], i: int) -> str:
+        """Without the white space that the control tokens on both sides swallow, as <|end|> of Phi-3 does."""
+        if i > 0 and self._attributes(pieces[i - 1]) & L.LLAMA_TOKEN_ATTR_RSTRIP:
+            plain = plain.lstrip()
+        if i + 1 < len(pieces) and self._attributes(pieces[i + 1]) & L.LLAMA_TOKEN_ATTR_LSTRIP:
+            plain = plain.rstrip()
+        return plain
+
+    def _tokenize(self, text: str, special: bool) -> list[int]:
+        return self._llama.tokenize(text.encode(), add_bos=False, special=special) if text else []
+
+    def _attributes(self, name: str) -> int:
+        (token,) = self._tokenize(name, special=True)
+        return int(L.llama_vocab_get_attr(self._vocab, token))
+
+    def _is_control(self, token: int) -> bool:
+        """Whether only `special` makes llama.cpp read this token in a text: user-defined ones are text in any case."""
+        attributes = L.llama_vocab_get_attr(self._vocab, token)
+        return bool(attributes & (L.LLAMA_TOKEN_ATTR_CONTROL | L.LLAMA_TOKEN_ATTR_UNKNOWN))
+
+    def _name(self, token: int) -> str:
+        return L.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace")
