@@ -13,7 +13,7 @@ def kv_pair(kv_type: str | tuple[str, str]) -> tuple[str, str]:
     """The types of K and V: of "q8_0", of "q8_0,q4_0" (K, V), or of such a pair. Raises UsageError for others."""
     names = kv_type.split(",") if isinstance(kv_type, str) else kv_type
     pair = tuple(name.strip() for name in names)
-    pair = pair * 2 if len(pair) == 1 else pair
+    pair = pair * 2 if isinstance(kv_type, str) and len(pair) == 1 else pair
     if len(pair) != 2 or not set(pair) <= KV_TYPES.keys():
         raise UsageError(f"kv_type={kv_type!r}: give one of {', '.join(KV_TYPES)}, or a pair of them for K and V")
     return pair[0], pair[1]
