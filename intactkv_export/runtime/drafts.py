@@ -29,7 +29,7 @@ class Drafts(LlamaDraftModel):
     def __call__(self, input_ids: np.ndarray, /, **kwargs: Any) -> np.ndarray:
         """The next tokens as guessed, at most a batch with the one before; none inside llama.no_drafts_in."""
         whole = self._llama.no_drafts_in
-        if len(input_ids) < len(whole) and input_ids.tolist() == whole[: len(input_ids)]:
+        if len(input_ids) <= len(whole) and input_ids.tolist() == whole[: len(input_ids)]:
             return np.array([], dtype=np.intc)
         guessed = self.model(input_ids, **kwargs)[: self._llama.n_batch - 1]
         self._n_last = len(guessed)

@@ -94,10 +94,11 @@ def test_guesses_before_the_end_of_a_prefix(llama: Counted, smol: Smol) -> None:
     llama.reset()
     loads = llama.prefix_stats["loads"]
     plain, _ = reply(llama, prompt, None, **settings)
-    assert llama.prefix_stats["loads"] == loads + 1
+    n_loads = llama.prefix_stats["loads"] - loads
+    assert n_loads > 0
     llama.reset()
     assert reply(llama, prompt, Guesses(prompt + rest), **settings)[0] == plain
-    assert llama.prefix_stats["loads"] == loads + 2
+    assert llama.prefix_stats["loads"] == loads + 2 * n_loads
 
 
 def test_with_logits_of_all(smol: Smol) -> None:
