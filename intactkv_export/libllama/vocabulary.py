@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from types import TracebackType
 from typing import Any
@@ -9,6 +10,27 @@ from typing import Any
 from intactkv_export import library
 from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama.log import errors_logged
+
+
+def token_bytes(vocab: Any, token: int, special: bool) -> bytes:
+    """The bytes of a token's text, however many; a character may go on in the next token.
+
+    vocab: a llama_vocab *. special: control tokens as they are written, else they have no text. -1, llama.cpp's "no
+    token", has none either. Raises IntactKVError for an id that is not in the vocabulary, where llama.cpp aborts.
+    """
+    llama_cpp: Any = library.load()
+    n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
+    if token == -1:
+        return b""
+    if not 0 <= token < n_vocab:
+        raise IntactKVError(f"{token} is no token of this model: its vocabulary has the tokens 0 to {n_vocab - 1}")
+    size = 64  # bytes; enough for nearly all
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        n = llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, special)
+        if n >= 0:
+            return buffer.raw[:n]
+        size = -n  # what it needs
 
 
 class Vocabulary:
@@ -46,12 +68,7 @@ class Vocabulary:
 
     def text(self, tokens: list[int]) -> str:
         """The text of tokens, control tokens too."""
-        out = bytearray()
-        buffer = self._llama_cpp.ctypes.create_string_buffer(1 << 12)
-        for token in tokens:
-            n = self._llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
-            out += buffer.raw[: max(n, 0)]
-        return out.decode("utf-8", "replace")
+        return b"".join(token_bytes(self._vocab, token, True) for token in tokens).decode("utf-8", "replace")
 
     def token_name(self, token: int) -> str:
         """The token as the vocabulary writes it; "" for -1 (llama.cpp's "the model has none")."""

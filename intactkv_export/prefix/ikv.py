@@ -60,6 +60,15 @@ class Prefix:
     embedded: bool  # source is a GGUF
     data: bytes = field(repr=False)
 
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """What a conversation begins with so that its tokens begin with the prefix.
+
+        Empty for a prefix of the first token only, which every conversation begins with, and where the prefix is the
+        system prompt that the model's chat template writes itself.
+        """
+        return [dict(message) for message in self.manifest["messages"] or []]
+
 
 def build(
     model: Mapping[str, Any],

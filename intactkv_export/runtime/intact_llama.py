@@ -17,14 +17,15 @@ from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import EXACT, KV_TYPES, bindings, errors_logged, kv_pair
 from intactkv_export.models import KEY_REFERENCE
 from intactkv_export.prefix import ikv
+from intactkv_export.runtime.completion import CompletionLlama
 from intactkv_export.work import usable_cores
 
 L = library.load()  # before anything else imports llama_cpp: on the patched libraries
 
-from llama_cpp import Llama, LlamaState  # noqa: E402
+from llama_cpp import LlamaState  # noqa: E402
 
 
-class IntactLlama(Llama):
+class IntactLlama(CompletionLlama):
     """A `llama_cpp.Llama` that begins every sequence with the prefix, when its tokens begin with the prefix.
 
     Whenever tokens are evaluated from a position inside the prefix, and the sequence begins with the whole prefix,
@@ -105,6 +106,7 @@ class IntactLlama(Llama):
             )
         self.prefix = prefix
         self.prefix_path = path
+        self.no_drafts_in = prefix.tokens
         if not chosen_format and "chat_template.default" in self._chat_handlers:
             # The prefix renders the model's own template, a format that llama_cpp guesses from it may differ.
             self.chat_format = "chat_template.default"
@@ -166,6 +168,11 @@ class IntactLlama(Llama):
     def intact_cells(self) -> int:
         """Number of cells that attention reads at F16 now. 0 for an f16 cache, where no cell differs."""
         return bindings.n_cells(self.ctx) if library.is_patched() else 0
+
+    @property
+    def prefix_messages(self) -> list[dict[str, str]]:
+        """What a chat begins with so that it uses the prefix: Prefix.messages, or [] where there is no prefix."""
+        return [] if self.prefix is None else self.prefix.messages
 
     @property
     def prefix_stats(self) -> dict[str, Any]:

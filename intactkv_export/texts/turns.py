@@ -19,8 +19,7 @@ class Turns:
 
     def __init__(self, prefix: Prefix, vocabulary: Vocabulary, chat_template: str | None) -> None:
         self._prefix, self._vocabulary = prefix, vocabulary
-        messages = prefix.manifest["messages"]
-        self._system = messages[0]["content"] if messages else None
+        self._system = prefix.messages[0]["content"] if prefix.messages else None
         self._template: Template | None = None
         head, to_user, to_reply = "", "\n\n", "\n\n"
         if chat_template:
