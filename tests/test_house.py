@@ -17,13 +17,14 @@ from tests.support.paths import REPO
 
 PACKAGE = "intactkv_export"
 TOWER = (
-    "cli", "analysis", "conversion", "calibration", "evaluation", "engines", "texts", "runtime", "torch_model",
+    "cli", "analysis", "conversion", "calibration", "evaluation", "engines", "texts", "runtime", "replies",
+    "torch_model",
     "prefix", "models", "libllama", "work", "extras", "library", "escapes", "errors",
 )  # fmt: skip
 # Floors that load a large library: others may import them inside functions only.
-LOADED_LATE = ("torch_model", "runtime")
-# Modules that are imported inside functions themselves, because torch is at their top.
-WITH_TORCH = {f"{PACKAGE}/calibration/{name}.py" for name in ("run", "training", "targets")}
+LOADED_LATE = ("torch_model", "runtime", "replies")
+# Modules and floors that are imported inside functions themselves, because such a library is at their top.
+WITH_LIBRARIES = {f"{PACKAGE}/calibration/{name}.py" for name in ("run", "training", "targets")} | {"runtime"}
 
 
 def arrows(source: str, path: Path) -> Iterator[tuple[int, str, str | None, bool]]:
@@ -63,7 +64,7 @@ def faults(source: str, path: Path) -> list[str]:
             continue
         if TOWER.index(floor) < TOWER.index(own):
             found.append(f"{path}:{line} imports {floor}, which stands above {own}")
-        elif floor in LOADED_LATE and at_top and path.as_posix() not in WITH_TORCH:
+        elif floor in LOADED_LATE and at_top and not {path.as_posix(), own} & WITH_LIBRARIES:
             found.append(f"{path}:{line} imports {floor} at its top, which loads a large library: do it in a function")
         elif len(parts) > 2 or (name is not None and floor in PACKAGES and name not in face(floor)):
             taken = ".".join([*parts[2:], *([name] if name else [])])

@@ -17,7 +17,7 @@ from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import EXACT, KV_TYPES, bindings, errors_logged, kv_pair
 from intactkv_export.models import KEY_REFERENCE
 from intactkv_export.prefix import ikv
-from intactkv_export.runtime.completion import CompletionLlama
+from intactkv_export.replies import CompletionLlama
 from intactkv_export.work import usable_cores
 
 L = library.load()  # before anything else imports llama_cpp: on the patched libraries

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from intactkv_export.runtime.reply_text import ReplyText, decoder
+from intactkv_export.replies.reply_text import ReplyText, decoder
 
 Logprobs = dict[str, list[Any]]  # tokens, text_offset, token_logprobs, top_logprobs: lists of one length
 

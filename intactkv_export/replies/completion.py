@@ -19,9 +19,9 @@ import numpy as np
 
 from intactkv_export import library
 from intactkv_export.errors import IntactKVError
-from intactkv_export.runtime import drafts
-from intactkv_export.runtime.reply_text import ReplyText, Tokenizer, decoder
-from intactkv_export.runtime.token_logprobs import Logprobs, TokenLogprobs
+from intactkv_export.replies import drafts
+from intactkv_export.replies.reply_text import ReplyText, Tokenizer, decoder
+from intactkv_export.replies.token_logprobs import Logprobs, TokenLogprobs
 
 L = library.load()  # before anything else imports llama_cpp: on the patched libraries
 
