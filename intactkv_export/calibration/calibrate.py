@@ -32,8 +32,9 @@ from typing import TYPE_CHECKING, Any
 
 import intactkv_export
 from intactkv_export import extras
+from intactkv_export.engines import check_in_torch
 from intactkv_export.errors import UsageError
-from intactkv_export.libllama import kv_pair
+from intactkv_export.libllama import kv_pair, rope_of
 from intactkv_export.models import KEY_REFERENCE, gguf_file, identity, locate
 from intactkv_export.prefix import Prefix, check_reference, ikv, of_model
 from intactkv_export.work import Progress, atomic, peak_bytes, silent
@@ -131,6 +132,9 @@ def calibrate(
             "least 2 sequences, of which one is held out"
         )
     found, start = locate(reference, allow_requantize), of_model(model, prefix)
+    check_in_torch(found, model, device, "calibration")
+    if options := start.manifest.get("rope_options"):
+        raise UsageError(f"the prefix {start.source} was made with {rope_of(options)}, which torch cannot train with")
     work = Path(directory) if directory is not None else out.with_name(f"{out.name}.calibrating")
     with atomic.explained(out):
         work.mkdir(exist_ok=True)

@@ -25,12 +25,15 @@ from intactkv_export.cli.options import (
     app,
     number_or_word,
     text_or_file,
+    with_rope,
 )
 from intactkv_export.cli.output import megabytes, print_json, print_result, say, short_path
 from intactkv_export.cli.progress_bar import ProgressBar
+from intactkv_export.libllama import Rope
 
 
 @app.command()
+@with_rope
 def convert(
     reference: Reference,
     out: Annotated[Path, typer.Option("--out", "-o", help="OUT.gguf and OUT.ikv are written.", show_default=False)],
@@ -53,11 +56,14 @@ def convert(
     threads: Threads = None,
     encoding: Encoding = None,
     as_json: AsJson = False,
+    *,
+    rope: Rope,
 ) -> None:
     """Quantize a model and compute its prefix: OUT.gguf, ready to chat with, and OUT.ikv.
 
     The system prompt is rendered by the model's own chat template; the prefix is what every conversation with it
-    begins with. With several types, OUT-TYPE.gguf share one OUT.ikv; calibrated, each has its own OUT-TYPE.ikv.
+    begins with. With several types, OUT-TYPE.gguf share one OUT.ikv; calibrated, each has its own OUT-TYPE.ikv. A
+    prefix made with --rope-... or --yarn-... options is for programs that are given the same ones.
 
     \b
     intactkv-export convert ./SmolLM2 -o smol.gguf --system-prompt @prompt.txt
@@ -87,12 +93,14 @@ def convert(
             offload_dir=offload_dir,
             n_threads=threads,
             n_ctx=ctx_size,
+            rope=rope,
             progress=progress,
         )
     print_result(result, as_json)
 
 
 @app.command()
+@with_rope
 def prefix(
     reference: Reference,
     model: Annotated[Path, typer.Option("--model", "-m", help="A GGUF quantized from it.", show_default=False)],
@@ -113,6 +121,8 @@ def prefix(
     threads: Threads = None,
     encoding: Encoding = None,
     as_json: AsJson = False,
+    *,
+    rope: Rope,
 ) -> None:
     """Compute a prefix for another system prompt, for a model that is quantized already.
 
@@ -139,6 +149,7 @@ def prefix(
             offload_dir=offload_dir,
             n_threads=threads,
             n_ctx=ctx_size,
+            rope=rope,
             progress=progress,
         )
     print_result(result, as_json)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from intactkv_export.libllama import KV_TYPES
+from intactkv_export.libllama import KV_TYPES, SCALINGS, Rope, option
 from intactkv_export.models import read_text, text_file
 
 PROG = "intactkv-export"
@@ -100,6 +104,42 @@ Encoding = Annotated[
         show_default=False,
     ),
 ]
+
+_ROPE_HELP = {
+    "scaling": f"RoPE scaling: {', '.join(SCALINGS)}.",
+    "scale": "The context is longer by this factor.",
+    "freq_base": "RoPE base frequency.",
+    "freq_scale": "RoPE frequency scale, the inverse of --rope-scale.",
+    "yarn_orig_ctx": "YaRN: the context that the model was trained for.",
+    "yarn_ext_factor": "YaRN: extrapolation mix; 0: full interpolation.",
+    "yarn_attn_factor": "YaRN: magnitude of the attention.",
+    "yarn_beta_slow": "YaRN: high correction dimension.",
+    "yarn_beta_fast": "YaRN: low correction dimension.",
+}
+
+
+def with_rope(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command upstream's RoPE options, each by default as the model says; it is passed them as `rope`."""
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "rope"]
+    options = []
+    for field in dataclasses.fields(Rope):
+        kind = str if field.name == "scaling" else int if field.name == "yarn_orig_ctx" else float
+        help_ = typer.Option(option(field.name), help=_ROPE_HELP[field.name], show_default=False)
+        options.append(
+            inspect.Parameter(
+                f"rope_{field.name}", inspect.Parameter.KEYWORD_ONLY, default=None,
+                annotation=Annotated[kind | None, help_],
+            )
+        )  # fmt: skip
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        values = {field.name: given.pop(f"rope_{field.name}") for field in dataclasses.fields(Rope)}
+        command(**given, rope=Rope(**{name: value for name, value in values.items() if value is not None}))
+
+    run.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+    del run.__wrapped__
+    return run
 
 
 def text_or_file(value: str) -> str:

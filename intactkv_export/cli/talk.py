@@ -11,13 +11,15 @@ from typing import Annotated
 import typer
 
 from intactkv_export import __version__
-from intactkv_export.cli.options import FILE_RULE, KV_TYPE_NAMES, AsJson, Encoding, Threads, app, text_or_file
+from intactkv_export.cli.options import FILE_RULE, KV_TYPE_NAMES, AsJson, Encoding, Threads, app, text_or_file, with_rope
 from intactkv_export.cli.output import print_json, say
 from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.libllama import Rope
 from intactkv_export.models import text_file
 
 
 @app.command()
+@with_rope
 def chat(
     model: Annotated[Path, typer.Argument(help="A quantized GGUF.", show_default=False)],
     text: Annotated[
@@ -60,6 +62,8 @@ def chat(
     ] = None,
     encoding: Encoding = None,
     threads: Threads = None,
+    *,
+    rope: Rope,
 ) -> None:
     """Talk to a model. Its prefix is loaded, not computed, and stays at F16 whatever the KV type.
 
@@ -87,6 +91,7 @@ def chat(
         n_threads=threads,
         system_prompt=None if system_prompt is None else text_or_file(system_prompt),
         sampling=runtime.Sampling(n_predict, temp, top_p, min_p, seed),
+        **rope.llama_kwargs,
     )
     if message is not None:
         terminal.once(talk, message)

@@ -19,7 +19,9 @@ from intactkv_export import extras
 from intactkv_export.conversion.checks import base_name, check_space, check_targets, quantization_types
 from intactkv_export.conversion.intact_tokens import Curve, shortest
 from intactkv_export.conversion.result import ConvertResult, Output, result
-from intactkv_export.engines import Engine, compute
+from intactkv_export.engines import Engine, check_device, check_in_torch, compute
+from intactkv_export.errors import UsageError
+from intactkv_export.libllama import Rope
 from intactkv_export.models import (
     KEY_CONVERTED,
     KEY_REFERENCE,
@@ -54,6 +56,7 @@ def convert(
     offload_dir: str | os.PathLike[str] | None = None,
     n_threads: int | None = None,
     n_ctx: int = 0,
+    rope: Rope | None = None,
     progress: Progress | None = None,
 ) -> ConvertResult:
     """Quantize a reference model and compute its IntactKV prefix.
@@ -76,25 +79,35 @@ def convert(
         also "float16", "bfloat16". device, offload_dir: of the torch engine (engines/torch_engine.py).
     n_threads: None: the cores that this process may use. n_ctx: of the context that the prefix will be used in; only
     LongRoPE models need it.
+    rope: RoPE settings that the prefix will be used with; None: the model's own. Whoever runs the model sets them too.
     keep_reference: of a Hugging Face model, also keep the reference GGUF: name.reference.gguf.
     progress: told of each stage.
 
     Raises UsageError before any work if the request makes no sense, IntactKVError if the work fails: one sentence
     each. Then nothing is left behind.
     """
-    settings = Engine(engine, dtype, device, offload_dir, n_threads, n_ctx)
+    settings = Engine(engine, dtype, device, offload_dir, n_threads, n_ctx, rope or Rope())
     plan = _plan(reference, out, quant, imatrix, bool(calibrate), keep_reference, allow_requantize)
     computed_by = settings.chosen(plan.reference)
     check_prefix_tokens(prefix_tokens, bos_only)
     check_prompt(plan.reference.chat_template, system_prompt, bos_only)
     if calibrate:
         extras.require("torch", for_="--calibrate")
+        if settings.rope:
+            raise UsageError(f"--calibrate trains with the model's own RoPE, and {settings.rope} is given: give one")
+    if calibrate or prefix_tokens == "auto":
+        check_device(calibrate.get("device", device) if isinstance(calibrate, Mapping) else device)
 
     with atomic.work_directory(plan.base) as directory:
         work = Stages(directory, progress)
         widens = computed_by == "llama" and settings.widens(plan.reference)
         check_space(directory, plan.reference, list(plan.ggufs), widen=widens)
-        prompt = prompt_for(_header(work, plan.reference), system_prompt, bos_only, prefix_tokens)
+        header = _header(work, plan.reference)
+        prompt = prompt_for(header, system_prompt, bos_only, prefix_tokens, settings.rope)
+        if settings.chosen(plan.reference, len(prompt.tokens)) != computed_by:  # the prompt is too long for torch
+            check_space(directory, plan.reference, list(plan.ggufs), widen=settings.widens(plan.reference))
+        if calibrate or prefix_tokens == "auto":
+            check_in_torch(plan.reference, header, "cpu", "--calibrate" if calibrate else "--prefix-tokens auto")
         gguf = weights.reference_gguf(work, plan.reference)
         sha256 = work.run("hash reference", identity, plan.reference)
         quantized = _quantize_all(work, plan, gguf, n_threads)

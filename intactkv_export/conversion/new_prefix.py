@@ -8,7 +8,8 @@ from pathlib import Path
 from intactkv_export.conversion.checks import base_name, check_space, check_targets
 from intactkv_export.conversion.intact_tokens import Curve, shortest
 from intactkv_export.conversion.result import ConvertResult, result
-from intactkv_export.engines import Engine, compute
+from intactkv_export.engines import Engine, check_in_torch, compute
+from intactkv_export.libllama import Rope
 from intactkv_export.models import KEY_REFERENCE, check_same_reference, gguf_file, identity, locate, weights
 from intactkv_export.prefix import check_prefix_tokens, ikv, prompt_for
 from intactkv_export.work import Progress, Stages, atomic
@@ -30,6 +31,7 @@ def prefix(
     offload_dir: str | os.PathLike[str] | None = None,
     n_threads: int | None = None,
     n_ctx: int = 0,
+    rope: Rope | None = None,
     progress: Progress | None = None,
 ) -> ConvertResult:
     """Compute a prefix for a GGUF that was made from this reference.
@@ -38,7 +40,7 @@ def prefix(
     has one embedded, which would hide the new file, and `out` is not given. Otherwise as convert(). Raises
     IntactKVError if the model was quantized from another reference, by identity or by structure.
     """
-    settings = Engine(engine, dtype, device, offload_dir, n_threads, n_ctx)
+    settings = Engine(engine, dtype, device, offload_dir, n_threads, n_ctx, rope or Rope())
     model = Path(model)
     stamped = gguf_file.read(model).values
     target = base_name(model if out is None else out)
@@ -46,10 +48,13 @@ def prefix(
     if embed is None:
         embed = out is None and ikv.KEY_STATE in stamped
     found = locate(reference, allow_requantize)
-    computed_by = settings.chosen(found)
+    settings.chosen(found)
     check_targets([target], found)
     check_prefix_tokens(prefix_tokens, bos_only)
-    prompt = prompt_for(model, system_prompt, bos_only, prefix_tokens)
+    if prefix_tokens == "auto":
+        check_in_torch(found, model, device, "--prefix-tokens auto")
+    prompt = prompt_for(model, system_prompt, bos_only, prefix_tokens, settings.rope)
+    computed_by = settings.chosen(found, len(prompt.tokens))
     with atomic.work_directory(target) as directory:
         work = Stages(directory, progress)
         check_space(directory, found, [], widen=computed_by == "llama" and settings.widens(found))

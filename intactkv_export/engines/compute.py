@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import intactkv_export
 from intactkv_export.engines import llama_engine, torch_engine
-from intactkv_export.engines.choose import choose
+from intactkv_export.engines.choose import check_device, choose
 from intactkv_export.errors import IntactKVError, UsageError
-from intactkv_export.libllama import KV
+from intactkv_export.libllama import KV, Rope
 from intactkv_export.models import Reference, check_dtype, weights
 from intactkv_export.prefix import Prefix, Prompt, ikv
 from intactkv_export.work import Stages
@@ -30,6 +30,7 @@ class Engine:
     offload_dir: str | os.PathLike[str] | None
     n_threads: int | None
     n_ctx: int
+    rope: Rope = field(default_factory=Rope)
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
@@ -40,9 +41,14 @@ class Engine:
         """Whether the llama engine computes with a copy of the weights at F32 (engines/llama_engine.py: why)."""
         return self.dtype != "auto" and reference.dtype != "F32"
 
-    def chosen(self, reference: Reference) -> str:
-        """The engine for this reference, "llama" or "torch". Raises UsageError if it cannot be."""
-        name = choose(self.engine, reference)
+    def chosen(self, reference: Reference, n_tokens: int = 0) -> str:
+        """The engine for this reference, "llama" or "torch", and a prefix of n_tokens tokens; 0: not known yet.
+
+        Raises UsageError if it cannot be, or torch has not the device.
+        """
+        name = choose(self.engine, reference, self.rope, n_tokens)
+        if name == "torch" and self.offload_dir is None:
+            check_device(self.device)
         if name == "llama" and self.dtype in ("float16", "bfloat16"):
             raise UsageError(f"the llama engine has no dtype {self.dtype!r}: give float32 or auto, or the torch engine")
         return name
@@ -63,7 +69,7 @@ def compute(
     read the prefix; None: gguf. identity: the reference's (reference.identity). Raises IntactKVError if the engine
     fails, or the reader is no quantization of the reference.
     """
-    name = engine.chosen(reference)
+    name = engine.chosen(reference, len(prompt.tokens))
     with_engine = _with_torch if name == "torch" else _with_llama
     model, K, V, dtype, versions = with_engine(work, engine, reference, gguf, prompt, reader)
     manifest = {
@@ -81,6 +87,8 @@ def compute(
         "calibrated": None,
         "created_by": f"intactkv-export {intactkv_export.__version__}",
     }
+    if engine.rope:  # what whoever uses the prefix has to set too
+        manifest["rope_options"] = engine.rope.given
     return ikv.read(ikv.build(model, prompt.tokens, K, V, manifest))
 
 
@@ -132,11 +140,13 @@ def _with_llama(
         counted=True,
         n_threads=engine.n_threads,
         n_ctx=n_ctx,
+        rope=engine.rope,
     )
     if source != gguf:
         source.unlink()
     if reader is not None:
-        _check_same(own, work.run("describe model", llama_engine.describe, reader, n_ctx), reference.path, reader)
+        described = work.run("describe model", llama_engine.describe, reader, n_ctx, engine.rope)
+        _check_same(own, described, reference.path, reader)
     return own, K, V, dtype, llama_engine.versions()
 
 

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from intactkv_export import library
 from intactkv_export.engines.rows import to_float16
 from intactkv_export.errors import UsageError
-from intactkv_export.libllama import KV, N_BATCH, Context, bindings, state
+from intactkv_export.libllama import KV, N_BATCH, Context, Rope, bindings, state
+from intactkv_export.models import gguf_file
 from intactkv_export.work import Steps
 
 CACHE_TYPES = ("f32", "f16")
@@ -32,9 +34,9 @@ def versions() -> dict[str, str]:
     return {"intactkv": bindings.version(), "llama_cpp_python": library.load().__version__}
 
 
-def describe(gguf: str | os.PathLike[str], n_ctx: int = 0) -> dict[str, Any]:
+def describe(gguf: str | os.PathLike[str], n_ctx: int = 0, rope: Rope | None = None) -> dict[str, Any]:
     """The description of a model (bindings.describe) in a context of n_ctx tokens. Raises IntactKVError."""
-    with Context(gguf, n_ctx, "f16", None) as context:
+    with _context(gguf, n_ctx, 1, "f16", None, rope) as context:
         return bindings.describe(context.ptr)
 
 
@@ -45,18 +47,19 @@ def compute(
     cache_dtype: str = "f32",
     n_threads: int | None = None,
     n_ctx: int = 0,
+    rope: Rope | None = None,
     progress: Steps | None = None,
 ) -> tuple[dict[str, Any], KV, KV]:
     """(model description, K, V) of `tokens` at positions 0.., K and V {layer: float16 [n_tokens, n_head_kv, head_dim]}.
 
     Rows that a sliding window has left behind are zero. cache_dtype: "f32": no flash attention, rounded once; "f16":
-    flash attention, as most programs run. n_ctx: of the context, at least the prefix; LongRoPE models choose their
-    factors by it. progress counts tokens. Raises IntactKVError if the model cannot be loaded, cannot carry a prefix,
-    or has K or V beyond float16.
+    flash attention, as most programs run. n_ctx: of the context that the prefix will be used in; LongRoPE models choose
+    their factors by it. rope: settings that it will be used with. progress counts tokens. Raises IntactKVError if the
+    model cannot be loaded, cannot carry a prefix, or has K or V beyond float16.
     """
     if cache_dtype not in CACHE_TYPES:
         raise UsageError(f"unknown cache type {cache_dtype!r}: give one of {', '.join(CACHE_TYPES)}")
-    with Context(gguf, max(n_ctx, len(tokens) + 1), cache_dtype, n_threads) as context:
+    with _context(gguf, n_ctx, len(tokens) + 1, cache_dtype, n_threads, rope) as context:
         model = bindings.describe(context.ptr)
         for start in range(0, len(tokens), N_BATCH):
             context.decode(tokens[start : start + N_BATCH], start)
@@ -64,3 +67,25 @@ def compute(
                 progress(min(start + N_BATCH, len(tokens)), len(tokens))
         K, V = state.rows_by_layer(context.state(), model, len(tokens))
     return model, to_float16(K, "K"), to_float16(V, "V")
+
+
+def _context(
+    gguf: str | os.PathLike[str], n_ctx: int, needed: int, cache_type: str, n_threads: int | None, rope: Rope | None
+) -> Context:
+    """A context of the tokens needed that has the LongRoPE factors of one of n_ctx: a large cache would be for nothing.
+
+    llama.cpp takes the long factors where the context is longer than the model's original one. So that a short context
+    takes them too, that length is overridden by 1, and given again where else it is used.
+    """
+    original = gguf_file.longrope_original(gguf)
+    if original is None or not _padded(needed) <= original[1] < _padded(max(n_ctx, needed)):
+        return Context(gguf, needed, cache_type, n_threads, rope)
+    key, n_ctx_orig = original
+    rope = rope or Rope()
+    rope = replace(rope, yarn_orig_ctx=rope.yarn_orig_ctx or n_ctx_orig)
+    return Context(gguf, needed, cache_type, n_threads, rope, {key: 1})
+
+
+def _padded(n_ctx: int) -> int:
+    """What llama.cpp makes of a context's size."""
+    return -(-n_ctx // 256) * 256

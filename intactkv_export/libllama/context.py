@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from intactkv_export import library
 from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama.kv_types import KV_TYPES
 from intactkv_export.libllama.log import errors_logged
+from intactkv_export.libllama.reason import reason
+from intactkv_export.libllama.rope import Rope
 from intactkv_export.work import usable_cores
 
 N_BATCH = 512  # tokens evaluated at a time, at most
@@ -21,10 +23,19 @@ class Context:
     """A GGUF with a llama_context, `ptr`. A context manager: frees both.
 
     n_ctx: 0: N_BATCH. cache_type: "f32" (then without flash attention, which works in F16) or another of KV_TYPES.
-    n_threads: None: the cores that this process may use. Raises IntactKVError if llama.cpp cannot run it.
+    n_threads: None: the cores that this process may use. rope: None: the model's own. overrides: integers of the GGUF's
+    metadata that are read as others. Raises IntactKVError if llama.cpp cannot run it.
     """
 
-    def __init__(self, gguf: str | os.PathLike[str], n_ctx: int, cache_type: str, n_threads: int | None) -> None:
+    def __init__(
+        self,
+        gguf: str | os.PathLike[str],
+        n_ctx: int,
+        cache_type: str,
+        n_threads: int | None,
+        rope: Rope | None = None,
+        overrides: Mapping[str, int] | None = None,
+    ) -> None:
         self._L = L = library.load()
         self._model, self.ptr = None, None
         if not Path(gguf).is_file():
@@ -32,6 +43,7 @@ class Context:
         with errors_logged() as lines:
             model = L.llama_model_default_params()
             model.n_gpu_layers, model.use_extra_bufts = 0, False
+            model.kv_overrides = kept = _overrides(overrides or {})
             self._model = L.llama_model_load_from_file(os.fsencode(gguf), model)
             if self._model:
                 context = L.llama_context_default_params()
@@ -41,11 +53,13 @@ class Context:
                 context.type_k = context.type_v = KV_TYPES[cache_type]
                 context.flash_attn_type = int(cache_type != "f32")
                 context.offload_kqv = context.op_offload = False  # a GPU would round in its own ways
+                for name, value in (rope or Rope()).llama_kwargs.items():
+                    setattr(context, name, value)
                 self.ptr = L.llama_init_from_model(self._model, context)
+        del kept  # it had to live until the model was read
         if not self.ptr:
             self.close()
-            reason = lines[-1].rstrip(".") if lines else "no reason given"
-            raise IntactKVError(f"llama.cpp cannot run {gguf} ({reason}): check the file and the free memory")
+            raise IntactKVError(f"llama.cpp cannot run {gguf} ({reason(lines)}): check the file and the free memory")
 
     def __enter__(self) -> Context:
         return self
@@ -73,14 +87,23 @@ class Context:
             with errors_logged() as lines:
                 status = self._L.llama_decode(self.ptr, batch)
             if status:
-                reason = lines[-1].rstrip(".") if lines else f"status {status}"
-                raise IntactKVError(f"llama.cpp cannot evaluate tokens {start} to {start + len(tokens) - 1} ({reason})")
+                why = reason(lines, f"status {status}")
+                raise IntactKVError(f"llama.cpp cannot evaluate tokens {start} to {start + len(tokens) - 1} ({why})")
         finally:
             self._L.llama_batch_free(batch)
 
     def state(self) -> bytes:
         """The state of sequence 0 (llama_state_seq_get_data), as libllama.state reads it."""
         return sequence_state(self.ptr)
+
+
+def _overrides(values: Mapping[str, int]) -> Any:
+    """llama_model_params.kv_overrides, ended by an empty one."""
+    L = library.load()
+    made = (L.llama_model_kv_override * (len(values) + 1))()
+    for entry, (key, value) in zip(made, values.items(), strict=False):
+        entry.key, entry.tag, entry.value.val_i64 = key.encode(), L.LLAMA_KV_OVERRIDE_TYPE_INT, value
+    return made
 
 
 def sequence_state(ctx: Any, seq_id: int = 0) -> bytes:

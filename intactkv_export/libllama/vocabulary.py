@@ -10,6 +10,9 @@ from typing import Any
 from intactkv_export import library
 from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama.log import errors_logged
+from intactkv_export.libllama.reason import reason
+
+_SEVERAL_POSITIONS = (8, 40)  # LLAMA_ROPE_TYPE_MROPE, LLAMA_ROPE_TYPE_IMROPE
 
 
 def token_bytes(vocab: Any, token: int, special: bool) -> bytes:
@@ -47,8 +50,9 @@ class Vocabulary:
             params.vocab_only = True
             self._model = self._llama_cpp.llama_model_load_from_file(os.fsencode(gguf), params)
         if not self._model:
-            reason = lines[-1].rstrip(".") if lines else "no reason given"
-            raise IntactKVError(f"llama.cpp cannot load the vocabulary of {gguf} ({reason}): convert the model again")
+            raise IntactKVError(
+                f"llama.cpp cannot load the vocabulary of {gguf} ({reason(lines)}): convert the model again"
+            )
         self._vocab = self._llama_cpp.llama_model_get_vocab(self._model)
 
     def __enter__(self) -> Vocabulary:
@@ -106,4 +110,15 @@ class Vocabulary:
                 return why
         if self._llama_cpp.llama_model_has_encoder(self._model):
             return "its encoder sees the whole prompt, so no part of it can be computed ahead"
+        arch = self.header("general.architecture")
+        if all(self.header(f"{arch}.attention.{name}_length_mla") for name in ("key", "value")):
+            return "it caches compressed latents (MLA) instead of K and V"
+        if self._llama_cpp.llama_model_rope_type(self._model) in _SEVERAL_POSITIONS:
+            return "its positions have several dimensions (M-RoPE)"
         return ""
+
+    def header(self, key: str) -> str:
+        """A value of the GGUF's header as text, up to 255 bytes; "" if it has none."""
+        buffer = self._llama_cpp.ctypes.create_string_buffer(256)
+        n = self._llama_cpp.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace") if n > 0 else ""

@@ -84,6 +84,19 @@ def shards(path: str | os.PathLike[str]) -> list[Path]:
     return files
 
 
+def longrope_original(path: str | os.PathLike[str]) -> tuple[str, int] | None:
+    """Of a model with LongRoPE's two sets of factors, (key, value) of the context length that divides their use.
+
+    None: it has none. Raises IntactKVError as read().
+    """
+    header = read(path)
+    if not any(t.name.startswith("rope_factors_long") for part in shards(path) for t in read(part).tensors):
+        return None
+    arch = header.values.get("general.architecture")
+    key = f"{arch}.rope.scaling.original_context_length"
+    return key, int(header.values.get(key) or header.values.get(f"{arch}.context_length") or 0)
+
+
 def copy(source: str | os.PathLike[str], out: IO[bytes], changes: Mapping[str, int | str | bytes | None]) -> None:
     """Write `source` to `out` with some keys set (int: uint32, str, bytes: uint8 array) or removed (None).
 

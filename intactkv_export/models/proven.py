@@ -54,11 +54,20 @@ def supports(config: Any) -> bool:
     model_type = text.get("model_type") or _WRAPPED.get(outer)
     if model_type not in PROVEN or _WRAPPED.get(outer, outer) != model_type:
         return False
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    each = [r for r in rope.values() if isinstance(r, Mapping)] or [rope]
-    types = {r.get("rope_type", r.get("type", "default")) for r in each}
+    each = _ropes(text)
     return (
-        types <= _ROPE_SCALING.get(model_type, {"default"})
+        rope_types(config) <= _ROPE_SCALING.get(model_type, {"default"})
         and not full.get("quantization_config")
         and not any(r.get(key) is not None for r in each for key in _ROPE_UNPROVEN)
     )
+
+
+def rope_types(config: Any) -> set[str]:
+    """The kinds of RoPE scaling that a model's layers have, "default" for none. config: as of supports()."""
+    full = config if isinstance(config, Mapping) else config.to_dict()
+    return {r.get("rope_type", r.get("type", "default")) for r in _ropes(full.get("text_config") or full)}
+
+
+def _ropes(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    return [r for r in rope.values() if isinstance(r, Mapping)] or [rope]

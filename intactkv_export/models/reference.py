@@ -20,7 +20,7 @@ from typing import Any
 
 from intactkv_export import extras
 from intactkv_export.errors import IntactKVError, UsageError, first_line
-from intactkv_export.models import gguf_file, tensor_types
+from intactkv_export.models import gguf_file, huggingface, tensor_types
 
 KEY_REFERENCE = "intactkv.reference.sha256"  # of a GGUF: the identity of the reference it was quantized from
 KEY_CONVERTED = "intactkv.converted.sha256"  # of a reference GGUF that was kept: the hash of its own tensors
@@ -80,6 +80,8 @@ def locate(reference: str | os.PathLike[str], allow_requantize: bool = False) ->
             f"{reference} is quantized ({found.dtype}), so its pivot tokens are distorted already: give the "
             "full-precision model, or --allow-requantize to take it all the same"
         )
+    if not found.is_gguf:
+        huggingface.check(found.path, huggingface.read_json(found.path / "config.json"), found.dtype * found.quantized)
     return found
 
 
@@ -126,51 +128,24 @@ def _gguf(path: Path) -> Reference:
 
 
 def _huggingface(path: Path, name: str | None = None) -> Reference:
-    config = _json(path / "config.json")
+    config = huggingface.read_json(path / "config.json")
     files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        files = [path / name for name in sorted(set(_json(index).get("weight_map", {}).values()))]
+        files = [path / name for name in sorted(set(huggingface.read_json(index).get("weight_map", {}).values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise IntactKVError(f"{path} lacks {missing[0]}, which its index names: get the complete model")
     if not files:
         raise IntactKVError(f"{path} has no weights (model*.safetensors): get the complete model")
-    method = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
     kinds: Counter[str] = Counter()
     for file in files:
         for tensor in _tensors(file, False):
             kinds[tensor.dtype] += tensor.n_bytes
-    dtype = kinds.most_common(1)[0][0]
-    if method:
-        dtype = str(method.get("quant_method", dtype)) if isinstance(method, dict) else dtype
-    return Reference(name or path.resolve().name, path, False, files, dtype, bool(method), _huggingface_template(path))
-
-
-def _huggingface_template(path: Path) -> str | None:
-    """The chat template that upstream's converter will put into the GGUF (gguf.SpecialVocab)."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    config = path / "tokenizer_config.json"
-    template = _json(config).get("chat_template") if config.is_file() else None
-    if isinstance(template, list):  # several, by name
-        template = next((x.get("template") for x in template if x.get("name") == "default"), None)
-    if template is None and (path / "chat_template.json").is_file():
-        template = _json(path / "chat_template.json").get("chat_template")
-    return template if isinstance(template, str) else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"{path.parent} has no {path.name}, so it is no Hugging Face model: check the path") from error
-    except (OSError, ValueError) as error:
-        raise IntactKVError(f"cannot read {path}: {first_line(error)}: get the model again") from error
-    if not isinstance(value, dict):
-        raise IntactKVError(f"{path} is not a JSON object: get the model again")
-    return value
+    method = huggingface.quantized_by(config, kinds)
+    dtype = method or kinds.most_common(1)[0][0]
+    template = huggingface.chat_template(path)
+    return Reference(name or path.resolve().name, path, False, files, dtype, bool(method), template)
 
 
 def _download(hub_id: str) -> Path:

@@ -14,14 +14,15 @@ import re
 import runpy
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from intactkv_export import extras, library
 from intactkv_export.errors import IntactKVError, UsageError, first_line
-from intactkv_export.libllama import ERROR
-from intactkv_export.models import gguf_file, tensor_types
+from intactkv_export.libllama import ERROR, reason
+from intactkv_export.models import gguf_file, huggingface, tensor_types
 from intactkv_export.models.imatrix import Imatrix
 from intactkv_export.models.reference import Reference
 from intactkv_export.work import Stages, Steps, usable_cores
@@ -60,19 +61,23 @@ def huggingface_to_gguf(
 ) -> None:
     """Convert a Hugging Face directory to a GGUF of type F32, F16 or BF16; vocab_only: its header without tensors.
 
-    name: of the model, in the GGUF; None: upstream finds one.
+    name: of the model, in the GGUF; None: upstream finds one. Its chat template is the one that transformers uses.
 
     Upstream's convert_hf_to_gguf.py, with the gguf package it brings. Takes over this process: its modules shadow
     others of the same names. Raises IntactKVError with the converter's own reason.
     """
     script = Path(os.environ.get(CONVERTER_VARIABLE) or library.converter_path())
-    arguments = [str(script), str(directory), "--outfile", str(out), "--outtype", dtype.lower()]
-    sys.argv = arguments + (["--model-name", name] if name else []) + (["--vocab-only"] if vocab_only else [])
+    options = ["--outfile", str(out), "--outtype", dtype.lower()]
+    options += (["--model-name", name] if name else []) + (["--vocab-only"] if vocab_only else [])
     sys.path.insert(0, str(script.parent))
     said = _Said()
     logging.getLogger().addHandler(said)
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        with huggingface.with_template(directory, out.with_name(f"{out.name}.source")) as source:
+            sys.argv = [str(script), str(source), *options]
+            runpy.run_path(str(script), run_name="__main__")
+    except IntactKVError:
+        raise
     except SystemExit as error:
         if error.code:
             raise IntactKVError(_conversion_failed(directory, said.last or "no reason given")) from error
@@ -80,9 +85,11 @@ def huggingface_to_gguf(
         _check_disk(out, error.strerror or str(error))
         raise IntactKVError(_conversion_failed(directory, str(error))) from error
     except ImportError as error:
-        raise UsageError(extras.sentence(error.name or str(error), f"converting {directory}")) from error
+        if error.name is None:
+            raise UsageError(_conversion_failed(directory, first_line(error))) from error
+        raise UsageError(extras.sentence(error.name, f"converting {directory}")) from error
     except Exception as error:
-        raise IntactKVError(_conversion_failed(directory, f"{type(error).__name__}: {first_line(error)}")) from error
+        raise IntactKVError(_conversion_failed(directory, _cause(error, directory))) from error
     if not out.is_file():
         raise IntactKVError(_conversion_failed(directory, said.last or f"it wrote no {out.name}"))
     tensor_types.check_complete(gguf_file.read(out))
@@ -113,9 +120,9 @@ def quantize(
         failed = L.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params))
     del keep
     if failed:
-        reason = errors[-1].split("failed to quantize: ")[-1].rstrip(".") if errors else "no reason given"
-        _check_disk(out, reason)
-        raise IntactKVError(f"{source} cannot be quantized to {quant}: {reason}")
+        why = reason(errors)
+        _check_disk(out, why)
+        raise IntactKVError(f"{source} cannot be quantized to {quant}: {why}")
     result = gguf_file.read(out)
     try:
         tensor_types.check_complete(result)  # upstream does not notice when the disk is full
@@ -173,6 +180,27 @@ class _Said(logging.Handler):
 
 def _conversion_failed(directory: Path, reason: str) -> str:
     return f"upstream's converter cannot convert {directory}: {reason.rstrip('.')}"
+
+
+def _cause(error: Exception, directory: Path) -> str:
+    """What an exception of the converter's own says, in words: a key or an assertion alone says nothing."""
+    config = huggingface.read_json(directory / "config.json")
+    if isinstance(error, AssertionError) and (why := huggingface.too_many_tokens(directory, config)):
+        return why
+    if isinstance(error, KeyError) and error.args:
+        version = config.get("transformers_version", "?")
+        return (
+            f"config.json, written by transformers {version}, has no {error.args[0]!r}, which it reads: add it to "
+            "config.json, or save the model with an older transformers"
+        )
+    if not str(error).strip():
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        return (
+            f"{type(error).__name__} at {Path(at.filename).name}, line {at.lineno}, `{at.line}`: the model's "
+            "config.json or tokenizer is not as it expects; get the original files, or save them with an older "
+            "transformers"
+        )
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _check_disk(out: Path, reason: str) -> None:

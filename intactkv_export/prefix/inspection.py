@@ -11,7 +11,7 @@ import numpy as np
 from rich.text import Text
 
 from intactkv_export.escapes import shown
-from intactkv_export.libllama import Vocabulary
+from intactkv_export.libllama import Vocabulary, rope_of
 from intactkv_export.prefix.ikv import Prefix
 
 WIDTH = 80
@@ -99,7 +99,8 @@ def _facts(prefix: Prefix, fits: str | None) -> list[Text]:
         ("engine", f"{engine['name']}, {engine['dtype']}{f' ({versions})' if versions else ''}"),
         ("model", f"{model['arch']}, vocabulary of {model['n_vocab']:,} tokens, {model['vocab_sha256'][:16]}"),
         ("RoPE", f"{rope['type']}, {rope['n_rot']} dimensions, scaling {rope['scaling']}, scale {rope['scale']:g}, "
-                 f"factors {str(rope['factors'])[:16]}"),
+                 f"factors {str(rope['factors'])[:16]}"
+                 + (f", to be used with {rope_of(m['rope_options'])}" if "rope_options" in m else "")),
         *(("layers", text) for text in _layer_groups(prefix)),
         ("SHA-256", f"{prefix.sha256} (checked)"),
         ("calibrated", _calibration(m["calibrated"])),

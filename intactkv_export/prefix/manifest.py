@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from intactkv_export.errors import IntactKVError, first_line
-from intactkv_export.libllama import state
+from intactkv_export.errors import IntactKVError, UsageError, first_line
+from intactkv_export.libllama import rope_of, state
 
 FORMAT = 1
 _MAX_BYTES = 16 << 20  # a million tokens with their text
@@ -160,3 +160,10 @@ def _check_origin(root: _Field) -> None:
     calibrated = root["calibrated"]
     calibrated.expect(calibrated.value is None or isinstance(calibrated.value, dict), "an object or null")
     root["created_by"].text()
+    if "rope_options" in root.value:
+        options = root["rope_options"]
+        options.expect(isinstance(options.value, dict), "an object")
+        try:
+            rope_of(options.value)
+        except UsageError as error:
+            raise IntactKVError(f"the manifest's field rope_options is wrong ({error})") from error

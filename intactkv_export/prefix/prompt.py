@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -19,7 +20,7 @@ from typing import Any
 
 from intactkv_export import extras, library
 from intactkv_export.errors import IntactKVError, UsageError, first_line
-from intactkv_export.libllama import Vocabulary
+from intactkv_export.libllama import Rope, Vocabulary
 from intactkv_export.models import gguf_file
 
 Messages = list[dict[str, str]]
@@ -108,8 +109,17 @@ def first_tokens(made: Prompt, n: int, vocabulary: Vocabulary) -> Prompt:
     return replace(made, tokens=made.tokens[:n], text=vocabulary.text(made.tokens[:n]))
 
 
-def prompt_for(gguf: Path, system_prompt: str | None, bos_only: bool, prefix_tokens: int | str | None) -> Prompt:
-    """Prefix tokens by the GGUF's tokenizer; refused if its header tells that the model can have no prefix."""
+def prompt_for(
+    gguf: Path,
+    system_prompt: str | None,
+    bos_only: bool,
+    prefix_tokens: int | str | None,
+    rope: Rope | None = None,
+) -> Prompt:
+    """Prefix tokens by the GGUF's tokenizer; refused if its header tells that the model can have no prefix.
+
+    rope: settings it will be used with; if there are any, the model's own context is no limit.
+    """
     values = gguf_file.read(gguf).values
     arch = values.get("general.architecture")
     with Vocabulary(gguf) as vocabulary:
@@ -120,7 +130,7 @@ def prompt_for(gguf: Path, system_prompt: str | None, bos_only: bool, prefix_tok
         if isinstance(prefix_tokens, int):
             made = first_tokens(made, prefix_tokens, vocabulary)
     limit = values.get(f"{arch}.context_length")
-    if isinstance(limit, int) and len(made.tokens) >= limit:
+    if not rope and isinstance(limit, int) and len(made.tokens) >= limit:
         raise UsageError(f"the prefix has {len(made.tokens)} tokens, the model's context {limit}: shorten the prompt")
     return made
 
@@ -185,10 +195,14 @@ class Template:
 
 
 def _bos(vocabulary: Vocabulary, template: str | None, names: tuple[str, str]) -> Prompt:
-    """The first token of every text: BOS where the model's texts have one, else the template's first token."""
+    """The first token of every conversation, or of every text where no template says how conversations begin.
+
+    A template need not render the BOS that the tokenizer puts before plain text. What is evaluated in a chat is what
+    the template renders, and nothing else.
+    """
     token = vocabulary.bos
     sha256 = None
-    if template and not vocabulary.adds_bos:
+    if template:
         with contextlib.suppress(UsageError):  # a template that is of no use is as good as none
             chat = Template(template, *names)
             tokens = _common([vocabulary.tokenize(text, special=True) for text in chat.conversations(None)])
@@ -197,6 +211,12 @@ def _bos(vocabulary: Vocabulary, template: str | None, names: tuple[str, str]) -
         raise UsageError(
             "the model has no BOS token and no chat template, so its texts have no common beginning: "
             "there is no prefix to keep intact"
+        )
+    if vocabulary.adds_bos and token != vocabulary.bos:
+        warnings.warn(
+            f"conversations of this chat template begin with {vocabulary.token_name(token)!r}, plain texts with "
+            f"{vocabulary.token_name(vocabulary.bos)!r}: the prefix serves the conversations",
+            stacklevel=2,
         )
     return Prompt([token], vocabulary.text([token]), None, True, sha256)
 

@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 
 from intactkv_export import library
 from intactkv_export.errors import IntactKVError, UsageError
-from intactkv_export.libllama import EXACT, KV_TYPES, bindings, errors_logged, kv_pair
+from intactkv_export.libllama import EXACT, KV_TYPES, Rope, bindings, errors_logged, kv_pair, reason
 from intactkv_export.models import KEY_REFERENCE
 from intactkv_export.prefix import ikv
 from intactkv_export.replies import CompletionLlama
@@ -74,13 +74,14 @@ class IntactLlama(CompletionLlama):
         if not Path(model_path).is_file():
             raise IntactKVError(f"no model at {model_path}: give the path of a GGUF file")
         type_k, type_v = (KV_TYPES[name] for name in self.kv_type)
-        settings = {"verbose": False, **llama_kwargs, "flash_attn": True, "type_k": type_k, "type_v": type_v}
+        rope = Rope().llama_kwargs  # all of it as the model says: llama_cpp's defaults overrule a model's YaRN settings
+        settings = {"verbose": False, **rope, **llama_kwargs, "flash_attn": True, "type_k": type_k, "type_v": type_v}
         settings |= {name: settings.get(name) or usable_cores() for name in ("n_threads", "n_threads_batch")}
         with errors_logged() as lines:
             try:
                 super().__init__(model_path, **settings)
             except ValueError as error:
-                raise IntactKVError(f"{error} ({lines[-1]})" if lines else str(error)) from error
+                raise IntactKVError(f"{error} ({reason(lines)})" if lines else str(error)) from error
             except TemplateError as error:
                 raise IntactKVError(f"the chat template of {model_path} cannot be compiled ({error})") from error
 
@@ -250,4 +251,4 @@ def _load_on_stock(ctx: Any, data: bytes) -> None:
         file.flush()
         tokens, n = (L.llama_token * L.llama_n_ctx(ctx))(), ctypes.c_size_t()
         if L.llama_state_seq_load_file(ctx, file.name.encode(), 0, tokens, len(tokens), ctypes.byref(n)) == 0:
-            raise IntactKVError(f"llama.cpp refused the prefix: {lines[-1] if lines else 'it does not fit'}")
+            raise IntactKVError(f"llama.cpp refused the prefix: {reason(lines, 'it does not fit')}")

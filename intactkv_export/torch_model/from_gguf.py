@@ -39,9 +39,18 @@ _MODEL_TYPES = {
 # Type of a matrix -> what activations are rounded to before it; q8_K for all others
 _ACTIVATIONS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _ACTIVATIONS |= dict.fromkeys(("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "MXFP4"), "q8_0")
+_BETAS = ("beta_fast", "beta_slow")  # of YaRN, by the names that transformers has too
 _INSTEAD = (
     "a reference can be given as a Hugging Face directory, a quantized model of this kind not yet be trained with"
 )
+
+
+def check_header(path: str | Path, name: str | Path | None = None) -> None:
+    """Raises what load() would, as far as the header tells; a GGUF with a vocabulary and no tensors is enough.
+
+    name: what the error calls it; None: its path.
+    """
+    _Model(Path(name or path), [gguf_file.read(file) for file in gguf_file.shards(path)]).rope()
 
 
 def load(path: str | Path, device: str, dtype: str, attention: str, round_activations: bool = False) -> Any:
@@ -91,7 +100,8 @@ class _Model:
                 f"{path} is of architecture {self.arch!r}{'' if self.model_type is None else ' with experts'}, which "
                 f"torch cannot read from a GGUF, only {', '.join(_MODEL_TYPES)}: {_INSTEAD}"
             )
-        if "rope_factors_short.weight" in self.tensors:
+        factor = self.values.get(f"{self.arch}.rope.scaling.attn_factor", 1.0)
+        if "rope_factors_short.weight" in self.tensors or factor != 1.0:
             raise IntactKVError(f"{path} has LongRoPE factors, which torch cannot read from a GGUF: {_INSTEAD}")
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -169,6 +179,14 @@ class _Model:
             )
         base |= {"rope_type": kind, "factor": self.get("rope.scaling.factor")}
         if kind == "yarn":
+            for name in ("ext_factor", "attn_factor", "log_multiplier"):
+                if (value := self.values.get(f"{self.arch}.rope.scaling.yarn_{name}")) is not None:
+                    raise IntactKVError(
+                        f"{self.path} has the YaRN setting yarn_{name} {value:g}, which torch cannot read from a GGUF: "
+                        f"{_INSTEAD}"
+                    )
+            betas = {name: self.values.get(f"{self.arch}.rope.scaling.yarn_{name}") for name in _BETAS}
+            base |= {name: value for name, value in betas.items() if value is not None}
             base["original_max_position_embeddings"] = self.get("rope.scaling.original_context_length")
         return base
 

@@ -50,6 +50,20 @@ def read_config(hf_dir: str | Path) -> Any:
     return config
 
 
+# Models whose sliding windows upstream's converter writes into the GGUF; it ignores those of Mistral and Phi-3
+_WINDOW_KEPT = {"gemma2", "gemma3_text"}
+
+
+def window_of_its_own(hf_dir: str | Path) -> int:
+    """The sliding window, in tokens, that the checkpoint has and its GGUF has not; 0: none. Raises IntactKVError."""
+    with quiet():
+        text = read_config(hf_dir).get_text_config(decoder=True)
+    if text.model_type in _WINDOW_KEPT:
+        return 0
+    sliding = any(_layer_type(text, il) == "sliding_attention" for il in range(text.num_hidden_layers))
+    return (text.sliding_window or 0) if sliding else 0
+
+
 def load(
     hf_dir: str | Path,
     config: Any,
