@@ -198,8 +198,9 @@ def calibrate(
     measured best on held-out sequences is written; that may be what it began with. After an interruption the same
     command goes on where it was (OUT.calibrating).
 
-    FILE: {"messages": [{"role", "content"}]} or {"conversations": [{"from", "value"}]} a line, an array of those, or
-    plain text.
+    FILE: .jsonl, a record a line, or .json, an array of them: {"messages": [{"role", "content"}]}, {"conversations":
+    [{"from", "value"}]}, {"prompt", "completion"}, {"instruction", "input", "output"}, {"question", "answer"}, or
+    {"text"}; else plain text. Tool calls and their results are read as text. What cannot be used is counted and named.
 
     \b
     intactkv-export calibrate ./SmolLM2 -m smol.gguf -o smol-calibrated.ikv

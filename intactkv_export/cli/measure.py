@@ -83,6 +83,7 @@ def evaluate(
         text=text if text in (None, evaluation.SELF) else read_text(text),
         questions=evaluation.multiple_choice.read(task_file) if task_file else (),
     )
+    impossible: list[evaluation.metrics.Impossible] = []
     with ProgressBar(quiet=as_json) as progress:
         results = list(
             evaluation.evaluate(
@@ -96,13 +97,15 @@ def evaluate(
                 n_threads=threads,
                 allow_requantize=allow_requantize,
                 progress=progress,
+                impossible=impossible.append,
             )
         )
     if as_json:
-        print_json({"reference": reference, "chunks": chunks, "tokens": tokens, **evaluation.metrics.as_json(results)})
+        figures = evaluation.metrics.as_json(results, impossible)
+        print_json({"reference": reference, "chunks": chunks, "tokens": tokens, **figures})
         return
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
-    for part in evaluation.tables.tables(results):
+    for part in evaluation.tables.tables(results, impossible):
         console.print(part)
 
 

@@ -26,6 +26,7 @@ from intactkv_export.models import (
     KEY_CONVERTED,
     KEY_REFERENCE,
     Reference,
+    check_convertible,
     gguf_file,
     identity,
     locate,
@@ -162,6 +163,7 @@ def _plan(
     """Raises UsageError, or IntactKVError for a damaged reference."""
     types, base = quantization_types(quant, imatrix), base_name(out)
     found = locate(reference, allow_requantize)
+    check_convertible(found)
     names = {t: base.name if len(types) == 1 else f"{base.name}-{t}" for t in types}
     ggufs = {t: base.with_name(f"{name}.gguf") for t, name in names.items()}
     ikvs = {t: base.with_name(f"{name if calibrate else base.name}.ikv") for t, name in names.items()}

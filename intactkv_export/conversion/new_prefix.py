@@ -10,7 +10,15 @@ from intactkv_export.conversion.intact_tokens import Curve, shortest
 from intactkv_export.conversion.result import ConvertResult, result
 from intactkv_export.engines import Engine, check_in_torch, compute
 from intactkv_export.libllama import Rope
-from intactkv_export.models import KEY_REFERENCE, check_same_reference, gguf_file, identity, locate, weights
+from intactkv_export.models import (
+    KEY_REFERENCE,
+    check_convertible,
+    check_same_reference,
+    gguf_file,
+    identity,
+    locate,
+    weights,
+)
 from intactkv_export.prefix import check_prefix_tokens, ikv, prompt_for
 from intactkv_export.work import Progress, Stages, atomic
 
@@ -55,6 +63,8 @@ def prefix(
         check_in_torch(found, model, device, "--prefix-tokens auto")
     prompt = prompt_for(model, system_prompt, bos_only, prefix_tokens, settings.rope)
     computed_by = settings.chosen(found, len(prompt.tokens))
+    if computed_by == "llama":
+        check_convertible(found)
     with atomic.work_directory(target) as directory:
         work = Stages(directory, progress)
         check_space(directory, found, [], widen=computed_by == "llama" and settings.widens(found))

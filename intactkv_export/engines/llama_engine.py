@@ -77,13 +77,12 @@ def _context(
     llama.cpp takes the long factors where the context is longer than the model's original one. So that a short context
     takes them too, that length is overridden by 1, and given again where else it is used.
     """
-    original = gguf_file.longrope_original(gguf)
-    if original is None or not _padded(needed) <= original[1] < _padded(max(n_ctx, needed)):
+    long = gguf_file.longrope(gguf)
+    if long is None or not _padded(needed) <= long.n_ctx_orig < _padded(max(n_ctx, needed)):
         return Context(gguf, needed, cache_type, n_threads, rope)
-    key, n_ctx_orig = original
     rope = rope or Rope()
-    rope = replace(rope, yarn_orig_ctx=rope.yarn_orig_ctx or n_ctx_orig)
-    return Context(gguf, needed, cache_type, n_threads, rope, {key: 1})
+    rope = replace(rope, yarn_orig_ctx=rope.yarn_orig_ctx or long.n_ctx_orig)
+    return Context(gguf, needed, cache_type, n_threads, rope, {long.key: 1})
 
 
 def _padded(n_ctx: int) -> int:

@@ -7,17 +7,18 @@ its cache at F16. After each token of a chunk the model's next-token distributio
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from intactkv_export.errors import UsageError
-from intactkv_export.evaluation.metrics import Figures
+from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.evaluation.metrics import Figures, Impossible
 from intactkv_export.evaluation.model import Evaluated
 from intactkv_export.evaluation.modes import MODES, REFERENCE, Given, find_given
-from intactkv_export.evaluation.target import Target, measure_target
+from intactkv_export.evaluation.target import Target, check_context, measure_target
 from intactkv_export.evaluation.texts import Texts
 from intactkv_export.libllama import EXACT, kv_pair
-from intactkv_export.models import locate, weights
+from intactkv_export.models import check_convertible, locate, weights
+from intactkv_export.prefix import of_model
 from intactkv_export.work import Progress, Stages, silent
 
 
@@ -33,6 +34,7 @@ def evaluate(
     n_threads: int | None = None,
     allow_requantize: bool = False,
     progress: Progress | None = None,
+    impossible: Callable[[Impossible], None] | None = None,
 ) -> Iterator[Figures]:
     """Compare models with the reference; yields the figures of each configuration as they are measured.
 
@@ -42,6 +44,9 @@ def evaluate(
     reference: a Hugging Face directory or hub id, or a GGUF. models: GGUFs. prefix, calibrated: `.ikv` files, or GGUFs
     with one embedded (modes.find_given: what None means). modes: of MODES, and "reference"; None: all that there are.
     texts: what is evaluated behind the prefix; None: Texts().
+
+    impossible: told of a quantized KV type that a model cannot have (its head size is no multiple of the type's block,
+    for instance), and the others are measured; None: that is an error.
 
     Raises IntactKVError if a prefix does not fit, or the text is too short; UsageError for a mode that does not exist,
     a model without a prefix, or a quantized reference without allow_requantize.
@@ -53,6 +58,10 @@ def evaluate(
         kv_pair(kv_type)
     texts, report = texts or Texts(), progress or silent
     found = locate(reference, allow_requantize)
+    check_convertible(found)
+    for model in models:
+        if Path(model).is_file():
+            check_context(model, of_model(model, prefix), texts.longest)
     with tempfile.TemporaryDirectory() as folder:
         work = Stages(Path(folder), progress)
         gguf = weights.reference_gguf(work, found)
@@ -63,14 +72,14 @@ def evaluate(
                 raise UsageError(f"{model} cannot be evaluated in mode {missing.pop()!r}: there is no such prefix")
         target: Target | None = None
         for model, given in each:
-            if target is None or target.given.tokens != given.tokens:
+            if target is None or not target.given.like(given):
                 chunks = texts.chunks(work, found, gguf, given.prefix)
                 items = texts.items(gguf, given.prefix)
                 name = found.path.stem
                 target = measure_target(gguf, name, given, chunks, items, n_threads, work.directory, report)
                 if modes is None or REFERENCE in modes:
                     yield target.figures
-            yield from _compare(target, model, given, kv_types, modes, report)
+            yield from _compare(target, model, given, kv_types, modes, report, impossible)
 
 
 def _compare(
@@ -80,10 +89,17 @@ def _compare(
     kv_types: Sequence[str],
     modes: Sequence[str] | None,
     report: Progress,
+    impossible: Callable[[Impossible], None] | None,
 ) -> Iterator[Figures]:
     """The figures of one model, by KV type and mode."""
     for kv_type in kv_types:
-        evaluated = Evaluated(model, kv_type, given.tokens, target.settings)
+        try:
+            evaluated = Evaluated(model, kv_type, given.tokens, target.settings)
+        except IntactKVError as error:
+            if impossible is None or set(kv_pair(kv_type)) <= EXACT:  # another cause than the type
+                raise
+            impossible(Impossible(model.stem, kv_type, str(error)))
+            continue
         for mode in (mode for mode in MODES if mode in given.data and (modes is None or mode in modes)):
             if mode == "rounded" and kv_type in EXACT:
                 continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,15 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Impossible:
+    """A KV type that a model cannot have, and why: a sentence."""
+
+    model: str
+    kv_type: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Difference:
     """Of two configurations, a - b. log_perplexity: the logarithm of the ratio of their perplexities."""
 
@@ -116,9 +125,10 @@ def differences(results: Sequence[Figures]) -> Iterator[Difference]:
                 yield Difference(a, b, *each)
 
 
-def as_json(results: Sequence[Figures]) -> dict[str, Any]:
+def as_json(results: Sequence[Figures], impossible: Sequence[Impossible] = ()) -> dict[str, Any]:
     """All figures, for a program. Of a single chunk there is no error: null."""
     return {
+        "impossible": [asdict(x) for x in impossible],
         "results": [_one(r) for r in results],
         "differences": [
             {"model": d.a.model, "kv_type": d.a.kv_type, "of": d.a.mode, "from": d.b.mode}

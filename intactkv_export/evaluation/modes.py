@@ -7,8 +7,9 @@ from pathlib import Path
 
 from intactkv_export.engines import Engine, compute
 from intactkv_export.errors import IntactKVError
+from intactkv_export.libllama import rope_of
 from intactkv_export.models import Reference
-from intactkv_export.prefix import Prefix, Prompt, ikv, of_model
+from intactkv_export.prefix import Prefix, Prompt, ikv, of_model, run_settings
 from intactkv_export.work import Stages
 
 # How the model gets the prefix, in the order of tables and legends: name -> what that is
@@ -41,6 +42,14 @@ class Given:
     @property
     def tokens(self) -> list[int]:
         return self.prefix.tokens
+
+    def like(self, other: Given) -> bool:
+        """Whether the reference behind the one is the reference behind the other: tokens, and how RoPE is set."""
+        mine, theirs = self.prefix.manifest, other.prefix.manifest
+        return self.tokens == other.tokens and (
+            (mine.get("rope_options"), mine["model"]["rope"]["factors"])
+            == (theirs.get("rope_options"), theirs["model"]["rope"]["factors"])
+        )
 
 
 def find_given(
@@ -97,5 +106,8 @@ def _computed(calibrated: Prefix, work: Stages, reference: Reference, gguf: Path
     """The prefix that a calibrated one began as."""
     m = calibrated.manifest
     prompt = Prompt(calibrated.tokens, m["text"], m["messages"], m["bos_only"], m["chat_template_sha256"])
-    engine = Engine("llama", None, "cpu", None, None, 0)
+    n_ctx = (
+        m["model"]["n_ctx_train"] if run_settings(calibrated, gguf).get("kv_overrides") else 0
+    )  # for the long factors
+    engine = Engine("llama", None, "cpu", None, None, n_ctx, rope_of(m.get("rope_options")))
     return compute(work, engine, reference, gguf, prompt, m["reference"]["sha256"])

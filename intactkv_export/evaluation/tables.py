@@ -9,20 +9,24 @@ from rich.table import Table
 from rich.text import Text
 
 from intactkv_export.escapes import shown
-from intactkv_export.evaluation.metrics import Difference, Estimate, Figures, differences, summary
+from intactkv_export.evaluation.metrics import Difference, Estimate, Figures, Impossible, differences, summary
 
 _NOISE = " ~"
 LEGEND = "~ within noise: less than two standard errors; of accuracies: p of McNemar's exact test 0.05 or more"
 
 
-def tables(results: Sequence[Figures]) -> Iterator[RenderableType]:
-    """A table of the configurations and one of their differences for each model, then the answers to questions."""
+def tables(results: Sequence[Figures], impossible: Sequence[Impossible] = ()) -> Iterator[RenderableType]:
+    """For each model a table of the configurations, with those that are not possible below, and one of their
+    differences, then the answers to questions."""
     references = [r for r in results if r.mode == "reference"]
-    for model in dict.fromkeys(r.model for r in results if r.mode != "reference"):
+    measured = (r.model for r in results if r.mode != "reference")
+    for model in dict.fromkeys([*measured, *(x.model for x in impossible)]):
         rows = [r for r in results if r.model == model and r.mode != "reference"]
         compared = list(differences(rows))
         yield Text(f"\n{shown(model)}", style="bold")
         yield _configurations([*references[:1], *rows])
+        for x in (x for x in impossible if x.model == model):
+            yield Text(f"{x.kv_type} is not possible: {shown(x.why)}")
         if compared:
             yield Text("\ndifferences, chunk by chunk")
             yield _differences(compared)

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from intactkv_export.errors import IntactKVError
+from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.evaluation import multiple_choice
 from intactkv_export.evaluation.metrics import Figures
 from intactkv_export.evaluation.model import Evaluated
 from intactkv_export.evaluation.modes import REFERENCE, Given
 from intactkv_export.libllama import bindings, errors_logged
+from intactkv_export.models import gguf_file
+from intactkv_export.prefix import Prefix, run_settings
 from intactkv_export.work import Progress
 
 
@@ -70,12 +72,14 @@ def measure_target(
     """
     tokens = np.array(chunks, np.int32)
     longest = max([tokens.shape[1], *(item.n_tokens for item in items)])
+    check_context(gguf, given.prefix, longest)
     settings = {
         "n_ctx": len(given.tokens) + longest,
         "n_batch": longest,
         "n_ubatch": longest,
         "n_threads": n_threads,
         "n_threads_batch": n_threads,
+        **run_settings(given.prefix, gguf),
     }
     model = Evaluated(gguf, "f16", given.tokens, settings)
     with errors_logged():
@@ -93,6 +97,21 @@ def measure_target(
     figures = Figures(name, "f16", REFERENCE, none, none == 0, nll, answers)
     model.llama.close()
     return Target(given, tokens, items, log_probs, settings, figures)
+
+
+def check_context(gguf: str | Path, prefix: Prefix, n_tokens: int) -> None:
+    """Raises UsageError if a text of n_tokens tokens behind the prefix is longer than the model was trained for.
+
+    A prefix with RoPE settings of its own is for another context than the header's: it passes.
+    """
+    values = gguf_file.read(gguf).values
+    limit = values.get(f"{values.get('general.architecture')}.context_length")
+    wanted = len(prefix.tokens) + n_tokens
+    if isinstance(limit, int) and wanted > limit and "rope_options" not in prefix.manifest:
+        raise UsageError(
+            f"a text of {n_tokens} tokens behind the prefix of {len(prefix.tokens)} makes {wanted}, and {gguf} was "
+            f"trained for {limit}: give fewer --tokens, or shorter questions"
+        )
 
 
 def _room(path: Path, shape: tuple[int, ...]) -> np.ndarray:

@@ -42,6 +42,11 @@ class Texts:
                 f"{self.n_chunks} chunks of {self.n_tokens} tokens measure nothing: give one or more, of two or more"
             )
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest chunk."""
+        return self.n_tokens if self.tokens is None else max(map(len, self.tokens), default=0)
+
     def chunks(self, work: Stages, reference: Reference, gguf: Path, prefix: Prefix) -> list[list[int]]:
         """The chunks behind a prefix, as tokens. gguf: the reference as one, for its tokenizer.
 

@@ -7,6 +7,7 @@ from intactkv_export.models.reference import (
     KEY_CONVERTED,
     KEY_REFERENCE,
     Reference,
+    check_convertible,
     check_same_reference,
     identity,
     locate,
@@ -14,7 +15,7 @@ from intactkv_export.models.reference import (
 from intactkv_export.models.text_file import read_text
 
 __all__ = [
-    "DTYPES", "FLOATS", "KEY_CONVERTED", "KEY_REFERENCE", "PROVEN", "Reference", "check_dtype",
+    "DTYPES", "FLOATS", "KEY_CONVERTED", "KEY_REFERENCE", "PROVEN", "Reference", "check_convertible", "check_dtype",
     "check_same_reference", "gguf_file", "identity", "imatrix", "locate", "read_text", "reference", "rope_types",
     "supports", "tensor_types", "text_file", "weights",
 ]  # fmt: skip

@@ -6,6 +6,8 @@ newer than this code pass through. Format: ggml/include/gguf.h of llama.cpp, ver
 
 from __future__ import annotations
 
+import hashlib
+import math
 import mmap
 import os
 import re
@@ -84,17 +86,32 @@ def shards(path: str | os.PathLike[str]) -> list[Path]:
     return files
 
 
-def longrope_original(path: str | os.PathLike[str]) -> tuple[str, int] | None:
-    """Of a model with LongRoPE's two sets of factors, (key, value) of the context length that divides their use.
+@dataclass(frozen=True)
+class LongRope:
+    """LongRoPE of a model: contexts of more than n_ctx_orig tokens take the long factors, others the short ones.
 
-    None: it has none. Raises IntactKVError as read().
+    key: of the header, what holds n_ctx_orig. sha256: hex, of the long factors' bytes, as a model description has it.
     """
+
+    key: str
+    n_ctx_orig: int
+    sha256: str
+
+
+def longrope(path: str | os.PathLike[str]) -> LongRope | None:
+    """None: the model has no LongRoPE factors. Raises IntactKVError as read()."""
     header = read(path)
-    if not any(t.name.startswith("rope_factors_long") for part in shards(path) for t in read(part).tensors):
-        return None
-    arch = header.values.get("general.architecture")
-    key = f"{arch}.rope.scaling.original_context_length"
-    return key, int(header.values.get(key) or header.values.get(f"{arch}.context_length") or 0)
+    for part in (header, *map(read, shards(path)[1:])):
+        tensor = next((t for t in part.tensors if t.name == "rope_factors_long.weight"), None)
+        if tensor is not None:
+            arch = header.values.get("general.architecture")
+            key = f"{arch}.rope.scaling.original_context_length"
+            n_ctx_orig = header.values.get(key) or header.values.get(f"{arch}.context_length") or 0
+            with open(part.path, "rb") as file:
+                file.seek(tensor.offset)
+                data = file.read(4 * math.prod(tensor.shape))  # float32
+            return LongRope(key, int(n_ctx_orig), hashlib.sha256(data).hexdigest())
+    return None
 
 
 def copy(source: str | os.PathLike[str], out: IO[bytes], changes: Mapping[str, int | str | bytes | None]) -> None:

@@ -80,9 +80,14 @@ def locate(reference: str | os.PathLike[str], allow_requantize: bool = False) ->
             f"{reference} is quantized ({found.dtype}), so its pivot tokens are distorted already: give the "
             "full-precision model, or --allow-requantize to take it all the same"
         )
-    if not found.is_gguf:
-        huggingface.check(found.path, huggingface.read_json(found.path / "config.json"), found.dtype * found.quantized)
     return found
+
+
+def check_convertible(reference: Reference) -> None:
+    """Raises IntactKVError, before any work, if upstream's converter cannot make a GGUF of it; a GGUF is one."""
+    if not reference.is_gguf:
+        config = huggingface.read_json(reference.path / "config.json")
+        huggingface.check(reference.path, config, reference.dtype if reference.quantized else "")
 
 
 def identity(reference: Reference) -> str:

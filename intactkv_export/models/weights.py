@@ -24,7 +24,7 @@ from intactkv_export.errors import IntactKVError, UsageError, first_line
 from intactkv_export.libllama import ERROR, reason
 from intactkv_export.models import gguf_file, huggingface, tensor_types
 from intactkv_export.models.imatrix import Imatrix
-from intactkv_export.models.reference import Reference
+from intactkv_export.models.reference import Reference, check_convertible
 from intactkv_export.work import Stages, Steps, usable_cores
 
 # Name -> llama_ftype: QUANT_OPTIONS of upstream's tools/quantize/quantize.cpp.
@@ -136,6 +136,7 @@ def reference_gguf(work: Stages, reference: Reference) -> Path:
     """The reference as a GGUF, in its own precision."""
     if reference.is_gguf:
         return reference.path
+    check_convertible(reference)
     gguf = work.directory / "reference.gguf"
     dtype = reference.dtype if reference.dtype in _CONVERTED else "BF16"
     # A directory of the hub's cache is named by a commit.

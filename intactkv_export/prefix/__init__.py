@@ -11,8 +11,9 @@ from intactkv_export.prefix.prompt import (
     make_prompt,
     prompt_for,
 )
+from intactkv_export.prefix.run_settings import run_settings
 
 __all__ = [
     "Prefix", "Prompt", "Template", "check_prefix_tokens", "check_prompt", "check_reference", "first_tokens", "ikv",
-    "inspection", "make_prompt", "of_model", "prompt_for",
+    "inspection", "make_prompt", "of_model", "prompt_for", "run_settings",
 ]  # fmt: skip

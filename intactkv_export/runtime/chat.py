@@ -56,4 +56,10 @@ def open_chat(
             "leave it out"
         )
     llama = IntactLlama(model, path, pair, n_ctx=n_ctx, n_threads=n_threads, n_threads_batch=n_threads, **llama_kwargs)
-    return Conversation(llama, opening_messages(llama, system_prompt), sampling or Sampling(), notice)
+    talk = Conversation(llama, opening_messages(llama, system_prompt), sampling or Sampling(), notice)
+    if llama.prefix is not None and not talk.begins_with_prefix():
+        notice(
+            f"conversations with {model} do not begin with the tokens of the prefix {llama.prefix_path}, so it is "
+            "never used: make one for this model's chat template with `intactkv-export prefix`"
+        )
+    return talk

@@ -121,6 +121,11 @@ class Conversation:
             )
         return "\n".join(lines)
 
+    def begins_with_prefix(self) -> bool:
+        """Whether what is evaluated for a first message begins with the prefix, as it does if both were made so."""
+        prefix = self.llama.prefix
+        return prefix is not None and self._tokens([], "Hello")[: len(prefix.tokens)] == prefix.tokens
+
     def _fit(self, text: str) -> list[int]:
         """The prompt's tokens; turns that no longer fit are dropped, but only for a message that does."""
         n_ctx, wanted = self.llama.n_ctx(), self.sampling.max_tokens

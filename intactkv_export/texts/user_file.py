@@ -1,9 +1,12 @@
-"""A user's texts as sequences of tokens behind the prefix: conversations in JSON, or plain text."""
+"""A user's texts as sequences of tokens behind the prefix: records in JSON (records.py), or plain text."""
 
 from __future__ import annotations
 
 import json
+import warnings
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,8 @@ from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama import Vocabulary
 from intactkv_export.models import read_text
 from intactkv_export.prefix import Prefix
+from intactkv_export.texts.records import Unusable, turns_or_text
 from intactkv_export.texts.turns import Turns
-
-_ROLES = {"system": "system", "user": "user", "human": "user"} | dict.fromkeys(("assistant", "gpt", "model"), "reply")
 
 
 def read_user_file(
@@ -21,19 +23,22 @@ def read_user_file(
 ) -> list[list[int]]:
     """The texts of a file as sequences of n_tokens tokens behind the prefix.
 
-    NAME.jsonl: a conversation a line, {"messages": [{"role": "user", "content": ...}, ...]} or ShareGPT's
-    {"conversations": [{"from": "human", "value": ...}, ...]}. NAME.json: an array of those. Else plain text. Their
-    own system messages are left out: the prefix has one. A long conversation gives several sequences, short ones are
-    joined as further turns; what is left at an end and fills no sequence is left out.
+    NAME.jsonl: a record a line, in a shape of records.py. NAME.json: an array of those. Else plain text. A long
+    conversation gives several sequences, short ones are joined as further turns; what is left at an end and fills no
+    sequence is left out. Records that cannot be used are left out too, and a warning counts and names them.
 
-    Raises UsageError if there is no such file, IntactKVError that names the line if it is not as above, or if the file
-    is too short for one sequence.
+    Raises UsageError if there is no such file, IntactKVError that names the first line if none can be used, or if the
+    file is too short for one sequence.
     """
     path = Path(path)
     text = read_text(path)
     if path.suffix in (".json", ".jsonl"):
-        turns = Turns(prefix, vocabulary, chat_template)
-        parts = [turns.whole(messages) for messages in _conversations(path, text) if messages]
+        turns, left_out = Turns(prefix, vocabulary, chat_template), _LeftOut(path)
+        parts = [
+            turns.whole(found) if isinstance(found, list) else vocabulary.tokenize(f"{found}\n\n", special=False)
+            for found in left_out.usable(text)
+        ]
+        left_out.report(bool(parts))
     else:
         parts = [vocabulary.tokenize(text, special=False)]
     sequences, pending = [], []  # type: ignore[var-annotated]
@@ -50,43 +55,67 @@ def read_user_file(
     return sequences
 
 
-def _conversations(path: Path, text: str) -> Iterator[list[str]]:
-    """Messages of each conversation, user and assistant in turns, complete pairs only."""
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                yield _messages(_json(line, where), where)
-        return
-    records = _json(text, str(path))
-    for number, record in enumerate(records if isinstance(records, list) else [records], 1):
-        yield _messages(record, f"{path}, entry {number}")
+@dataclass
+class _LeftOut:
+    """What of a file could not be used: how often, by reason, and where first."""
 
+    path: Path
+    n_records: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+    parts: Counter[str] = field(default_factory=Counter)  # of messages that were used without them
 
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise IntactKVError(f"{where} is not JSON ({error}): correct it") from error
+    def usable(self, text: str) -> Iterator[list[str] | str]:
+        for where, read in _records(self.path, text):
+            self.n_records += 1
+            try:
+                yield turns_or_text(json.loads(read) if isinstance(read, str) else read[0], self.parts)
+            except (Unusable, ValueError, RecursionError) as error:
+                unusable = isinstance(error, Unusable)
+                why = str(error) if unusable else "not JSON"
+                self.counts[why] += 1
+                self.first.setdefault(why, where if unusable else f"{where}, {error}")
 
-
-def _messages(record: Any, where: str) -> list[str]:
-    found = record.get("messages", record.get("conversations")) if isinstance(record, dict) else None
-    if not isinstance(found, list):
-        raise IntactKVError(f'{where} has neither "messages" nor "conversations" with a list: see --data in the help')
-    texts: list[str] = []
-    for i, message in enumerate(found):
-        get = message.get if isinstance(message, dict) else {}.get
-        role, content = get("role", get("from")), get("content", get("value"))
-        if role not in _ROLES or not isinstance(content, str):
+    def report(self, some: bool) -> None:
+        """Warn of what was left out. Raises IntactKVError if that is all."""
+        what = [f"{n} {why} (the first is {self.first[why]})" for why, n in self.counts.most_common(4)]
+        more = len(self.counts) - len(what)
+        what += [f"{more} kinds more"] if more > 0 else []
+        if not some:
             raise IntactKVError(
-                f"{where}: message {i + 1} needs a role of {', '.join(_ROLES)} and a text, and has {role!r} and "
-                f"{type(content).__name__}: correct it or leave it out"
+                f"{self.path} has no record that can be used, of {self.n_records}: {', '.join(what) or 'it is empty'}: "
+                "see --data in the help"
             )
-        if _ROLES[role] == "system" or (not texts and _ROLES[role] == "reply"):
-            continue  # conversations that were cut out of longer ones begin with a reply
-        expected = ("user", "reply")[len(texts) % 2]
-        if _ROLES[role] != expected:
-            raise IntactKVError(f"{where}: message {i + 1} is the second of {role!r} in a row: join the two")
-        texts.append(content)
-    return texts[: len(texts) // 2 * 2]
+        if what:
+            n = self.counts.total()
+            warnings.warn(
+                f"{n} of {self.n_records} records of {self.path} are left out: {', '.join(what)}", stacklevel=3
+            )
+        if self.parts:
+            kinds = ", ".join(f"{n} times a {kind}" for kind, n in self.parts.most_common(4))
+            warnings.warn(f"what has no text is left out of the messages of {self.path}: {kinds}", stacklevel=3)
+
+
+def _records(path: Path, text: str) -> Iterator[tuple[str, str | tuple[Any]]]:
+    """(where it is, its JSON, or itself in a tuple) of each record."""
+    if path.suffix == ".json":
+        try:
+            whole = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            if len(text.strip().splitlines()) < 2 or not _is_json(text.strip().splitlines()[0]):
+                raise IntactKVError(f"{path} is not JSON ({error}): correct it") from error
+        else:
+            records = whole if isinstance(whole, list) else [whole]
+            yield from ((f"entry {number}", (record,)) for number, record in enumerate(records, 1))
+            return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"line {number}", line
+
+
+def _is_json(line: str) -> bool:
+    """Whether a .json file's first line is a record already: then it is one of lines."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

@@ -1,21 +1,19 @@
-"""Conversations behind a prefix: what the reference writes itself, and what is read from a file."""
+"""Conversations behind a prefix that the reference writes itself."""
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 
-from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama.vocabulary import Vocabulary
 from intactkv_export.models import gguf_file
 from intactkv_export.prefix import ikv, make_prompt
-from intactkv_export.texts import read_user_file, sampled, token_hash
+from intactkv_export.texts import sampled, token_hash
 from intactkv_export.texts.seeds import FOLLOW_UPS, OPENINGS, QUESTIONS
 from intactkv_export.texts.turns import Turns
 from tests.support.smol import SYSTEM_PROMPT, Smol
@@ -181,84 +179,6 @@ def test_a_base_model_gets_paragraphs(smol: Smol, vocabulary: Vocabulary) -> Non
 def test_the_prefix_of_another_prompt_is_refused(prefix: ikv.Prefix, vocabulary: Vocabulary, template: str) -> None:
     with pytest.raises(IntactKVError, match="where the prefix has"):
         Turns(prefix, vocabulary, template.replace("system", "preface", 1).replace("'<|im_start|>'", "'*'")).first("Hi")
-
-
-MESSAGES = [
-    {"role": "system", "content": "Another one."},
-    {"role": "user", "content": "Name a colour."},
-    {"role": "assistant", "content": "Blue, as the sea is on a clear day."},
-]
-SHARE_GPT = [
-    {"from": "gpt", "value": "cut off"},
-    {"from": "human", "value": "Name an animal."},
-    {"from": "gpt", "value": "A snail, which carries its house."},
-    {"from": "human", "value": "never answered"},
-]
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
-def test_read_conversations(
-    tmp_path: Path, prefix: ikv.Prefix, vocabulary: Vocabulary, template: str, suffix: str
-) -> None:
-    file = tmp_path / f"data{suffix}"
-    records = [{"messages": MESSAGES}, {"conversations": SHARE_GPT}, {"id": 3, "messages": MESSAGES}]
-    lines = "\n".join(json.dumps(record) for record in records) + "\n\n"
-    file.write_text(json.dumps(records) if suffix == ".json" else lines)
-    made = read_user_file(file, prefix, vocabulary, template, n_tokens=40)
-    first = "Name a colour." + REPLY + "Blue, as the sea is on a clear day.<|im_end|>\n<|im_start|>user\n"
-    second = "Name an animal." + REPLY + "A snail, which carries its house.<|im_end|>\n<|im_start|>user\n"
-    joined = vocabulary.tokenize(first + second, special=True)
-    assert 40 <= len(joined) < 80 and made == [joined[:40]], "short ones are joined, what is left over is left out"
-    each = read_user_file(file, prefix, vocabulary, template, n_tokens=10)
-    assert [vocabulary.text(s)[:6] for s in each].count("Name a") == 3, "each begins with a conversation's beginning"
-
-
-def test_read_plain_text(tmp_path: Path, prefix: ikv.Prefix, vocabulary: Vocabulary, template: str) -> None:
-    text = "The ferry left at noon, <|im_end|> and nobody waved. " * 20
-    file = tmp_path / "story.txt"
-    file.write_text(text)
-    tokens = vocabulary.tokenize(text, special=False)
-    made = read_user_file(file, prefix, vocabulary, template, n_tokens=50)
-    assert made == [tokens[i : i + 50] for i in range(0, len(tokens) - 49, 50)] and vocabulary.eos not in made[0]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.jsonl", '{"messages": []}\n{"messages"\n', "line 2 is not JSON"),
-        ("a.jsonl", '{"text": "x"}', "line 1 has neither"),
-        ("a.jsonl", "[1]", "line 1 has neither"),
-        ("a.json", '[{"messages": [1]}]', "entry 1: message 1 needs a role"),
-        ("a.jsonl", '\n{"messages": [{"role": "tool", "content": "x"}]}', "line 2: message 1 .* 'tool'"),
-        ("a.jsonl", '{"messages": [{"role": "user", "content": ["x"]}]}', "line 1: message 1 .* list"),
-        ("a.jsonl", json.dumps({"messages": MESSAGES[1:2] * 2}), "line 1: message 2 is the second of 'user' in a row"),
-        ("a.txt", "too short", "has 2 tokens and one sequence needs 64"),
-        ("a.jsonl", "", "has 0 tokens"),
-    ],
-)
-def test_files_that_cannot_be_used(
-    tmp_path: Path,
-    prefix: ikv.Prefix,
-    vocabulary: Vocabulary,
-    template: str,
-    name: str,
-    text: str,
-    message: str,
-) -> None:
-    file = tmp_path / name
-    file.write_text(text)
-    with pytest.raises(IntactKVError, match=message) as raised:
-        read_user_file(file, prefix, vocabulary, template, n_tokens=64)
-    assert name in str(raised.value) and "\n" not in str(raised.value)
-
-
-def test_unreadable_files(tmp_path: Path, prefix: ikv.Prefix, vocabulary: Vocabulary, template: str) -> None:
-    with pytest.raises(UsageError, match="nowhere.txt"):
-        read_user_file(tmp_path / "nowhere.txt", prefix, vocabulary, template, n_tokens=8)
-    file = tmp_path / "latin.txt"
-    file.write_bytes("Zürich".encode("latin-1"))
-    with pytest.raises(IntactKVError, match="UTF-8 at byte 1"):
-        read_user_file(file, prefix, vocabulary, template, n_tokens=8)
 
 
 def test_the_hash_tells_sequences_apart() -> None:
