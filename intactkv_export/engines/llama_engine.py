@@ -77,8 +77,8 @@ def _context(
     llama.cpp takes the long factors where the context is longer than the model's original one. So that a short context
     takes them too, that length is overridden by 1, and given again where else it is used.
     """
-    long = gguf_file.longrope(gguf)
-    if long is None or not _padded(needed) <= long.n_ctx_orig < _padded(max(n_ctx, needed)):
+    long = gguf_file.longrope(gguf) if n_ctx > needed else None
+    if long is None or not _padded(needed) <= long.n_ctx_orig < _padded(n_ctx):
         return Context(gguf, needed, cache_type, n_threads, rope)
     rope = rope or Rope()
     rope = replace(rope, yarn_orig_ctx=rope.yarn_orig_ctx or long.n_ctx_orig)

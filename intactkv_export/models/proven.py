@@ -40,6 +40,8 @@ _ROPE_UNPROVEN = (
     "extrapolation_factor",
     "truncate",
 )
+# YaRN's, which the converter writes into the GGUF and llama.cpp reads for other architectures only: its defaults
+_ROPE_FIXED = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
 def supports(config: Any) -> bool:
@@ -59,6 +61,7 @@ def supports(config: Any) -> bool:
         rope_types(config) <= _ROPE_SCALING.get(model_type, {"default"})
         and not full.get("quantization_config")
         and not any(r.get(key) is not None for r in each for key in _ROPE_UNPROVEN)
+        and all(r.get(key) in (None, value) for r in each for key, value in _ROPE_FIXED.items())
     )
 
 

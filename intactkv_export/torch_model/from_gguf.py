@@ -39,7 +39,6 @@ _MODEL_TYPES = {
 # Type of a matrix -> what activations are rounded to before it; q8_K for all others
 _ACTIVATIONS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _ACTIVATIONS |= dict.fromkeys(("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "MXFP4"), "q8_0")
-_BETAS = ("beta_fast", "beta_slow")  # of YaRN, by the names that transformers has too
 _INSTEAD = (
     "a reference can be given as a Hugging Face directory, a quantized model of this kind not yet be trained with"
 )
@@ -179,14 +178,6 @@ class _Model:
             )
         base |= {"rope_type": kind, "factor": self.get("rope.scaling.factor")}
         if kind == "yarn":
-            for name in ("ext_factor", "attn_factor", "log_multiplier"):
-                if (value := self.values.get(f"{self.arch}.rope.scaling.yarn_{name}")) is not None:
-                    raise IntactKVError(
-                        f"{self.path} has the YaRN setting yarn_{name} {value:g}, which torch cannot read from a GGUF: "
-                        f"{_INSTEAD}"
-                    )
-            betas = {name: self.values.get(f"{self.arch}.rope.scaling.yarn_{name}") for name in _BETAS}
-            base |= {name: value for name, value in betas.items() if value is not None}
             base["original_max_position_embeddings"] = self.get("rope.scaling.original_context_length")
         return base
 

@@ -69,6 +69,25 @@ def test_bos_only(vocabulary, template):
     assert made.tokens == vocabulary.tokenize("user", special=False) and made.bos_only
 
 
+NO_BOS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+class _AddsBos(Vocabulary):
+    """SmolLM2's vocabulary with <|endoftext|> as the BOS of plain text, as TinyLlama's has <s>."""
+
+    adds_bos, bos = True, 0
+
+
+def test_bos_only_is_what_chats_begin_with(model):
+    """A tokenizer that adds a BOS and a template that renders none: the token of the conversations, and a warning."""
+    with _AddsBos(model("F16")) as vocabulary:
+        with pytest.warns(UserWarning, match=r"begin with '<\|im_start\|>', plain texts with '<\|endoftext\|>'"):
+            made = make_prompt(vocabulary, NO_BOS, None, bos_only=True)
+        assert made.tokens == vocabulary.tokenize("<|im_start|>", special=True) and made.chat_template_sha256
+        assert make_prompt(vocabulary, "{{ bos_token }}" + NO_BOS, None, bos_only=True).tokens == [0]
+        assert make_prompt(vocabulary, None, None, bos_only=True).tokens == [0]
+
+
 @pytest.mark.parametrize("system", [SYSTEM, "", " ", "Z", "Zürich?\n\n", "x" * 5000, "{{ messages }}", "日本語 🙂"])
 def test_texts_of_all_kinds(vocabulary, template, system):
     made = make_prompt(vocabulary, template, system)
@@ -160,10 +179,15 @@ def test_real_templates(upstream, vocab, template, expected):
         assert made.tokens[: len(bos) + 1].count(vocabulary.bos) == len(bos)  # never twice
 
 
-@pytest.mark.parametrize("arch, why", [("mamba", "recurrent"), ("jamba", "hybrid"), ("t5", "encoder"), ("llama", "")])
+HEADERS = [("mamba", "recurrent"), ("jamba", "hybrid"), ("t5", "encoder"), ("llama", ""), ("deepseek2", "MLA")]
+HEADERS += [("qwen2vl", "M-RoPE")]
+
+
+@pytest.mark.parametrize("arch, why", HEADERS)
 def test_what_the_header_tells(tmp_path, model, arch, why):
     gguf = tmp_path / "x.gguf"
-    ikv.rewrite(model("F16"), {"general.architecture": arch}, gguf)
+    mla = {f"{arch}.attention.{name}_length_mla": 64 for name in ("key", "value")} if "MLA" in why else {}
+    ikv.rewrite(model("F16"), {"general.architecture": arch, **mla}, gguf)
     with Vocabulary(gguf) as vocabulary:
         assert why in vocabulary.refusal() and bool(why) == bool(vocabulary.refusal())
 

@@ -143,14 +143,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# Not for the torch engine: YaRN betas that only llama.cpp's architecture has, a head that no block of a quantized cache
+# divides, a sliding window that upstream's converter ignores
+_BETAS = dict(_YARN, beta_fast=4.0, beta_slow=1.5, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1)
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ministral3": ("ministral3", dict(sliding_window=None, rope_parameters=_BETAS)),
+    "llama-head80": ("llama", dict(head_dim=80, rope_parameters=_rope())),
+    "mistral-window": ("mistral", dict(sliding_window=16, rope_parameters=_rope())),
+}
+
 
 def build(name: str, directory: Path | str, *, seed: int = 0, **changes: Any) -> Path:
-    """Write random model `name` (a key of MODELS), with changed settings, into `directory` and return it."""
+    """Write random model `name` (a key of MODELS or OTHERS), with changed settings, into `directory` and return it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     directory = Path(directory)
-    model_type, differs = MODELS[name]
+    model_type, differs = {**MODELS, **OTHERS}[name]
     # Copied through JSON: a config class changes the dictionaries that it is given.
     base = {} if "text_config" in differs else _BASE
     settings = json.loads(json.dumps({k: v for k, v in {**base, **differs, **changes}.items() if v is not None}))
