@@ -26,6 +26,7 @@ from intactkv_export import extras
 from intactkv_export.analysis import measurements, plots, report
 from intactkv_export.analysis.measurements import TOKENS
 from intactkv_export.conversion import intact_tokens
+from intactkv_export.engines import check_device
 from intactkv_export.errors import UsageError
 from intactkv_export.libllama import Vocabulary, kv_pair
 from intactkv_export.models import Reference, identity, locate, read_text, weights
@@ -74,6 +75,7 @@ def analyze(
     if (directory.exists() and not directory.is_dir()) or not directory.parent.is_dir():
         raise UsageError(f"{out} cannot be a directory for the figures: give one that exists or can be made")
     found, model = locate(reference), Path(model)
+    check_device(device)
     given = of_model(model, prefix)
     words = default_text() if text is None else read_text(text)
     with Vocabulary(model) as vocabulary:

@@ -9,6 +9,7 @@ import pytest
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import KV_TYPES
 from intactkv_export.models import gguf_file
+from intactkv_export.prefix import ikv
 from intactkv_export.runtime import Sampling, open_chat
 from intactkv_export.runtime import chat as chats
 from intactkv_export.runtime.intact_llama import IntactLlama
@@ -95,3 +96,15 @@ def test_threads_are_the_cores_it_may_use(smol: Smol, monkeypatch: pytest.Monkey
     assert (llama.n_threads, llama.n_threads_batch) == (3, 3)
     assert IntactLlama(smol.gguf, None, "f16", n_ctx=64, n_threads=1).n_threads == 1
     assert "3 threads" in open_chat(smol.gguf, notice=print, n_ctx=64).report()
+
+
+def test_a_prefix_that_conversations_never_begin_with(smol: Smol, tmp_path: Path) -> None:
+    """One of the BOS of plain text, made where the template renders none."""
+    gguf, notices = tmp_path / "x.gguf", []
+    plain = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    ikv.rewrite(smol.gguf, {"tokenizer.chat_template": plain}, gguf)
+    open_chat(gguf, notice=notices.append, prefix=smol.bos, n_threads=2)
+    (said,) = notices
+    assert f"do not begin with the tokens of the prefix {smol.bos}" in said and "\n" not in said
+    open_chat(smol.gguf, notice=notices.append, prefix=smol.bos, n_threads=2)
+    assert len(notices) == 1
