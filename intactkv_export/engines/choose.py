@@ -53,7 +53,7 @@ def check_in_torch(reference: Reference, gguf: Path, device: str, for_: str) -> 
     gguf: the quantized model, or a GGUF with its header alone. Raises UsageError for what is missing here,
     IntactKVError for a model that torch cannot run.
     """
-    extras.require("torch", for_)
+    extras.require("torch", for_=for_)
     check_device(device)
     from intactkv_export.torch_model import from_gguf
 
