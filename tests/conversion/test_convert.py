@@ -16,9 +16,8 @@ import pytest
 
 from intactkv_export import library
 from intactkv_export.conversion import checks, convert, prefix
-from intactkv_export.engines import llama_engine
 from intactkv_export.errors import IntactKVError, UsageError
-from intactkv_export.libllama import bindings
+from intactkv_export.libllama import Context, bindings
 from intactkv_export.models import gguf_file, weights
 from intactkv_export.prefix import ikv
 from tests.support import random_models
@@ -54,7 +53,7 @@ def names(directory):
 
 def loads(gguf):
     """Number of tokens that a context of this model loads from the prefix in the same file."""
-    with llama_engine._Context(gguf, 512, "f16", 2) as context:
+    with Context(gguf, 512, "f16", 2) as context:
         return bindings.load_file(context.ptr, gguf)
 
 
