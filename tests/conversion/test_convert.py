@@ -123,7 +123,7 @@ def test_another_prompt(made, model, tmp_path):
 
     ikv.stamp(gguf, "ab" * 32)
     before = names(tmp_path)
-    with pytest.raises(IntactKVError, match=f"{'ab' * 32} and .* is {result.reference_sha256}"):
+    with pytest.raises(IntactKVError, match=f"{'ab' * 32} and .* to {result.reference_sha256}"):
         prefix(model("F16"), gguf, n_threads=2)
     assert names(tmp_path) == before
 
