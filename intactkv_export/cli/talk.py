@@ -11,7 +11,16 @@ from typing import Annotated
 import typer
 
 from intactkv_export import __version__
-from intactkv_export.cli.options import FILE_RULE, KV_TYPE_NAMES, AsJson, Encoding, Threads, app, text_or_file, with_rope
+from intactkv_export.cli.options import (
+    FILE_RULE,
+    KV_TYPE_NAMES,
+    AsJson,
+    Encoding,
+    Threads,
+    app,
+    text_or_file,
+    with_rope,
+)
 from intactkv_export.cli.output import print_json, say
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import Rope

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,8 +74,13 @@ def test_settings_of_run_time_are_part_of_the_prefix(tiny: Path, tmp_path: Path,
     check_fit(found, gguf)
     assert main(["verify", str(gguf)]) == 0 and main(["inspect", str(gguf)]) == 0
     assert "to be used with --rope-scaling yarn" in " ".join(capfd.readouterr().out.split())
-    assert main(["chat", str(gguf), "-p", "Hi", "-n", "2"]) == 1
-    assert main(["chat", str(gguf), "-p", "Hi", "-n", "2", *OPTIONS]) == 0
+    command = [sys.executable, "-m", "intactkv_export", "chat", str(gguf), "-p", "Hi", "-n", "2"]
+    refused, taken = (
+        subprocess.run([*command, *options], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        for options in ([], OPTIONS)
+    )
+    assert refused.returncode == 1 and "RoPE settings the prefix was made with" in refused.stderr
+    assert taken.returncode == 0, taken.stderr
     again = prefix(tiny / "llama-gqa", gguf, out=tmp_path / "y.ikv", engine="llama", rope=YARN)
     assert [x.K.tobytes() for x in ikv.read(again.prefix).layers] == [x.K.tobytes() for x in found.layers]
 
