@@ -1,13 +1,15 @@
 """The llama.cpp library in C, from Python: models, contexts, tokens, states of a cache."""
 
 from intactkv_export.libllama import bindings, state
+from intactkv_export.libllama.compute_thread import compute
 from intactkv_export.libllama.context import N_BATCH, Context, sequence_state
 from intactkv_export.libllama.kv_types import EXACT, KV_TYPES, kv_pair
-from intactkv_export.libllama.log import ERROR, errors_logged
+from intactkv_export.libllama.log import ERROR, errors_logged, quiet_opening
 from intactkv_export.libllama.state import KV
 from intactkv_export.libllama.vocabulary import Vocabulary, token_bytes
 
 __all__ = [
-    "ERROR", "EXACT", "KV", "KV_TYPES", "N_BATCH", "Context", "Vocabulary", "bindings", "errors_logged", "kv_pair",
-    "sequence_state", "state", "token_bytes",
+    "ERROR", "EXACT", "KV", "KV_TYPES", "N_BATCH", "Context", "Vocabulary", "bindings", "compute",
+    "errors_logged", "kv_pair", "quiet_opening", "sequence_state", "state",
+    "token_bytes",
 ]  # fmt: skip
