@@ -10,6 +10,7 @@ from typing import Any
 
 from intactkv_export import library
 from intactkv_export.errors import IntactKVError
+from intactkv_export.libllama.compute_thread import compute
 from intactkv_export.libllama.kv_types import KV_TYPES
 from intactkv_export.libllama.log import errors_logged
 from intactkv_export.libllama.reason import reason
@@ -84,13 +85,16 @@ class Context:
             for i, token in enumerate(tokens):
                 batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, start + i, 1
                 batch.seq_id[i][0], batch.logits[i] = 0, i == len(tokens) - 1
-            with errors_logged() as lines:
-                status = self._L.llama_decode(self.ptr, batch)
+            status, lines = compute(self._decode, batch)
             if status:
                 why = reason(lines, f"status {status}")
                 raise IntactKVError(f"llama.cpp cannot evaluate tokens {start} to {start + len(tokens) - 1} ({why})")
         finally:
             self._L.llama_batch_free(batch)
+
+    def _decode(self, batch: Any) -> tuple[int, list[str]]:
+        with errors_logged() as lines:
+            return self._L.llama_decode(self.ptr, batch), lines
 
     def state(self) -> bytes:
         """The state of sequence 0 (llama_state_seq_get_data), as libllama.state reads it."""

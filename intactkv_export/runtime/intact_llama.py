@@ -14,7 +14,17 @@ from jinja2 import TemplateError
 
 from intactkv_export import library
 from intactkv_export.errors import IntactKVError, UsageError
-from intactkv_export.libllama import EXACT, KV_TYPES, Rope, bindings, errors_logged, kv_pair, reason
+from intactkv_export.libllama import (
+    EXACT,
+    KV_TYPES,
+    Rope,
+    bindings,
+    compute,
+    errors_logged,
+    kv_pair,
+    quiet_opening,
+    reason,
+)
 from intactkv_export.models import KEY_REFERENCE
 from intactkv_export.prefix import ikv
 from intactkv_export.replies import CompletionLlama
@@ -22,17 +32,51 @@ from intactkv_export.work import usable_cores
 
 L = library.load()  # before anything else imports llama_cpp: on the patched libraries
 
+import numpy as np  # noqa: E402
 from llama_cpp import LlamaState  # noqa: E402
+from llama_cpp._internals import LlamaContext  # noqa: E402
+from llama_cpp.llama_cache import BaseLlamaCache  # noqa: E402
+
+from intactkv_export.runtime import sequence_state  # noqa: E402
+from intactkv_export.runtime.evaluated_cells import Batches, can_shift, held  # noqa: E402
+from intactkv_export.runtime.threads import Turns, takes_turns  # noqa: E402
+
+N_UBATCH = 128  # tokens at once on a CPU: as fast as 512 there, and less to compute again for who goes back
 
 
+class _Context(LlamaContext):
+    """llama_cpp's context, that also evaluates after fork."""
+
+    def decode(self, batch: Any) -> None:
+        compute(super().decode, batch)
+
+
+@takes_turns(
+    calls=("eval", "sample", "embed", "reset", "save_state", "load_state", "shift_context"),
+    replies=("generate", "_create_completion"),
+    reads=("_prefix_stats",),
+)
 class IntactLlama(CompletionLlama):
     """A `llama_cpp.Llama` that begins every sequence with the prefix, when its tokens begin with the prefix.
 
     Whenever tokens are evaluated from a position inside the prefix, and the sequence begins with the whole prefix,
     the prefix is loaded and evaluation continues behind it. Otherwise the result is the ordinary one, as if there
-    were no prefix: a sequence that leaves the prefix before its end is computed from position 0, so results never
-    depend on what was in the cache before. This holds for every method of Llama, since all of them evaluate through
-    eval().
+    were no prefix: a sequence that leaves the prefix before its end is computed from position 0. This holds for every
+    method of Llama, since all of them evaluate through eval().
+
+    Results never depend on what other sequences left in the cache, to the last bit: a sequence that goes back keeps
+    whole batches only (fewer than n_ubatch tokens are computed again: 128 on a CPU unless given), because the last
+    bits of a token's result depend on how many tokens were evaluated with it. For the same reason a conversation that
+    goes on turn by turn, its replies computed token by token, can differ in these bits from the same text evaluated
+    at once after reset(); at temperature 0 that can be another word. A draft_model's guesses are batches too, and
+    those that it gets wrong are dropped without computing the rest again. Cells that a sliding window has dropped
+    (swa_full=False) are computed again, from the start of the sequence.
+
+    The context has n_ctx() tokens everywhere: llama.cpp rounds n_ctx up to a multiple of 256.
+
+    Calls from several threads take turns: a call has the model until it returns, a streamed reply until it has been
+    read, closed, or left unread for a second while another call waits. After fork the model works in the child too,
+    unless another thread was evaluating at that moment.
 
     A sequence that ends with the prefix needs its last token evaluated, for the logits: that token then attends to
     the intact cells before it, and afterwards the prefix is loaded again, so its own cell is intact too. With
@@ -62,28 +106,38 @@ class IntactLlama(CompletionLlama):
         self.kv_type = kv_pair(kv_type)
         self.n_tokens = 0
         self._from_prefix = False  # cells of positions 0.. are those of the prefix, as far as both go
+        self._batches = Batches()
         self._n_loads, self._load_seconds = 0, 0.0
+        self._owner: dict[str, str] | None = None
         _check(llama_kwargs)
         self._load_model(str(model_path), llama_kwargs)
         if prefix is not None:
             path = ikv.find(model_path) if prefix == "auto" else Path(prefix)
             if path is not None:
                 self._take_prefix(path, bool(llama_kwargs.get("chat_format")))
+        self._turns = Turns(self)
 
     def _load_model(self, model_path: str, llama_kwargs: dict[str, Any]) -> None:
         if not Path(model_path).is_file():
             raise IntactKVError(f"no model at {model_path}: give the path of a GGUF file")
         type_k, type_v = (KV_TYPES[name] for name in self.kv_type)
+        if not llama_kwargs.get("n_gpu_layers"):
+            llama_kwargs = {"n_ubatch": N_UBATCH, **llama_kwargs}
         rope = Rope().llama_kwargs  # all of it as the model says: llama_cpp's defaults overrule a model's YaRN settings
         settings = {"verbose": False, **rope, **llama_kwargs, "flash_attn": True, "type_k": type_k, "type_v": type_v}
         settings |= {name: settings.get(name) or usable_cores() for name in ("n_threads", "n_threads_batch")}
-        with errors_logged() as lines:
+        with quiet_opening(), errors_logged() as lines:
             try:
                 super().__init__(model_path, **settings)
             except ValueError as error:
                 raise IntactKVError(f"{error} ({reason(lines)})" if lines else str(error)) from error
             except TemplateError as error:
                 raise IntactKVError(f"the chat template of {model_path} cannot be compiled ({error})") from error
+        self._ctx.__class__ = _Context
+        # llama_cpp sizes these by the n_ctx asked for, llama.cpp has rounded it up.
+        n_ctx = self.n_ctx()
+        self.input_ids: np.ndarray = np.zeros(n_ctx, np.intc)
+        self.scores: np.ndarray = np.empty((n_ctx if self._logits_all else self.n_batch, self._n_vocab), np.single)
 
     def _take_prefix(self, path: Path, chosen_format: bool) -> None:
         prefix = ikv.read(path)
@@ -127,8 +181,17 @@ class IntactLlama(CompletionLlama):
     # Evaluation
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Evaluate tokens after those already evaluated, which may load the prefix instead of computing it."""
+        """Evaluate tokens after those already evaluated, which may load the prefix instead of computing it.
+
+        Raises IntactKVError if they do not fit into the context; then nothing has changed.
+        """
         tokens, prefix = list(tokens), self.prefix
+        if self.n_tokens + len(tokens) > self.n_ctx():
+            raise IntactKVError(
+                f"{len(tokens)} tokens after {self.n_tokens} do not fit into the context of {self.n_ctx()}: "
+                "use shift_context(), or a larger n_ctx"
+            )
+        tokens = self._go_back() + tokens
         if prefix is not None and tokens and self.n_tokens < len(prefix.tokens):
             sequence = self.input_ids[: self.n_tokens].tolist() + tokens
             if sequence[: len(prefix.tokens)] == prefix.tokens:
@@ -138,16 +201,34 @@ class IntactLlama(CompletionLlama):
                 tokens = sequence
                 self.n_tokens = 0
                 self._from_prefix = False
-        super().eval(tokens)
+        self._compute(tokens)
+
+    def _go_back(self) -> list[int]:
+        """After n_tokens was made smaller: make it that of the last whole batch; the tokens that this leaves out."""
+        n = self.n_tokens
+        if n == 0 or n >= self._batches.last or self._is_recurrent or self._is_hybrid:
+            return []
+        keep = n if self.draft_model is not None else self._batches.whole(n)
+        if not held(L, self.ctx, keep):
+            keep = 0
+        self.n_tokens = keep
+        return self.input_ids[keep:n].tolist()
+
+    def _compute(self, tokens: Sequence[int]) -> None:
+        start = self.n_tokens
+        try:
+            super().eval(tokens)
+        finally:
+            self._batches.add(start, self.n_tokens, self.n_batch, self.context_params.n_ubatch)
 
     def _start_with(self, prefix: ikv.Prefix, logits: bool) -> None:
         if self._logits_all:
             self.n_tokens = 0
-            super().eval(prefix.tokens[:-1])
+            self._compute(prefix.tokens[:-1])
         self._load(prefix)
         if logits or self._logits_all:
             self.n_tokens = len(prefix.tokens) - 1
-            super().eval(prefix.tokens[-1:])
+            self._compute(prefix.tokens[-1:])
             self._load(prefix)
 
     def _load(self, prefix: ikv.Prefix) -> None:
@@ -159,6 +240,7 @@ class IntactLlama(CompletionLlama):
         else:
             _load_on_stock(self.ctx, prefix.data)
         self.n_tokens = len(prefix.tokens)
+        self._batches = Batches([self.n_tokens])
         self.input_ids[: self.n_tokens] = prefix.tokens
         self._n_loads += 1
         self._load_seconds += time.perf_counter() - start
@@ -178,6 +260,9 @@ class IntactLlama(CompletionLlama):
     @property
     def prefix_stats(self) -> dict[str, Any]:
         """The prefix in use: where it is from, what it occupies (bytes), how often and how fast it was loaded."""
+        return self._prefix_stats()
+
+    def _prefix_stats(self) -> dict[str, Any]:
         patched = library.is_patched()
         return {
             "path": None if self.prefix_path is None else str(self.prefix_path),
@@ -192,35 +277,78 @@ class IntactLlama(CompletionLlama):
 
     # State
 
-    def save_state(self) -> LlamaState:
-        """As Llama.save_state(). Whether the cache holds the prefix is part of the state."""
-        state = super().save_state()
-        state.from_prefix = self._from_prefix
-        return state
+    def save_state(self) -> sequence_state.IntactState:
+        """The tokens evaluated so far, their cells, and what these belong to. Raises IntactKVError.
+
+        Its size is that of the cells, plus, with logits_all=True, that of the logits.
+        """
+        n = self.n_tokens
+        scores = self.scores[:n] if self._logits_all else self.scores[:0]
+        self._ctx.kv_cache_seq_rm(-1, n, -1)  # what a sequence that went back has left
+        return sequence_state.IntactState(
+            self._belongs_to(), self.input_ids[:n].copy(), scores.copy(), sequence_state.read_cells(L, self.ctx),
+            self._seed, list(self._batches.ends), self._from_prefix,
+        )  # fmt: skip
 
     def load_state(self, state: LlamaState) -> None:
-        """As Llama.load_state(). A state that was computed without the prefix stays as it is."""
-        super().load_state(state)
-        self._from_prefix = getattr(state, "from_prefix", False)
+        """Go on where a state was saved. Raises IntactKVError for a state that is damaged, or of another model,
+        prefix, kv_type, n_ctx or version: then nothing has changed, or the sequence is empty.
+        """
+        sequence_state.check(state, self._belongs_to())
+        self.n_tokens, self._from_prefix, self._batches = 0, False, Batches()
+        self._requires_eval = True
+        sequence_state.write_cells(L, self.ctx, state.llama_state)
+        n = state.n_tokens
+        self.input_ids[:n], self.scores[: len(state.scores)] = state.input_ids, state.scores
+        self.n_tokens, self._from_prefix, self._batches = n, state.from_prefix, Batches(list(state.batches))
+        self._seed = state.seed
+
+    def set_cache(self, cache: BaseLlamaCache | None) -> None:
+        """As Llama.set_cache(). Models may share a cache: each sees its own states only."""
+        super().set_cache(cache and sequence_state.OwnStates(cache, self._belongs_to()))
+
+    def _belongs_to(self) -> dict[str, str]:
+        if self._owner is None:
+            self._owner = sequence_state.owner(self)
+        return self._owner
+
+    def sequence_now(self) -> tuple[Any, ...]:
+        """For a reply that has to wait: what go_on_with() needs to take it up again."""
+        return self.input_ids[: self.n_tokens].tolist(), self._sampler, self._mirostat_mu, self._seed
+
+    def go_on_with(self, sequence: tuple[Any, ...]) -> None:
+        """Take up a sequence that another call has replaced: its tokens are evaluated again."""
+        tokens, self._sampler, self._mirostat_mu, self._seed = sequence
+        self.n_tokens = 0
+        if tokens:
+            self.eval(tokens)
 
     def shift_context(self, n_discard: int | None = None) -> int:
         """Make room: forget the n_discard oldest tokens behind the prefix and move the later ones up.
 
         n_discard: None: half of the tokens behind the prefix. Returns the number of tokens discarded. A sequence
         without the prefix loses its first tokens. As llama.cpp's programs do it (llama_memory_seq_add): the moved
-        cells still carry what they saw of the discarded ones. Raises IntactKVError if the model's cache cannot shift.
+        cells still carry what they saw of the discarded ones. Where the cache cannot shift (quantized, with heads of
+        other than 64, 128, ... values or RoPE on a part of them), the later tokens are evaluated again.
         """
-        if not L.llama_memory_can_shift(L.llama_get_memory(self.ctx)):
-            raise IntactKVError(f"the KV cache of {self.model_path} cannot be shifted: reset() and evaluate again")
         n_keep = len(self.prefix.tokens) if self.prefix is not None and self._from_prefix else 0
         n_free = max(self.n_tokens - n_keep, 0)
         n_discard = min(n_free // 2 if n_discard is None else n_discard, n_free)
         if n_discard > 0:
             after = n_keep + n_discard
+            if not can_shift(L, self.ctx, self.context_params.type_k, self.metadata):
+                later = self.input_ids[after : self.n_tokens].tolist()
+                self.n_tokens = n_keep
+                self._requires_eval = True
+                if later:
+                    self.eval(later)
+                return n_discard
             self._ctx.kv_cache_seq_rm(0, n_keep, after)
             self._ctx.kv_cache_seq_shift(0, after, self.n_tokens, -n_discard)
             self.input_ids[n_keep : self.n_tokens - n_discard] = self.input_ids[after : self.n_tokens].copy()
             self.n_tokens -= n_discard
+            self._batches.shift(n_keep, n_discard)
+            self._requires_eval = True
         return n_discard
 
     def __getstate__(self) -> dict[str, Any]:
@@ -232,7 +360,9 @@ class IntactLlama(CompletionLlama):
 
     def close(self) -> None:
         """As Llama.close()."""
-        if hasattr(self, "_stack"):  # else: refused before there was anything to close
+        if (turns := getattr(self, "_turns", None)) is not None:
+            turns.close(super().close, f"this IntactLlama of {self.model_path} was closed: open the model again")
+        elif hasattr(self, "_stack"):  # else: refused before there was anything to close
             super().close()
 
 

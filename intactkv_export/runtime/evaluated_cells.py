@@ -1,0 +1,82 @@
+"""What the cells of a sequence were computed in, and so which of them a sequence that goes back may keep.
+
+The result of a token depends, in its last bits, on how many tokens were evaluated with it: the kernels cut a batch
+into tiles and share them out among threads by its length. At temperature 0 a last bit can decide for another word.
+So a batch is kept whole, or computed again.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import Any
+
+from intactkv_export.libllama import KV_TYPES
+
+_QUANTIZED = {KV_TYPES[name] for name in KV_TYPES} - {KV_TYPES[name] for name in ("f32", "f16", "bf16")}
+
+
+class Batches:
+    """The positions at which the batches of a sequence ended, ascending."""
+
+    def __init__(self, ends: list[int] | None = None) -> None:
+        self.ends = ends or []
+
+    @property
+    def last(self) -> int:
+        """End of the newest."""
+        return self.ends[-1] if self.ends else 0
+
+    def whole(self, n: int) -> int:
+        """The end of the last batch that n tokens hold whole. Tokens beyond all that is known count as one."""
+        if n > self.last:
+            return n
+        i = bisect_right(self.ends, n)
+        return self.ends[i - 1] if i else 0
+
+    def add(self, start: int, end: int, n_batch: int, n_ubatch: int) -> None:
+        """Tokens start..end-1 were evaluated, n_batch in a call and n_ubatch at once; what was behind is gone."""
+        while self.ends and self.ends[-1] > start:
+            self.ends.pop()
+        if start > self.last:
+            self.ends.append(start)
+        for first in range(start, end, n_batch):
+            behind = min(first + n_batch, end)
+            self.ends += [*range(first + n_ubatch, behind, n_ubatch), behind]
+
+    def shift(self, n_keep: int, n_discard: int) -> None:
+        """Tokens n_keep..n_keep+n_discard-1 are gone and the later ones have moved up."""
+        later = [end - n_discard for end in self.ends if end > n_keep + n_discard]
+        self.ends = [end for end in self.ends if end < n_keep] + ([n_keep] if n_keep else []) + later
+
+
+def held(L: Any, ctx: Any, n_tokens: int) -> bool:
+    """Whether the cache holds all that a token at position n_tokens of sequence 0 attends to.
+
+    A cache of a sliding window forgets what has left the window: it can go on, but hardly ever back.
+    """
+    memory = L.llama_get_memory(ctx)
+    n_swa = L.llama_model_n_swa(L.llama_get_model(ctx))
+    oldest_seen = max(n_tokens - n_swa + 1, 0) if n_swa > 0 else 0
+    oldest, newest = L.llama_memory_seq_pos_min(memory, 0), L.llama_memory_seq_pos_max(memory, 0)
+    return 0 <= oldest <= oldest_seen and newest >= n_tokens - 1
+
+
+def can_shift(L: Any, ctx: Any, type_k: int, metadata: dict[str, str]) -> bool:
+    """Whether the positions of cells can be changed. llama.cpp says yes in cases where it then crashes.
+
+    To shift a quantized K it multiplies with a rotation matrix that is there only if heads have a multiple of 64
+    values, over the values that RoPE turns only, which must therefore be all of a head's.
+    """
+    if not L.llama_memory_can_shift(L.llama_get_memory(ctx)):
+        return False
+    if type_k not in _QUANTIZED:
+        return True
+    model = L.llama_get_model(ctx)
+    arch = metadata.get("general.architecture", "")
+    n_head, n_embd = L.llama_model_n_head(model), L.llama_model_n_embd(model)
+    head = int(metadata.get(f"{arch}.attention.key_length") or n_embd // max(n_head, 1))
+    sizes = {head}
+    for name in ("attention.key_length_swa", "rope.dimension_count", "rope.dimension_count_swa"):
+        if (value := metadata.get(f"{arch}.{name}")) is not None:
+            sizes.add(int(value))
+    return sizes == {head} and head % 64 == 0
