@@ -134,7 +134,8 @@ def main() -> None:
     """The child's side."""
     size = int.from_bytes(sys.stdin.buffer.read(8), "little")
     function, args, kwargs, wants_progress = pickle.loads(sys.stdin.buffer.read(size))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # meant for the whole group: the parent has it too, and ends this process
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints, prints to the log
