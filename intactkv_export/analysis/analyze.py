@@ -29,7 +29,7 @@ from intactkv_export.conversion import intact_tokens
 from intactkv_export.engines import check_device
 from intactkv_export.errors import UsageError
 from intactkv_export.libllama import Vocabulary, kv_pair
-from intactkv_export.models import Reference, identity, locate, read_text, weights
+from intactkv_export.models import Reference, gguf_file, identity, locate, read_text, weights
 from intactkv_export.prefix import Prefix, check_reference, of_model
 from intactkv_export.texts import default_text
 from intactkv_export.work import Progress, Stages, atomic, peak_bytes
@@ -74,7 +74,7 @@ def analyze(
     directory = Path(out).absolute()
     if (directory.exists() and not directory.is_dir()) or not directory.parent.is_dir():
         raise UsageError(f"{out} cannot be a directory for the figures: give one that exists or can be made")
-    found, model = locate(reference), Path(model)
+    found, model = locate(reference), gguf_file.first_part(model)
     check_device(device)
     given = of_model(model, prefix)
     words = default_text() if text is None else read_text(text)

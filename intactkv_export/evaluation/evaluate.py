@@ -17,7 +17,7 @@ from intactkv_export.evaluation.modes import MODES, REFERENCE, Given, find_given
 from intactkv_export.evaluation.target import Target, check_context, measure_target
 from intactkv_export.evaluation.texts import Texts
 from intactkv_export.libllama import EXACT, kv_pair
-from intactkv_export.models import check_convertible, locate, weights
+from intactkv_export.models import check_convertible, gguf_file, locate, weights
 from intactkv_export.prefix import of_model
 from intactkv_export.work import Progress, Stages, silent
 
@@ -66,7 +66,9 @@ def evaluate(
         work = Stages(Path(folder), progress)
         gguf = weights.reference_gguf(work, found)
         # Whatever is wrong with one of the models is said before the long work.
-        each = [(Path(model), find_given(model, prefix, calibrated, work, found, gguf)) for model in models]
+        each = [
+            (gguf_file.first_part(model), find_given(model, prefix, calibrated, work, found, gguf)) for model in models
+        ]
         for model, given in each:
             if missing := set(modes or ()) - {REFERENCE, *given.data}:
                 raise UsageError(f"{model} cannot be evaluated in mode {missing.pop()!r}: there is no such prefix")

@@ -1,7 +1,8 @@
 """GGUF files as far as they are needed here: metadata, the list of tensors, and copies with other metadata.
 
 A copy keeps every other byte: metadata, tensor list and tensor data are not interpreted, so tensor types that are
-newer than this code pass through. Format: ggml/include/gguf.h of llama.cpp, versions 2 and 3, little endian.
+newer than this code pass through. Format: ggml/include/gguf.h of llama.cpp, versions 2 and 3, little endian. A model
+may be split into parts, NAME-00001-of-0000N.gguf to NAME-0000N-of-0000N.gguf; the first has the metadata of all.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import math
 import mmap
 import os
 import re
-import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,8 +23,13 @@ from intactkv_export.errors import IntactKVError
 
 MAGIC = b"GGUF"
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_UINT8, _UINT32, _STRING, _ARRAY = 0, 4, 8, 9
+_UINT8, _UINT32, _STRING, _ARRAY, _UINT64 = 0, 4, 8, 9, 10
 _COPY_BLOCK = 1 << 22  # bytes read and written at a time
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
+
+
+class Uint64(int):
+    """A value that copy() writes as uint64; another int is a uint32."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +44,25 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Gguf:
-    """The header of a GGUF file. `values` decodes scalars, strings and byte arrays; other arrays are None."""
+    """The header of a GGUF file. `values` decodes scalars and strings; arrays are None unless they were asked for.
+
+    data: where the tensor data begins, n_bytes: the size of the file, both in bytes.
+    """
 
     path: Path
     version: int
     alignment: int
     values: Mapping[str, Any]
     tensors: tuple[Tensor, ...]
+    data: int
+    n_bytes: int
     _entries: Mapping[str, tuple[int, int]] = field(repr=False)  # key -> its bytes in the file, [start, end)
+    _arrays: Mapping[str, tuple[int, int]] = field(repr=False)  # key of a uint8 array -> its elements, likewise
     _tensor_list: tuple[int, int] = field(repr=False)
-    _data: int = field(repr=False)
+
+    def uint8_array(self, key: str) -> tuple[int, int] | None:
+        """Where in the file the elements of a uint8 array are, [start, end); None: the key is none."""
+        return self._arrays.get(key)
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
@@ -71,15 +85,15 @@ def read(path: str | os.PathLike[str], arrays: bool = False) -> Gguf:
 
 
 def shards(path: str | os.PathLike[str]) -> list[Path]:
-    """All files of a model: [path], or every NAME-00001-of-0000N.gguf where `path` is the first of them.
-
-    Raises IntactKVError if one is missing.
-    """
+    """All files of a model: [path], or every part if `path` is one of them, whichever. Raises IntactKVError if one is
+    missing."""
     path = Path(path)
-    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
-    if not match or int(match[2]) != 1:
+    number, n = part_of(path)
+    if n == 0:
         return [path]
-    files = [path.with_name(f"{match[1]}-{i:05d}-of-{match[3]}.gguf") for i in range(1, int(match[3]) + 1)]
+    if not 1 <= number <= n:
+        raise IntactKVError(f"{path} cannot be part {number} of {n}: give the first part, or rename it as it was")
+    files = [part(path, i, n) for i in range(1, n + 1)]
     missing = [f.name for f in files if not f.is_file()]
     if missing:
         raise IntactKVError(f"{path} is one of {len(files)} parts and {missing[0]} is not beside it: get all parts")
@@ -114,10 +128,46 @@ def longrope(path: str | os.PathLike[str]) -> LongRope | None:
     return None
 
 
-def copy(source: str | os.PathLike[str], out: IO[bytes], changes: Mapping[str, int | str | bytes | None]) -> None:
-    """Write `source` to `out` with some keys set (int: uint32, str, bytes: uint8 array) or removed (None).
+def first_part(path: str | os.PathLike[str]) -> Path:
+    """The file with a model's metadata: `path`, or the first part if it is another one. Raises IntactKVError if that
+    is not there."""
+    path = Path(path)
+    number, n = part_of(path)
+    if number <= 1 or not path.is_file():
+        return path
+    first = part(path, 1, n)
+    if not first.is_file():
+        raise IntactKVError(f"{path} is one of {n} parts and {first.name} is not beside it: get all parts")
+    return first
 
-    Everything else stays byte for byte. Raises IntactKVError if the source is damaged, OSError if writing fails.
+
+def part_of(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(i, n) of a name that ends in -0000i-of-0000n.gguf, else (0, 0)."""
+    match = _PART.fullmatch(Path(path).name)
+    return (int(match[2]), int(match[3])) if match else (0, 0)
+
+
+def part(path: str | os.PathLike[str], number: int, n: int) -> Path:
+    """The name of part `number` of `n` of the model that `path` is, or is a part of."""
+    path = Path(path)
+    match = _PART.fullmatch(path.name)
+    ending = match[4] if match else path.suffix
+    return path.with_name(f"{whole_name(path)}-{number:05d}-of-{n:05d}{ending}")
+
+
+def whole_name(path: str | os.PathLike[str]) -> str:
+    """NAME of NAME.gguf, or of its part NAME-00001-of-00003.gguf."""
+    match = _PART.fullmatch(Path(path).name)
+    return match[1] if match else Path(path).stem
+
+
+def copy(
+    source: str | os.PathLike[str], out: IO[bytes], changes: Mapping[str, int | str | None], cut: int | None = None
+) -> None:
+    """Write `source` to `out` with some keys set (int: uint32, or Uint64; str) or removed (None).
+
+    Everything else stays byte for byte, also what lies behind the last tensor: up to `cut`, bytes from the beginning of
+    the tensor data, None: all of it. Raises IntactKVError if the source is damaged, OSError if writing fails.
     """
     gguf = read(source)
     with _mapped(gguf.path) as data:
@@ -131,29 +181,44 @@ def copy(source: str | os.PathLike[str], out: IO[bytes], changes: Mapping[str, i
         out.write(data[slice(*gguf._tensor_list)])
         out.write(b"\0" * (-out.tell() % gguf.alignment))
     with open(gguf.path, "rb") as file:
-        file.seek(gguf._data)
-        shutil.copyfileobj(file, out, _COPY_BLOCK)
+        file.seek(gguf.data)
+        left = max(gguf.n_bytes - gguf.data, 0) if cut is None else cut
+        while left and (block := file.read(min(left, _COPY_BLOCK))):
+            out.write(block)
+            left -= len(block)
 
 
-def _entry(key: str, value: int | str | bytes) -> bytes:
+def read_bytes(path: Path, start: int, n: int) -> bytes:
+    """Some bytes of a file. Raises IntactKVError if it cannot be read."""
+    with _opened(path) as file:
+        file.seek(start)
+        return file.read(n)
+
+
+def _entry(key: str, value: int | str) -> bytes:
     head = struct.pack("<Q", len(key.encode())) + key.encode()
+    if isinstance(value, Uint64):
+        return head + struct.pack("<iQ", _UINT64, value)
     if isinstance(value, int):
         return head + struct.pack("<iI", _UINT32, value)
-    if isinstance(value, str):
-        text = value.encode()
-        return head + struct.pack("<iQ", _STRING, len(text)) + text
-    return head + struct.pack("<iiQ", _ARRAY, _UINT8, len(value)) + value
+    text = value.encode()
+    return head + struct.pack("<iQ", _STRING, len(text)) + text
 
 
 @contextmanager
 def _mapped(path: Path) -> Iterator[mmap.mmap]:
-    try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with _opened(path) as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise IntactKVError(f"{path} is empty: get the GGUF file again")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             yield data
-    except ValueError as error:  # mmap of an empty file
-        if path.stat().st_size:
-            raise
-        raise IntactKVError(f"{path} is empty: get the GGUF file again") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    try:
+        with open(path, "rb") as file:
+            yield file
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise IntactKVError(f"cannot read {path}: {reason}: check the path") from error
@@ -162,6 +227,7 @@ def _mapped(path: Path) -> Iterator[mmap.mmap]:
 class _Parser:
     def __init__(self, path: Path, data: mmap.mmap, arrays: bool) -> None:
         self.path, self.data, self.arrays, self.at, self.size = path, data, arrays, 0, len(data)
+        self.elements: int | None = None  # where those of a uint8 array begin, after value()
 
     def gguf(self) -> Gguf:
         if self.take(4) != MAGIC:
@@ -172,6 +238,7 @@ class _Parser:
         n_tensors, n_kv = self.number("q"), self.number("q")
         values: dict[str, Any] = {}
         entries: dict[str, tuple[int, int]] = {}
+        arrays: dict[str, tuple[int, int]] = {}
         for _ in range(n_kv):
             start = self.at
             key = self.string()
@@ -179,6 +246,8 @@ class _Parser:
                 self.refuse(f"it has the key {key} twice: get the file again")
             values[key] = self.value(self.number("i"))
             entries[key] = start, self.at
+            if self.elements is not None:
+                arrays[key] = self.elements, self.at
         start = self.at
         infos = []
         for _ in range(n_tensors):
@@ -193,9 +262,10 @@ class _Parser:
         if infos and data + max(info[3] for info in infos) > self.size:
             self.refuse(f"its tensors end behind its {self.size} bytes: get the whole file")
         tensors = tuple(Tensor(name, shape, kind, data + offset) for name, shape, kind, offset in infos)
-        return Gguf(self.path, version, alignment, values, tensors, entries, (start, end), data)
+        return Gguf(self.path, version, alignment, values, tensors, data, self.size, entries, arrays, (start, end))
 
     def value(self, kind: int) -> Any:
+        self.elements = None
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
         if kind == _STRING:
@@ -204,7 +274,11 @@ class _Parser:
             self.refuse(f"a value before byte {self.at} has type {kind}, which GGUF does not have: get the file again")
         kind, n = self.number("i"), self.number("Q")
         if kind == _UINT8:
-            return self.take(n)
+            self.elements = self.at
+            if self.arrays:
+                return self.take(n)
+            self.skip(n)
+            return None
         if kind in _SCALARS:
             layout = f"<{n}{_SCALARS[kind]}" if n <= self.size else ""
             raw = self.take(n * struct.calcsize("<" + _SCALARS[kind]))
@@ -213,9 +287,22 @@ class _Parser:
             self.refuse(f"an array before byte {self.at} has elements of type {kind}: get the file again")
         if self.arrays:
             return [self.string() for _ in range(n)]
-        for _ in range(n):
-            self.skip(self.number("Q"))
+        self.skip_strings(n)
         return None
+
+    def skip_strings(self, n: int) -> None:
+        """Token lists have hundreds of thousands: no calls of ours for each."""
+        length, at, last = struct.Struct("<Q").unpack_from, self.at, self.size - 8
+        for _ in range(n):
+            if at > last:
+                break
+            at += 8 + length(self.data, at)[0]
+        else:
+            if at <= self.size:
+                self.at = at
+                return
+        for _ in range(n):  # cut off: this says where
+            self.skip(self.number("Q"))
 
     def string(self) -> str:
         return self.take(self.number("Q")).decode("utf-8", "replace")

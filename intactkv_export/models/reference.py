@@ -129,7 +129,7 @@ def _gguf(path: Path) -> Reference:
     dtype = max(quantized or kinds, key=lambda kind: kinds[kind])
     template = gguf_file.read(files[0]).values.get("tokenizer.chat_template")
     template = template if isinstance(template, str) else None
-    return Reference(path.name, path, True, files, dtype, bool(quantized), template)
+    return Reference(files[0].name, files[0], True, files, dtype, bool(quantized), template)
 
 
 def _huggingface(path: Path, name: str | None = None) -> Reference:

@@ -1,6 +1,6 @@
 """The prefix: a system prompt becomes tokens; their K and V become an `.ikv`, which is read back verified."""
 
-from intactkv_export.prefix import ikv, inspection
+from intactkv_export.prefix import embedding, ikv, inspection, outputs
 from intactkv_export.prefix.ikv import Prefix, check_reference, of_model
 from intactkv_export.prefix.prompt import (
     Prompt,
@@ -14,6 +14,6 @@ from intactkv_export.prefix.prompt import (
 from intactkv_export.prefix.run_settings import run_settings
 
 __all__ = [
-    "Prefix", "Prompt", "Template", "check_prefix_tokens", "check_prompt", "check_reference", "first_tokens", "ikv",
-    "inspection", "make_prompt", "of_model", "prompt_for", "run_settings",
+    "Prefix", "Prompt", "Template", "check_prefix_tokens", "check_prompt", "check_reference", "embedding",
+    "first_tokens", "ikv", "inspection", "make_prompt", "of_model", "outputs", "prompt_for", "run_settings",
 ]  # fmt: skip

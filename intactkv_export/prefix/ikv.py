@@ -5,7 +5,7 @@
     u64 manifest length, SHA-256 of all bytes before that length, 8 bytes "INTACTKV"
 
 Of the state's freedoms a prefix file uses none: sequence 0, F16 rows, V not transposed, no intact cells marked. K rows
-are after RoPE. In a GGUF the whole file is the uint8 array `intactkv.state`.
+are after RoPE. In a GGUF the whole file lies behind the tensors: embedding.py.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import numpy as np
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import state
 from intactkv_export.models import KEY_REFERENCE, check_same_reference, gguf_file
+from intactkv_export.prefix import embedding, outputs
 from intactkv_export.prefix import manifest as manifests
 from intactkv_export.work import atomic
 
 KEY_FORMAT = "intactkv.format"
-KEY_STATE = "intactkv.state"
 KEY_FILE_TYPE = "general.file_type"  # llama.cpp's own: how a GGUF is quantized, a number of its enum llama_ftype
 
-_TRAILER_MAGIC = b"INTACTKV"
+_TRAILER_MAGIC = embedding.END
 _TRAILER = struct.Struct("<Q32s8s")
 _DOWNLOAD = "get it again"
 
@@ -99,9 +99,9 @@ def read(source: str | os.PathLike[str] | bytes) -> Prefix:
     """
     if isinstance(source, bytes):
         return _parse(source, None, False)
-    path = Path(source)
+    path = gguf_file.first_part(source)
     embedded = gguf_file.is_gguf(path)
-    data = _embedded_bytes(path) if embedded else _file_bytes(path)
+    data = embedding.data(path) if embedded else _file_bytes(path)
     try:
         return _parse(data, path, embedded)
     except IntactKVError as error:
@@ -111,20 +111,24 @@ def read(source: str | os.PathLike[str] | bytes) -> Prefix:
 def find(model_path: str | os.PathLike[str]) -> Path | None:
     """Where the prefix of a model is: embedded in the GGUF, or the file convert put beside it, or None.
 
-    Beside NAME.gguf that is NAME.ikv; beside NAME-TYPE.gguf also NAME.ikv, if made from the same reference.
+    Beside NAME.gguf, or its parts NAME-00001-of-00003.gguf, that is NAME.ikv; beside NAME-TYPE.gguf also NAME.ikv, if
+    made from the same reference. A GGUF whose embedded prefix was lost is the last to be named: read() says why.
     """
-    path = Path(model_path)
-    values = gguf_file.read(path).values
-    if KEY_STATE in values:
+    path = gguf_file.first_part(model_path)
+    header = gguf_file.read(path)
+    embedded = embedding.has(header)
+    if embedded and not embedding.lost(header):
         return path
-    own = path.with_suffix(".ikv")
-    if own.is_file():
-        return own
-    name, dash, _ = path.stem.rpartition("-")
+    whole = gguf_file.whole_name(path)
+    for own in dict.fromkeys((path.with_suffix(".ikv"), path.with_name(f"{whole}.ikv"))):
+        if own.is_file():
+            return own
+    name, dash, _ = whole.rpartition("-")
     shared = path.with_name(f"{name}.ikv")
-    if dash and shared.is_file() and read(shared).manifest["reference"]["sha256"] == values.get(KEY_REFERENCE):
-        return shared
-    return None
+    if dash and shared.is_file():
+        if read(shared).manifest["reference"]["sha256"] == header.values.get(KEY_REFERENCE):
+            return shared
+    return path if embedded else None
 
 
 def of_model(model: str | os.PathLike[str], given: str | os.PathLike[str] | None = None) -> Prefix:
@@ -159,7 +163,9 @@ def calibrated_for_another(prefix: Prefix, file_type: int | str | None) -> str |
 
 
 def write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write the bytes of a prefix file: whole, or not at all. Raises IntactKVError."""
+    """Write the bytes of a prefix file: whole, or not at all. Raises UsageError if another kind of file is there,
+    IntactKVError if it cannot be written."""
+    outputs.check_prefix_file(path)
     with atomic.output(path) as file:
         file.write(data)
 
@@ -167,12 +173,23 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
 def embed(gguf: str | os.PathLike[str], prefix: Prefix, out: str | os.PathLike[str] | None = None) -> Path:
     """Store a prefix in a GGUF, replacing one that is there; everything else of the GGUF stays byte for byte.
 
-    out: where to write; None: the GGUF itself. Returns it. Raises IntactKVError if the GGUF was made from another
-    reference, is damaged, or cannot be written.
+    out: where to write; None: the GGUF itself. Of a model in parts the first gets it; with `out`, NAME or the name of a
+    part, the others are copied to NAME-0000i-of-0000n.gguf too. Returns the file that has it. Raises UsageError if
+    another model is there, IntactKVError if the GGUF was made from another reference, is damaged, or cannot be written.
     """
+    source = gguf_file.first_part(gguf)
     ours = prefix.manifest["reference"]["sha256"]
-    check_reference(prefix, gguf_file.read(gguf).values.get(KEY_REFERENCE), str(gguf))
-    return rewrite(gguf, {KEY_FORMAT: manifests.FORMAT, KEY_REFERENCE: ours, KEY_STATE: prefix.data}, out)
+    check_reference(prefix, gguf_file.read(source).values.get(KEY_REFERENCE), str(gguf))
+    targets = {source: source} if out is None else outputs.of_parts(source, out)
+    for part, target in targets.items():
+        outputs.check_gguf(target, part)
+    for part, target in reversed(targets.items()):
+        if part == source:
+            embedding.write(source, target, {KEY_FORMAT: manifests.FORMAT, KEY_REFERENCE: ours}, prefix.data)
+        elif not outputs.same_file(part, target):
+            with atomic.output(target) as file:
+                gguf_file.copy(part, file, {})
+    return targets[source]
 
 
 def embed_file(gguf: Path, prefix: Path, out: Path) -> None:
@@ -182,22 +199,24 @@ def embed_file(gguf: Path, prefix: Path, out: Path) -> None:
 
 def extract(gguf: str | os.PathLike[str], out: str | os.PathLike[str]) -> Prefix:
     """Write the prefix embedded in a GGUF to a file of its own, verified. Raises IntactKVError."""
-    prefix = _parse(_embedded_bytes(Path(gguf)), Path(gguf), True)
+    prefix = _parse(embedding.data(gguf), Path(gguf), True)
     write(out, prefix.data)
     return prefix
 
 
 def stamp(gguf: str | os.PathLike[str], reference_sha256: str, out: str | os.PathLike[str] | None = None) -> Path:
     """Note in a GGUF which reference it was quantized from; a prefix embedded before is removed."""
-    return rewrite(gguf, {KEY_FORMAT: manifests.FORMAT, KEY_REFERENCE: reference_sha256, KEY_STATE: None}, out)
+    path = Path(gguf if out is None else out)
+    embedding.write(gguf, path, {KEY_FORMAT: manifests.FORMAT, KEY_REFERENCE: reference_sha256}, None)
+    return path
 
 
 def rewrite(
     gguf: str | os.PathLike[str],
-    changes: Mapping[str, int | str | bytes | None],
+    changes: Mapping[str, int | str | None],
     out: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Write a GGUF again with some keys set or removed (None): to `out`, or in its own place."""
+    """Write a GGUF again with some keys set or removed (None): to `out`, or in its own place. A prefix stays in it."""
     path = Path(gguf if out is None else out)
     with atomic.output(path) as file:
         gguf_file.copy(gguf, file, changes)
@@ -218,20 +237,8 @@ def _file_bytes(path: Path) -> bytes:
     return data
 
 
-def _embedded_bytes(path: Path) -> bytes:
-    values = gguf_file.read(path).values
-    if KEY_STATE not in values:
-        raise IntactKVError(
-            f"{path} has no prefix embedded: name an .ikv file, or embed one with `intactkv-export embed`"
-        )
-    data = values[KEY_STATE]
-    if not isinstance(data, bytes):
-        raise IntactKVError(f"the key {KEY_STATE} of {path} is not an array of uint8: embed the prefix again")
-    return data
-
-
 def _parse(data: bytes, source: Path | None, embedded: bool) -> Prefix:
-    body, text = _check_trailer(data)
+    body, text, sha256 = _check_trailer(data)
     manifest = manifests.decode(text)
     tokens: list[int] = manifest["tokens"]
     start = _check_header(data, len(body), tokens)
@@ -247,11 +254,11 @@ def _parse(data: bytes, source: Path | None, embedded: bool) -> Prefix:
     if end != len(body):
         raise IntactKVError(f"its state ends at byte {end} and its manifest begins at {len(body)}: {state.REMAKE}")
     layers.sort(key=lambda layer: layer.il)
-    return Prefix(tokens, manifest, layers, hashlib.sha256(data).hexdigest(), source, embedded, data)
+    return Prefix(tokens, manifest, layers, sha256, source, embedded, data)
 
 
-def _check_trailer(data: bytes) -> tuple[memoryview, bytes]:
-    """(state, manifest), after the checksum was found right."""
+def _check_trailer(data: bytes) -> tuple[memoryview, bytes, str]:
+    """(state, manifest, SHA-256 of the whole file), after the checksum was found right."""
     size = len(data) - _TRAILER.size
     if size < 0:
         raise IntactKVError(f"the prefix file has {len(data)} bytes and its trailer alone {_TRAILER.size}: {_DOWNLOAD}")
@@ -270,7 +277,8 @@ def _check_trailer(data: bytes) -> tuple[memoryview, bytes]:
             f"the prefix file is damaged: its bytes have the SHA-256 {actual.hexdigest()} and byte {size + 8} says "
             f"{checksum.hex()}: {_DOWNLOAD}"
         )
-    return body[: size - length], bytes(body[size - length :])
+    actual.update(memoryview(data)[size:])  # what was hashed already is not hashed again
+    return body[: size - length], bytes(body[size - length :]), actual.hexdigest()
 
 
 def _check_header(data: bytes, end: int, tokens: Sequence[int]) -> int:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from intactkv_export.escapes import shown
 from intactkv_export.libllama import Vocabulary, rope_of
+from intactkv_export.models import gguf_file
 from intactkv_export.prefix.ikv import Prefix
 
 WIDTH = 80
@@ -82,7 +83,7 @@ def token_texts(prefix: Prefix, model: Path | None) -> list[str] | None:
     gguf = model or (prefix.source if prefix.embedded else None)
     if gguf is None:
         return None
-    with Vocabulary(gguf) as vocabulary:
+    with Vocabulary(gguf_file.first_part(gguf)) as vocabulary:
         return [vocabulary.text([token]) for token in prefix.tokens]
 
 

@@ -37,7 +37,7 @@ def open_chat(
     and 2048 tokens more; 0: all that it was trained for.
     """
     asked = None if kv_type is None else kv_pair(kv_type)  # what is misspelt needs no file to be seen
-    header = gguf_file.read(model).values
+    header = gguf_file.read(gguf_file.first_part(model)).values
     if asked is None:
         pair, why = best_kv_types(header)
         if why:

@@ -25,7 +25,7 @@ from intactkv_export.libllama import (
     quiet_opening,
     reason,
 )
-from intactkv_export.models import KEY_REFERENCE
+from intactkv_export.models import KEY_REFERENCE, gguf_file
 from intactkv_export.prefix import ikv
 from intactkv_export.replies import CompletionLlama
 from intactkv_export.work import usable_cores
@@ -82,7 +82,7 @@ class IntactLlama(CompletionLlama):
     the intact cells before it, and afterwards the prefix is loaded again, so its own cell is intact too. With
     logits_all=True the other prefix tokens are evaluated as well, from an empty cache, for their logits only.
 
-    model_path: the quantized model, a GGUF.
+    model_path: the quantized model, a GGUF, or any of its parts (NAME-00001-of-00003.gguf).
     prefix: an `.ikv` file or a GGUF that has one embedded; "auto": the one embedded in the model, or the file beside
         it (ikv.find), or none; None: none.
     kv_type: type of the KV cache, or a pair of types for K and V: f16, q8_0, q5_1, q5_0, q4_1, q4_0, bf16, iq4_nl,
@@ -110,6 +110,7 @@ class IntactLlama(CompletionLlama):
         self._n_loads, self._load_seconds = 0, 0.0
         self._owner: dict[str, str] | None = None
         _check(llama_kwargs)
+        model_path = gguf_file.shards(model_path)[0]
         self._load_model(str(model_path), llama_kwargs)
         if prefix is not None:
             path = ikv.find(model_path) if prefix == "auto" else Path(prefix)

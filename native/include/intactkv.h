@@ -37,7 +37,7 @@ LLAMA_API const char * intactkv_describe(const struct llama_context * ctx);
 // Returns the number of prefix tokens, or -1.
 LLAMA_API int32_t intactkv_load(struct llama_context * ctx, const void * data, size_t size, llama_seq_id seq_id);
 
-// The same from a file: an `.ikv`, or a GGUF that carries one under the key intactkv.state.
+// The same from a file: an `.ikv`, or a GGUF that has one embedded (docs/reference/format.md).
 LLAMA_API int32_t intactkv_load_file(struct llama_context * ctx, const char * path, llama_seq_id seq_id);
 
 // All of intactkv_load()'s checks and nothing else. ctx may be NULL: then checksum and structure only.

@@ -1,4 +1,4 @@
-// A small GGUF without tensors that has a key of every kind, and a prefix under one.
+// A small GGUF that has a key of every kind, and a prefix: under one of them, or behind its tensors.
 
 #pragma once
 
@@ -6,7 +6,15 @@
 
 #include <algorithm>
 
-enum { GGUF_UINT8 = 0, GGUF_INT8 = 1, GGUF_STRING = 8, GGUF_ARRAY = 9, GGUF_FLOAT64 = 12 };
+enum {
+    GGUF_UINT8 = 0,
+    GGUF_INT8 = 1,
+    GGUF_UINT32 = 4,
+    GGUF_STRING = 8,
+    GGUF_ARRAY = 9,
+    GGUF_UINT64 = 10,
+    GGUF_FLOAT64 = 12
+};
 
 inline void put_string(bytes & out, const std::string & text) {
     put<uint64_t>(out, text.size());
@@ -20,19 +28,14 @@ inline void put_array(bytes & out, const std::string & key, int32_t type, uint64
     put<uint64_t>(out, n);
 }
 
-inline bytes gguf_sample(const bytes & state, bool last, const std::string & key = "intactkv.state") {
-    bytes out;
-    put(out, std::string("GGUF"));
-    put<uint32_t>(out, 3);
-    put<uint64_t>(out, 0); // tensors
-    put<uint64_t>(out, 16);
-    const auto put_state = [&] {
-        put_array(out, key, GGUF_UINT8, state.size());
-        out.insert(out.end(), state.begin(), state.end());
-    };
-    if (!last) {
-        put_state();
-    }
+template <typename T> void put_number(bytes & out, const std::string & key, int32_t type, T value) {
+    put_string(out, key);
+    put<int32_t>(out, type);
+    put<T>(out, value);
+}
+
+// Keys of every kind, 15 of them.
+inline void put_keys(bytes & out) {
     const size_t sizes[] = { 1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8 };
     for (int32_t type = 0; type <= GGUF_FLOAT64; ++type) {
         if (type != GGUF_STRING && type != GGUF_ARRAY) {
@@ -51,11 +54,66 @@ inline bytes gguf_sample(const bytes & state, bool last, const std::string & key
     put_array(out, "numbers", GGUF_FLOAT64, 100);
     out.resize(out.size() + 800, 0x55);
     put_array(out, "none", GGUF_INT8, 0);
+}
+
+inline void put_head(bytes & out, uint64_t n_tensors, uint64_t n_kv) {
+    put(out, std::string("GGUF"));
+    put<uint32_t>(out, 3);
+    put<uint64_t>(out, n_tensors);
+    put<uint64_t>(out, n_kv);
+}
+
+// Without tensors; the state is an array.
+inline bytes gguf_sample(const bytes & state, bool last, const std::string & key = "intactkv.state") {
+    bytes out;
+    put_head(out, 0, 16);
+    const auto put_state = [&] {
+        put_array(out, key, GGUF_UINT8, state.size());
+        out.insert(out.end(), state.begin(), state.end());
+    };
+    if (!last) {
+        put_state();
+    }
+    put_keys(out);
     if (last) {
         put_state();
     }
     return out;
 }
+
+// With n_tensors tensors of 40 bytes each, and the state behind them. The keys say `offset` and `size` instead, if given.
+struct gguf_behind {
+    uint32_t n_tensors = 2;
+    uint32_t alignment = 32;
+    int64_t offset = -1;
+    int64_t size = -1;
+    int32_t type = GGUF_UINT64;
+    bool with_size = true;
+
+    uint64_t each() const { return (40 + alignment - 1) / alignment * alignment; }
+
+    bytes file(const bytes & state) const {
+        bytes out;
+        put_head(out, n_tensors, 15 + 1 + 1 + with_size);
+        put_number<uint64_t>(out, "intactkv.state.offset", type, offset < 0 ? n_tensors * each() : uint64_t(offset));
+        put_keys(out);
+        put_number<uint32_t>(out, "general.alignment", GGUF_UINT32, alignment);
+        if (with_size) {
+            put_number<uint64_t>(out, "intactkv.state.size", type, size < 0 ? state.size() : uint64_t(size));
+        }
+        for (uint32_t i = 0; i < n_tensors; ++i) {
+            put_string(out, "tensor." + std::to_string(i));
+            put<uint32_t>(out, 2); // dimensions
+            put<uint64_t>(out, 5);
+            put<uint64_t>(out, 2);
+            put<int32_t>(out, 0);
+            put<uint64_t>(out, i * each());
+        }
+        out.resize((out.size() + alignment - 1) / alignment * alignment + n_tensors * each());
+        out.insert(out.end(), state.begin(), state.end());
+        return out;
+    }
+};
 
 // where the state in a GGUF ends
 inline size_t gguf_state_end(const bytes & gguf, const bytes & state) {

@@ -26,7 +26,7 @@ static std::vector<bytes> seeds() {
         long_one.caches[0].positions.push_back(i);
     }
     return { sample().file(), windows.file(), long_one.file(), gguf_sample(sample().file(), true),
-        gguf_sample(sample().file(), false) };
+        gguf_sample(sample().file(), false), gguf_behind().file(sample().file()) };
 }
 
 // One change: at random, or where it hurts (the head, the manifest, the trailer).

@@ -127,8 +127,74 @@ static void ggufs(const fs::path & dir) {
     }
 }
 
+static void behind_tensors(const fs::path & dir) {
+    const bytes file = sample().file();
+    const fs::path path = dir / "behind.gguf";
+    bytes content;
+    for (const uint32_t n_tensors : { 0u, 1u, 3u }) {
+        for (const uint32_t alignment : { 8u, 32u, 4096u }) {
+            check_case = std::to_string(n_tensors) + " tensors, alignment " + std::to_string(alignment);
+            gguf_behind made;
+            made.n_tensors = n_tensors;
+            made.alignment = alignment;
+            bytes gguf = made.file(file);
+            CHECK(error_of(write(path, gguf), &content) == "");
+            CHECK(content == file);
+            CHECK(has_trailer(path.string().c_str()));
+            gguf.resize(gguf.size() + 5, 1); // what others add behind it
+            CHECK(error_of(write(path, gguf), &content) == "" && content == file);
+        }
+    }
+    const bytes good = gguf_behind().file(file);
+    const size_t begin = good.size() - file.size();
+    for (size_t n = 4; n < good.size(); n += n < begin ? 1 : 53) {
+        check_case = "cut at byte " + std::to_string(n);
+        const std::string error = error_of(write(path, bytes(good.begin(), good.begin() + n)));
+        CHECK(contains(error, "cut off or damaged") || contains(error, "is lost"));
+        CHECK(n < begin || contains(error, "is lost"));
+    }
+    check_case = "both: the array is the newer one";
+    bytes both = gguf_sample(bytes(7, 'x'), true);
+    both[16] = 17;
+    bytes offset;
+    put_number<uint64_t>(offset, "intactkv.state.offset", GGUF_UINT64, 0);
+    both.insert(both.begin() + 24, offset.begin(), offset.end());
+    CHECK(error_of(write(path, both), &content) == "" && content == bytes(7, 'x'));
+
+    const auto refused_as = [&](const char * name, const gguf_behind & made, const char * part) {
+        check_case = name;
+        CHECK(contains(error_of(write(path, made.file(file))), part));
+    };
+    const int64_t end = 2 * gguf_behind().each();
+    for (const int64_t at : { int64_t(0), int64_t(32), end - 1, end + 1, INT64_MAX, INT64_MAX - end }) {
+        refused_as("another offset", { 2, 32, at }, "is lost");
+    }
+    for (const int64_t size :
+            { int64_t(0), int64_t(4), int64_t(11), int64_t(12), int64_t(file.size() - 1), INT64_MAX }) {
+        refused_as("another size", { 2, 32, -1, size }, "is lost");
+    }
+    refused_as("a number of another type", { 2, 32, -1, -1, GGUF_FLOAT64 }, "is of GGUF type 12");
+    refused_as("no size", { 2, 32, -1, -1, GGUF_UINT64, false }, "has only one");
+    gguf_behind odd;
+    odd.alignment = 24; // no power of two
+    refused_as("alignment", odd, "its alignment is 24");
+
+    for (size_t i = 4; i + 8 <= begin; ++i) {
+        for (const uint64_t word :
+                { uint64_t(0), UINT64_MAX, uint64_t(1) << 63, uint64_t(1) << 40, uint64_t(8) << 32 }) {
+            check_case = "word " + std::to_string(word) + " at byte " + std::to_string(i) + ", behind tensors";
+            bytes bad = good;
+            memcpy(&bad[i], &word, 8);
+            content.clear();
+            error_of(write(path, bad), &content);
+            CHECK(content.size() <= bad.size());
+        }
+    }
+}
+
 void test_read_bytes(const char * dir) {
     not_files(dir);
     prefix_files(dir);
     ggufs(dir);
+    behind_tensors(dir);
 }

@@ -203,7 +203,9 @@ def test_a_reader_by_the_page_refuses_the_same() -> None:
 
 def test_a_prefix_in_a_gguf_is_where_the_page_says(tmp_path: Path) -> None:
     data, gguf = made(MODELS["one cache"]), tmp_path / "model.gguf"
-    gguf.write_bytes(struct.pack("<4sIqq", b"GGUF", 3, 0, 0))
+    tensor = struct.pack("<Q", 1) + b"t" + struct.pack("<IqiQ", 1, 5, 0, 0)  # 5 values of F32
+    header = struct.pack("<4sIqq", b"GGUF", 3, 1, 0) + tensor
+    gguf.write_bytes(header + bytes(-len(header) % 32) + b"\x55" * 20)
     ikv.embed(gguf, ikv.read(data))
     raw, values, at = gguf.read_bytes(), {}, 24
     (n_keys,) = struct.unpack_from("<q", raw, 16)
@@ -212,21 +214,25 @@ def test_a_prefix_in_a_gguf_is_where_the_page_says(tmp_path: Path) -> None:
         key = raw[at + 8 : at + 8 + n].decode()
         (kind,) = struct.unpack_from("<i", raw, at + 8 + n)
         at += 12 + n
-        if kind == 4:  # uint32
-            values[key] = struct.unpack_from("<I", raw, at)[0]
-            at += 4
+        if kind in (4, 10):  # uint32, uint64
+            layout = "<I" if kind == 4 else "<Q"
+            (values[key],) = struct.unpack_from(layout, raw, at)
+            at += struct.calcsize(layout)
         else:
-            if kind == 9:  # array
-                assert struct.unpack_from("<i", raw, at) == (0,)  # of uint8
-                at += 4
+            assert kind == 8  # string
             (n,) = struct.unpack_from("<Q", raw, at)
             values[key] = raw[at + 8 : at + 8 + n]
             at += 8 + n
     assert values == {
         "intactkv.format": 1,
         "intactkv.reference.sha256": ORIGIN["reference"]["sha256"].encode(),  # type: ignore[index]
-        "intactkv.state": data,
+        "intactkv.state.offset": 32,
+        "intactkv.state.size": len(data),
     }
+    assert raw[at : at + len(tensor)] == tensor
+    tensor_data = at + len(tensor)
+    tensor_data += -tensor_data % 32
+    assert raw[tensor_data:] == b"\x55" * 20 + bytes(12) + data
 
 
 # --- the schema ---

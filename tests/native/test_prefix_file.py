@@ -25,7 +25,9 @@ import pytest
 from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama import bindings
 from intactkv_export.prefix import ikv
+from tests.support.old_embedding import embed_as_array
 from tests.support.paths import REPO
+from tests.support.smol import Smol
 
 NATIVE = REPO / "native"
 BUILD = REPO / "build" / "native_tests"  # kept: nothing is compiled again when nothing changed
@@ -162,7 +164,7 @@ def manifest_of(tokens: list[int], model: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def upstream(model: Any) -> tuple[Any, bytes, list[int]]:
     """A context of a real model, and a prefix of it whose state llama_state_seq_save_file wrote."""
-    import lowlevel
+    from tests.support import lowlevel
 
     loaded = lowlevel.load_model(model("F16"))
     tokens = lowlevel.tokenize(loaded, lowlevel.SYSTEM)
@@ -299,3 +301,22 @@ def test_gguf_by_the_gguf_package(programs: Path, tmp_path: Path) -> None:
         writer.close()
         [(ok, sentence)] = check(programs, path)
         assert not ok and "no field model.arch" in sentence  # so the checksum of what was found is right
+
+
+def test_native_finds_what_python_embeds(programs: Path, tmp_path: Path, smol: Smol) -> None:
+    """Behind the tensors, in the metadata as before, and nowhere any more: both readers say the same."""
+    tokens = " ".join(map(str, smol.tokens))
+    behind = ikv.embed(smol.gguf, ikv.read(smol.ikv), tmp_path / "behind.gguf")
+    old = embed_as_array(smol.gguf, smol.ikv.read_bytes(), tmp_path / "old.gguf")
+    newer = ikv.embed(smol.gguf, ikv.read(smol.bos), tmp_path / "bos.gguf")
+    newer = embed_as_array(newer, smol.ikv.read_bytes(), tmp_path / "newer.gguf")
+    assert check(programs, behind, old, newer) == [(True, tokens)] * 3
+    cut = tmp_path / "cut.gguf"
+    whole = behind.read_bytes()
+    size = smol.ikv.stat().st_size
+    for n in (1, 100, size, size + 1):
+        cut.write_bytes(whole[:-n])
+        [(ok, sentence)] = check(programs, cut)
+        assert not ok and "is lost" in sentence and "embed it again" in sentence
+        with pytest.raises(IntactKVError, match="is lost"):
+            ikv.read(cut)

@@ -20,6 +20,10 @@ namespace intactkv {
 namespace fs = std::filesystem;
 
 static constexpr const char * STATE_KEY = "intactkv.state";
+static constexpr const char * OFFSET_KEY = "intactkv.state.offset";
+static constexpr const char * SIZE_KEY = "intactkv.state.size";
+static constexpr const char * ALIGNMENT_KEY = "general.alignment";
+static constexpr size_t LONGEST_KEY = 21;   // of these
 static constexpr char IKV_MAGIC[] = "qsgg"; // the little-endian 'ggsq'
 
 // A regular file with its size. Reading past the end is refused before anything is allocated for it.
@@ -143,20 +147,82 @@ static void skip_values(input & in, int32_t type, uint64_t n) {
     in.skip(n * each);
 }
 
-// The array intactkv.state, of a file whose magic was read. Not with gguf_init_from_file(): that reads arrays value
-// by value, holds the prefix twice, and writes to the log what should be our one sentence.
+static std::vector<uint8_t> read_array(input & in, int32_t type, bool is_array, uint64_t n) {
+    if (!is_array || type != GGUF_TYPE_UINT8) {
+        refuse("the key %s of %s is of GGUF type %" PRId32 ", not an array of type %d: embed the prefix again",
+                STATE_KEY, in.path, type, GGUF_TYPE_UINT8);
+    }
+    in.need(n);
+    std::vector<uint8_t> res(n);
+    in.read(res.data(), n);
+    return res;
+}
+
+template <typename T>
+static T read_number(input & in, const std::string & key, int32_t type, bool is_array, int32_t wanted) {
+    if (is_array || type != wanted) {
+        refuse("the key %s of %s is %s GGUF type %" PRId32 ", not a number of type %" PRId32 ": embed the prefix again",
+                key.c_str(), in.path, is_array ? "an array of" : "of", type, wanted);
+    }
+    return in.get<T>();
+}
+
+// Skips the list of tensors; returns the offset of the last one in the tensor data.
+static uint64_t skip_tensors(input & in, int64_t n_tensors) {
+    uint64_t last = 0;
+    for (int64_t i = 0; i < n_tensors; ++i) { // each takes 24 bytes or more of a finite file
+        in.skip(in.get<uint64_t>());
+        in.skip(sizeof(int64_t) * uint64_t(in.get<uint32_t>()));
+        in.get<int32_t>(); // type
+        last = std::max(last, in.get<uint64_t>());
+    }
+    return last;
+}
+
+// The bytes at `offset` of the tensor data, behind the last tensor.
+static std::vector<uint8_t> read_behind(
+        input & in, int64_t n_tensors, uint64_t alignment, uint64_t offset, uint64_t size) {
+    const uint64_t last = skip_tensors(in, n_tensors);
+    if (alignment == 0 || (alignment & (alignment - 1)) != 0) {
+        refuse("%s is damaged: its alignment is %" PRIu64 ", not a power of two: %s", in.path, alignment, DOWNLOAD);
+    }
+    const uint64_t padding = (alignment - in.pos % alignment) % alignment;
+    const uint64_t left = in.left() - std::min(in.left(), padding); // from the tensor data on
+    std::vector<uint8_t> res;
+    if (offset <= left && size <= left - offset && size >= 4 + TRAILER_MAGIC_SIZE &&
+            (n_tensors <= 0 || offset > last)) {
+        in.skip(padding + offset);
+        res.resize(size);
+        in.read(res.data(), size);
+    }
+    if (res.empty() || memcmp(res.data(), IKV_MAGIC, 4) != 0 ||
+            memcmp(res.data() + size - TRAILER_MAGIC_SIZE, TRAILER_MAGIC, TRAILER_MAGIC_SIZE) != 0) {
+        refuse("the prefix embedded in %s is lost: its %" PRIu64 " bytes should begin %" PRIu64
+               " bytes into the %" PRIu64
+               " of tensor data and do not, another program has cut or written the file: embed it again with "
+               "intactkv-export embed, or get the file again",
+                in.path, size, offset, left);
+    }
+    return res;
+}
+
+// The prefix in a GGUF whose magic was read: behind the tensors, or in files of before the array intactkv.state. Not
+// with gguf_init_from_file(): that reads arrays value by value, and writes to the log what should be our one sentence.
 static std::vector<uint8_t> read_embedded(input & in) {
     const auto version = in.get<uint32_t>();
     if (version < 2 || version > GGUF_VERSION) {
         refuse("%s has GGUF version %" PRIu32 " and versions 2 to %d can be read: convert the model again", in.path,
                 version, GGUF_VERSION);
     }
-    in.get<int64_t>(); // number of tensors
+    const auto n_tensors = in.get<int64_t>();
     const auto n_kv = in.get<uint64_t>();
+    uint64_t alignment = GGUF_DEFAULT_ALIGNMENT;
+    uint64_t offset = 0, size = 0;
+    bool has_offset = false, has_size = false;
     for (uint64_t i = 0; i < n_kv; ++i) {
         const auto key_size = in.get<uint64_t>();
         std::string key;
-        if (key_size == strlen(STATE_KEY)) {
+        if (key_size <= LONGEST_KEY) {
             key.resize(key_size);
             in.read(&key[0], key_size);
         } else {
@@ -169,22 +235,31 @@ static std::vector<uint8_t> read_embedded(input & in) {
             type = in.get<int32_t>();
             n = in.get<uint64_t>();
         }
-        if (key != STATE_KEY) {
+        if (key == STATE_KEY) {
+            return read_array(in, type, is_array, n); // where both are, an old version has embedded again
+        } else if (key == OFFSET_KEY) {
+            offset = read_number<uint64_t>(in, key, type, is_array, GGUF_TYPE_UINT64);
+            has_offset = true;
+        } else if (key == SIZE_KEY) {
+            size = read_number<uint64_t>(in, key, type, is_array, GGUF_TYPE_UINT64);
+            has_size = true;
+        } else if (key == ALIGNMENT_KEY) {
+            alignment = read_number<uint32_t>(in, key, type, is_array, GGUF_TYPE_UINT32);
+        } else {
             skip_values(in, type, n);
-            continue;
         }
-        if (!is_array || type != GGUF_TYPE_UINT8) {
-            refuse("the key %s of %s is of GGUF type %" PRId32 ", not an array of type %d: embed the prefix again",
-                    STATE_KEY, in.path, type, GGUF_TYPE_UINT8);
-        }
-        in.need(n);
-        std::vector<uint8_t> res(n);
-        in.read(res.data(), n);
-        return res;
     }
-    refuse("%s has no prefix embedded: none of its %" PRIu64 " keys is %s: name an .ikv file, or embed one with "
-           "intactkv-export embed",
-            in.path, n_kv, STATE_KEY);
+    if (!has_offset && !has_size) {
+        refuse("%s has no prefix embedded: none of its %" PRIu64
+               " keys is %s or %s: name an .ikv file, or embed one with "
+               "intactkv-export embed",
+                in.path, n_kv, OFFSET_KEY, STATE_KEY);
+    }
+    if (!has_offset || !has_size) {
+        refuse("%s is damaged: of the keys %s and %s it has only one: embed the prefix again", in.path, OFFSET_KEY,
+                SIZE_KEY);
+    }
+    return read_behind(in, n_tensors, alignment, offset, size);
 }
 
 bool read_bytes(const char * path, std::vector<uint8_t> & out, std::string & error) {
