@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ from intactkv_export.engines import check_in_torch
 from intactkv_export.errors import UsageError
 from intactkv_export.libllama import kv_pair, rope_of
 from intactkv_export.models import KEY_REFERENCE, gguf_file, identity, locate
-from intactkv_export.prefix import Prefix, check_reference, ikv, of_model
+from intactkv_export.prefix import Prefix, check_reference, ikv, of_model, outputs
 from intactkv_export.work import Progress, atomic, peak_bytes, silent
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def calibrate(
     kv_type: that the prefix will be used with, "q8_0" or a pair for K and V.
     device, dtype: of torch; None: float32, or elsewhere than on the CPU bfloat16 for more than 2^30 weights.
     directory: for what is on the way, kept afterwards; it may be shared by calibrations for several models of one
-        reference, which then share data and targets. None: OUT.calibrating, removed at the end.
+        reference, which then share data and targets. None: OUT.calibrating, removed at the end; one process at a time.
     progress: told of each phase, with the held-out divergence as its note.
 
     Raises UsageError for settings that make no sense, IntactKVError if the files do not belong together, or if the
@@ -121,7 +121,7 @@ def calibrate(
     from intactkv_export.calibration.run import Participants, train
     from intactkv_export.calibration.training import Settings
 
-    out, model = Path(out), Path(model)
+    out, model = outputs.named(out, ".ikv"), gguf_file.first_part(model)
     default = DEFAULTS.get(objective, DEFAULTS["kl"])
     given = [own if own is not None else usual for own, usual in zip((steps, batch, seq_len), default, strict=True)]
     n_steps, n_batch, n_tokens = given
@@ -135,19 +135,19 @@ def calibrate(
     check_in_torch(found, model, device, "calibration")
     if options := start.manifest.get("rope_options"):
         raise UsageError(f"the prefix {start.source} was made with {rope_of(options)}, which torch cannot train with")
+    atomic.destination(out)
+    outputs.check_prefix_file(out)
+    outputs.check_not_input(out, [*([] if start.source is None else [start.source]), Path(data)])
     work = Path(directory) if directory is not None else out.with_name(f"{out.name}.calibrating")
-    with atomic.explained(out):
-        work.mkdir(exist_ok=True)
     report = progress or silent
     check_reference(start, gguf_file.read(model).values.get(KEY_REFERENCE), str(model))
-    report("hash reference", 0, 0)
-    check_reference(start, identity(found), str(found.path))
-    who = Participants(found, model, start, work, device, dtype or _dtype(model, device), report)
-    trained, about = train(who, settings, Source(str(data), sequences, n_tokens, seed))
-    made = _build(start, trained, about)
-    ikv.write(out, made)
-    if directory is None:
-        shutil.rmtree(work, ignore_errors=True)
+    with atomic.kept_directory(work) if directory is None else nullcontext(work):
+        report("hash reference", 0, 0)
+        check_reference(start, identity(found), str(found.path))
+        who = Participants(found, model, start, work, device, dtype or _dtype(model, device), report)
+        trained, about = train(who, settings, Source(str(data), sequences, n_tokens, seed))
+        made = _build(start, trained, about)
+        ikv.write(out, made)
     return Calibrated(out, len(made), len(start.tokens), about, trained.history, who.seconds, peak_bytes(device))
 
 

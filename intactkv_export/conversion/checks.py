@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from math import prod
@@ -10,6 +9,8 @@ from pathlib import Path
 
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.models import Reference, gguf_file, weights
+from intactkv_export.prefix import outputs
+from intactkv_export.work import atomic
 
 _WEIGHT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
@@ -26,25 +27,15 @@ def quantization_types(quant: str | Sequence[str], imatrix: object) -> list[str]
     return types
 
 
-def base_name(out: str | os.PathLike[str]) -> Path:
-    """DIR/NAME of the outputs, without .gguf or .ikv. Raises UsageError if nothing can be written there."""
-    path = Path(out)
-    if path.suffix in (".gguf", ".ikv"):
-        path = path.with_suffix("")
-    if str(out).endswith(os.sep) or path.is_dir() or not path.name:
-        raise UsageError(f"{out} is a directory: give directory/name, from which name.gguf and name.ikv are made")
-    if not path.parent.is_dir():
-        raise UsageError(f"there is no directory {path.parent} to write to: make it, or choose another")
-    return path.absolute()
-
-
-def check_targets(targets: Sequence[Path], found: Reference) -> None:
-    """Raises UsageError if an output is a directory or the reference itself."""
+def check_targets(targets: Sequence[Path], found: Reference, others: Sequence[Path] = ()) -> None:
+    """Raises UsageError if an output cannot be a file there, is the reference itself, or one of the other inputs."""
     for target in targets:
-        if target.is_dir():
-            raise UsageError(f"{target} is a directory, so no file can be written there: choose another name")
-        if target.exists() and any(target.samefile(file) for file in found.files):
+        atomic.destination(target)
+        if any(outputs.same_file(target, file) for file in found.files):
             raise UsageError(f"{target} is the reference model itself: choose another name for the output")
+        outputs.check_not_input(target, others)
+        if target.suffix == ".ikv":
+            outputs.check_prefix_file(target)
 
 
 def check_space(directory: Path, found: Reference, types: Sequence[str], widen: bool) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from intactkv_export import extras
-from intactkv_export.conversion.checks import base_name, check_space, check_targets, quantization_types
+from intactkv_export.conversion.checks import check_space, check_targets, quantization_types
 from intactkv_export.conversion.intact_tokens import Curve, shortest
 from intactkv_export.conversion.result import ConvertResult, Output, result
 from intactkv_export.engines import Engine, check_device, check_in_torch, compute
@@ -34,7 +34,7 @@ from intactkv_export.models import (
     weights,
 )
 from intactkv_export.models import imatrix as imatrices
-from intactkv_export.prefix import check_prefix_tokens, check_prompt, ikv, prompt_for
+from intactkv_export.prefix import check_prefix_tokens, check_prompt, ikv, outputs, prompt_for
 from intactkv_export.work import Progress, Stages, Steps, atomic
 
 
@@ -64,7 +64,8 @@ def convert(
 
     reference: a Hugging Face directory or hub id, or a GGUF in F32, F16 or BF16; a quantized one with
         allow_requantize, and the manifest says so.
-    out: "dir/name": writes name.gguf, or name-TYPE.gguf of each if there are several types, and name.ikv.
+    out: "dir/name", or with one of the endings: writes name.gguf, or name-TYPE.gguf of each if there are several types,
+        and name.ikv. A GGUF that is there already is replaced if a conversion made it.
     quant: types upstream quantizes to (weights.TYPES), a sequence or comma-separated. They share one prefix.
     system_prompt: the text; None: the chat template's own. bos_only: keep only the first token intact.
     prefix_tokens: keep the first so many tokens of the prefix; None: all; "auto": the fewest after which the layers'
@@ -161,14 +162,19 @@ def _plan(
     allow_requantize: bool,
 ) -> _Plan:
     """Raises UsageError, or IntactKVError for a damaged reference."""
-    types, base = quantization_types(quant, imatrix), base_name(out)
+    types, base = quantization_types(quant, imatrix), outputs.without_ending(out)
     found = locate(reference, allow_requantize)
     check_convertible(found)
     names = {t: base.name if len(types) == 1 else f"{base.name}-{t}" for t in types}
     ggufs = {t: base.with_name(f"{name}.gguf") for t, name in names.items()}
     ikvs = {t: base.with_name(f"{name if calibrate else base.name}.ikv") for t, name in names.items()}
     kept = base.with_name(f"{base.name}.reference.gguf") if keep_reference and not found.is_gguf else None
-    check_targets([*ggufs.values(), *ikvs.values(), *([kept] if kept else [])], found)
+    others = [] if imatrix is None else [Path(imatrix)]
+    check_targets([*ggufs.values(), *ikvs.values(), *([kept] if kept else [])], found, others)
+    for target in ggufs.values():
+        outputs.check_converted(target)
+    if kept:
+        outputs.check_converted(kept, kept_reference=True)
     matrix = None if imatrix is None else imatrices.read(imatrix)
     return _Plan(found, base, ggufs, ikvs, kept, matrix, allow_requantize)
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
-from intactkv_export.conversion.checks import base_name, check_space, check_targets
+from intactkv_export.conversion.checks import check_space, check_targets
 from intactkv_export.conversion.intact_tokens import Curve, shortest
 from intactkv_export.conversion.result import ConvertResult, result
 from intactkv_export.engines import Engine, check_in_torch, compute
@@ -19,7 +18,7 @@ from intactkv_export.models import (
     locate,
     weights,
 )
-from intactkv_export.prefix import check_prefix_tokens, ikv, prompt_for
+from intactkv_export.prefix import check_prefix_tokens, embedding, ikv, outputs, prompt_for
 from intactkv_export.work import Progress, Stages, atomic
 
 
@@ -44,20 +43,20 @@ def prefix(
 ) -> ConvertResult:
     """Compute a prefix for a GGUF that was made from this reference.
 
-    out: the `.ikv` to write; None: MODEL.ikv beside the model. embed: also store it in the model; None: if the model
-    has one embedded, which would hide the new file, and `out` is not given. Otherwise as convert(). Raises
-    IntactKVError if the model was quantized from another reference, by identity or by structure.
+    out: the `.ikv` to write; None: MODEL.ikv beside the model, without the number of a part. embed: also store it in
+    the model; None: if the model has one embedded, which would hide the new file, and `out` is not given. Otherwise as
+    convert(). Raises IntactKVError if the model was quantized from another reference, by identity or by structure.
     """
     settings = Engine(engine, dtype, device, offload_dir, n_threads, n_ctx, rope or Rope())
-    model = Path(model)
-    stamped = gguf_file.read(model).values
-    target = base_name(model if out is None else out)
-    target = target.with_name(f"{target.name}.ikv")
+    model = gguf_file.first_part(model)
+    header = gguf_file.read(model)
+    beside = model.with_name(f"{gguf_file.whole_name(model)}.ikv")
+    target = outputs.named(beside if out is None else out, ".ikv").absolute()
     if embed is None:
-        embed = out is None and ikv.KEY_STATE in stamped
+        embed = out is None and embedding.has(header)
     found = locate(reference, allow_requantize)
     settings.chosen(found)
-    check_targets([target], found)
+    check_targets([target], found, [model])
     check_prefix_tokens(prefix_tokens, bos_only)
     if prefix_tokens == "auto":
         check_in_torch(found, model, device, "--prefix-tokens auto")
@@ -69,7 +68,7 @@ def prefix(
         work = Stages(directory, progress)
         check_space(directory, found, [], widen=computed_by == "llama" and settings.widens(found))
         sha256 = work.run("hash reference", identity, found)
-        check_same_reference(str(model), stamped.get(KEY_REFERENCE), str(found.path), sha256)
+        check_same_reference(str(model), header.values.get(KEY_REFERENCE), str(found.path), sha256)
         curves: dict[str, Curve] = {}
         if prefix_tokens == "auto":
             prompt, curves = shortest(work, found, {model.name: model}, prompt, device)
