@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import signal
 import sys
+import threading
+import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -15,10 +18,12 @@ from intactkv_export.cli import make, measure, prefixes, talk  # their commands 
 from intactkv_export.cli.options import PROG, app
 from intactkv_export.cli.output import remark
 from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.work import streams
 
 __all__ = ["main", "make", "measure", "prefixes", "talk"]
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+_SAME_REQUEST = 1.0  # seconds in which a second signal to end is an echo: a process and its group are often both told
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,27 +32,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = [a for a in given if a != "--debug"]  # it may stand anywhere
     debug = len(args) < len(given)
     warnings.showwarning = _warn
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal may lack a character, not a reply
+    with streams.safe():
+        try:
+            with _ended_by_signals():
+                code = app(args or ["--help"], prog_name=PROG, standalone_mode=False)
+                sys.stdout.flush()
+                return code if isinstance(code, int) else 0
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            if debug:
+                remark(traceback.format_exc())
+            return _explain(error)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP are an exception, SystemExit: stages end, and temporary files go."""
+    last = -_SAME_REQUEST
+
+    def leave(number: int, _: Any) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _SAME_REQUEST:
+            last = now
+            sys.exit(128 + number)  # as shells count
+
+    caught = []
+    if threading.current_thread() is threading.main_thread():  # nobody else may
+        ends = (signal.SIGTERM, signal.SIGHUP)
+        caught = [number for number in ends if signal.getsignal(number) is signal.SIG_DFL]  # nohup ignores SIGHUP
+    for number in caught:
+        signal.signal(number, leave)
     try:
-        code = app(args or ["--help"], prog_name=PROG, standalone_mode=False)
-        sys.stdout.flush()
-        return code if isinstance(code, int) else 0
-    except (Exception, KeyboardInterrupt) as error:
-        if debug:
-            remark(traceback.format_exc())
-        return _explain(error)
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _explain(error: BaseException) -> int:
+    cause = error.__context__ if isinstance(error, SystemExit) else error  # which typer and rich make of it
+    if isinstance(cause, BrokenPipeError):
+        streams.give_up()  # whoever read our output has gone
+        return streams.CLOSED_PIPE
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else IntactKVError.exit_code
     if isinstance(error, IntactKVError):
         remark(f"{PROG}: {error}")
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    if isinstance(error, BrokenPipeError):  # whoever read our output has gone; nothing more can be written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     if isinstance(error, typer.BadParameter.__base__ or ()):  # the parser's usage errors
         command = error.ctx.command_path if error.ctx else PROG  # type: ignore[attr-defined]
         message = error.format_message().rstrip(".")  # type: ignore[attr-defined]

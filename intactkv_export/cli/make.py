@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from intactkv_export.cli.options import (
+    PREFIX_NAME,
     AsJson,
     BosOnly,
     Context,
@@ -36,7 +37,9 @@ from intactkv_export.libllama import Rope
 @with_rope
 def convert(
     reference: Reference,
-    out: Annotated[Path, typer.Option("--out", "-o", help="OUT.gguf and OUT.ikv are written.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="NAME, NAME.gguf or NAME.ikv: both are written.", show_default=False)
+    ],
     quant: Annotated[str, typer.Option("--quant", "-q", help="Types of llama.cpp, comma-separated.")] = "Q4_K_M",
     system_prompt: SystemPrompt = None,
     bos_only: BosOnly = False,
@@ -47,7 +50,7 @@ def convert(
     ] = False,
     engine: Engine = "auto",
     embed: Annotated[bool, typer.Option("--embed/--no-embed", help="Store the prefix in the GGUF too.")] = True,
-    keep_reference: Annotated[bool, typer.Option("--keep-reference", help="Keep OUT.reference.gguf.")] = False,
+    keep_reference: Annotated[bool, typer.Option("--keep-reference", help="Keep NAME.reference.gguf.")] = False,
     allow_requantize: Requantize = False,
     dtype: Dtype = None,
     device: Device = "cpu",
@@ -59,11 +62,12 @@ def convert(
     *,
     rope: Rope,
 ) -> None:
-    """Quantize a model and compute its prefix: OUT.gguf, ready to chat with, and OUT.ikv.
+    """Quantize a model and compute its prefix: NAME.gguf, ready to chat with, and NAME.ikv.
 
     The system prompt is rendered by the model's own chat template; the prefix is what every conversation with it
-    begins with. With several types, OUT-TYPE.gguf share one OUT.ikv; calibrated, each has its own OUT-TYPE.ikv. A
-    prefix made with --rope-... or --yarn-... options is for programs that are given the same ones.
+    begins with. With several types, NAME-TYPE.gguf share one NAME.ikv; calibrated, each has its own NAME-TYPE.ikv.
+    Files of these names are replaced if a conversion made them. A prefix made with --rope-... or --yarn-... options is
+    for programs that are given the same ones.
 
     \b
     intactkv-export convert ./SmolLM2 -o smol.gguf --system-prompt @prompt.txt
@@ -107,7 +111,7 @@ def prefix(
     system_prompt: SystemPrompt = None,
     bos_only: BosOnly = False,
     prefix_tokens: PrefixTokens = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: MODEL with .ikv.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help=f"{PREFIX_NAME}. Default: MODEL with .ikv.")] = None,
     embed: Annotated[
         bool | None,
         typer.Option("--embed/--no-embed", help="Also store it in MODEL. Default: if it has one.", show_default=False),
@@ -159,7 +163,9 @@ def prefix(
 def calibrate(
     reference: Reference,
     model: Annotated[Path, typer.Option("--model", "-m", help="A GGUF quantized from it.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The prefix file to write.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help=f"The prefix file to write: {PREFIX_NAME}.", show_default=False)
+    ],
     prefix_path: Annotated[
         Path | None, typer.Option("--prefix", help="To begin with. Default: the one embedded or beside the model.")
     ] = None,

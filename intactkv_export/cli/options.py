@@ -18,6 +18,8 @@ from intactkv_export.models import read_text, text_file
 PROG = "intactkv-export"
 KV_TYPE_NAMES = ", ".join(KV_TYPES)
 FILE_RULE = "its last line break is left out, CRLF read as LF"
+# One rule for names (prefix/outputs.py), in the help of each --out
+PREFIX_NAME, MODEL_NAME = "NAME or NAME.ikv", "NAME or NAME.gguf"
 
 app = typer.Typer(
     add_completion=False,
@@ -39,7 +41,11 @@ def _options(
     intactkv-export convert ./SmolLM2 -o smol.gguf --quant Q4_K_M --system-prompt "You are terse."
     intactkv-export chat smol.gguf --kv-type q8_0
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. An error is one sentence on stderr.
+    Names: a model is written to NAME.gguf and a prefix to NAME.ikv, whether --out is given with the ending or without
+    it. No input and no other model is ever overwritten; links are followed, and what is replaced keeps its mode.
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage; ended by a signal 130 (Ctrl-C), 143 (SIGTERM), 129 (SIGHUP), 141
+    (nobody reads the output any more). An error is one sentence on stderr.
     """
 
 

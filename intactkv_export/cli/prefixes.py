@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from intactkv_export.cli.options import AsJson, app
+from intactkv_export.cli.options import MODEL_NAME, PREFIX_NAME, AsJson, app
 from intactkv_export.cli.output import print_json, say
 
 
@@ -82,9 +82,14 @@ def verify(
 def embed(
     file: Annotated[Path, typer.Argument(help="An .ikv file.", show_default=False)],
     model: Annotated[Path, typer.Argument(help="The GGUF to store it in.", show_default=False)],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write. Default: MODEL itself.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help=f"Where to write: {MODEL_NAME}. Default: MODEL itself.")
+    ] = None,
 ) -> None:
     """Store a prefix in a GGUF, so that there is one file to ship. Stock llama.cpp ignores it.
+
+    A prefix embedded before is replaced. Of a model in parts, NAME-00001-of-00003.gguf, the first gets it; OUT.gguf is
+    then written in as many parts. OUT may be an earlier copy of MODEL, and no other model.
 
     \b
     intactkv-export embed smol.ikv smol.gguf -o smol-with-prefix.gguf
@@ -100,15 +105,19 @@ def embed(
 @app.command()
 def extract(
     model: Annotated[Path, typer.Argument(help="A GGUF with a prefix embedded.", show_default=False)],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write. Default: MODEL with .ikv.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help=f"Where to write: {PREFIX_NAME}. Default: MODEL with .ikv.")
+    ] = None,
 ) -> None:
     """Write the prefix that is embedded in a GGUF to an .ikv file, for stock llama.cpp for instance.
 
     \b
     intactkv-export extract smol.gguf -o smol.ikv
     """
-    from intactkv_export.prefix import ikv
+    from intactkv_export.models import gguf_file
+    from intactkv_export.prefix import ikv, outputs
 
-    out = out or model.with_suffix(".ikv")
+    beside = model.with_name(f"{gguf_file.whole_name(model)}.ikv")
+    out = outputs.named(out or beside, ".ikv")
     found = ikv.extract(model, out)
     say(f"{out}: {len(found.tokens)} tokens, {len(found.data):,} bytes")

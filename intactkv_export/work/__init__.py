@@ -3,10 +3,13 @@
 Stages are processes of their own; files are written whole or not at all; progress is told by one protocol.
 """
 
-from intactkv_export.work import atomic
+from intactkv_export.work import atomic, streams
 from intactkv_export.work.cores import usable_cores
 from intactkv_export.work.memory import peak_bytes
 from intactkv_export.work.progress import Progress, Steps, silent
 from intactkv_export.work.stages import Stage, Stages, run
 
-__all__ = ["Progress", "Stage", "Stages", "Steps", "atomic", "peak_bytes", "run", "silent", "usable_cores"]
+__all__ = [
+    "Progress", "Stage", "Stages", "Steps", "atomic", "peak_bytes", "run", "silent", "streams",
+    "usable_cores",
+]  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from intactkv_export import __version__, cli
-from intactkv_export.prefix import ikv
+from intactkv_export.prefix import embedding, ikv
 from tests.support.smol import SYSTEM_PROMPT, Smol
 
 
@@ -106,7 +106,7 @@ def test_verify(converted: tuple[Path, subprocess.CompletedProcess[str]], smol: 
 def test_embed_and_extract(smol: Smol, tmp_path: Path) -> None:
     gguf = tmp_path / "with.gguf"
     assert run("embed", smol.ikv, smol.gguf, "-o", gguf).returncode == 0
-    assert ikv.KEY_STATE in ikv.gguf_file.read(gguf).values
+    assert embedding.KEY_SIZE in ikv.gguf_file.read(gguf).values
     assert run("extract", gguf).returncode == 0
     assert (tmp_path / "with.ikv").read_bytes() == smol.ikv.read_bytes()
     assert "no prefix embedded" in said(run("extract", smol.gguf, "-o", tmp_path / "x.ikv"), 1)
