@@ -54,7 +54,8 @@ def write(
     writer.add_rope_dimension_count(n_rot)
     writer.add_rope_freq_base(10000.0)
     for key, value in extra.items():
-        writer.add_key_value(f"{arch}.{key}", value, gguf.GGUFValueType.get_type(value))
+        kind = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
+        writer.add_key_value(f"{arch}.{key}", value, kind)
     if arch == "minicpm3":
         writer.add_q_lora_rank(LORA)
         writer.add_kv_lora_rank(LORA)
