@@ -42,8 +42,8 @@ def load() -> Any:
     """The llama_cpp module on the patched libraries, or on those that LLAMA_CPP_LIB_PATH names.
 
     Sets LLAMA_CPP_LIB_PATH, so that child processes load the same libraries. Their threads wait asleep (_SPINS) unless
-    the environment says how OpenMP's threads are to wait, or the process has GNU's OpenMP in use already. Raises IntactKVError if llama_cpp was
-    imported before with other libraries, or if the libraries cannot be loaded.
+    the environment says how OpenMP's threads are to wait, or the process has GNU's OpenMP in use already. Raises
+    IntactKVError if llama_cpp was imported before with other libraries, or if the libraries cannot be loaded.
     """
     imported = sys.modules.get("llama_cpp.llama_cpp")
     if imported is None:

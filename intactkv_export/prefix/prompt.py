@@ -133,7 +133,7 @@ def _all_attention(gguf: Path, arch: Any) -> bool:
     if arch not in _RECURRENT_WITHOUT_HEADS:
         return False
     heads = gguf_file.read(gguf, arrays=True).values.get(f"{arch}.attention.head_count_kv")
-    return bool(heads) and (isinstance(heads, int) or all(heads))
+    return all(heads) if isinstance(heads, list) else bool(heads)
 
 
 def check_prefix_tokens(prefix_tokens: int | str | None, bos_only: bool) -> None:

@@ -55,9 +55,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
         path = Path(root, f"{arch}-{head_dim}-{n_rot}-{len(extra)}.gguf")
         if path.name not in made:
             n_head_kv = tiny_ggufs.N_HEAD if arch == "minicpm3" else 2
-            made[path.name] = lowlevel.load_model(
-                tiny_ggufs.write(path, arch, head_dim, n_rot, n_head_kv, **extra)
-            )
+            made[path.name] = lowlevel.load_model(tiny_ggufs.write(path, arch, head_dim, n_rot, n_head_kv, **extra))
         return made[path.name]
 
     return get

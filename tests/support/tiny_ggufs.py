@@ -125,6 +125,7 @@ def _mamba(writer: gguf.GGUFWriter, layer: str, n_embd: int, rng: np.random.Gene
     shapes = {
         "ssm_in.weight": (2 * inner + 2 * state + ranks, n_embd),
         "ssm_conv1d.weight": (inner + 2 * state, SSM["conv_kernel"]),
+        "ssm_conv1d.bias": (inner + 2 * state,),
         "ssm_dt.bias": (ranks,),
         "ssm_d": (ranks, 1),
         "ssm_norm.weight": (1, inner),
