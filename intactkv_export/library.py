@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,12 @@ import intactkv_export
 from intactkv_export.errors import IntactKVError, first_line
 
 VARIABLE = "LLAMA_CPP_LIB_PATH"
+
+# How often a thread of ggml looks whether the others have come before it sleeps. GNU's OpenMP looks 300 000 times, some
+# milliseconds at each of the hundreds of barriers of a token: beside another busy process the thread that waits burns
+# the core which the one waited for needs. A thousand is about what it costs to wake a thread that sleeps.
+_SPINS = "GOMP_SPINCOUNT", "1000"
+_USERS_CHOICE = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
 def library_path() -> Path:
@@ -33,15 +41,17 @@ def converter_path() -> Path:
 def load() -> Any:
     """The llama_cpp module on the patched libraries, or on those that LLAMA_CPP_LIB_PATH names.
 
-    Sets LLAMA_CPP_LIB_PATH, so that child processes load the same libraries. Raises IntactKVError if llama_cpp was
-    imported before with other libraries, or if the libraries cannot be loaded.
+    Sets LLAMA_CPP_LIB_PATH, so that child processes load the same libraries. Their threads wait asleep (_SPINS) unless
+    the environment says how OpenMP's threads are to wait, or the process has GNU's OpenMP in use already. Raises
+    IntactKVError if llama_cpp was imported before with other libraries, or if the libraries cannot be loaded.
     """
     imported = sys.modules.get("llama_cpp.llama_cpp")
     if imported is None:
         path = os.environ.get(VARIABLE) or str(library_path())
         os.environ[VARIABLE] = path
         try:
-            import_module("llama_cpp")
+            with _patient_threads():
+                import_module("llama_cpp")
         except (ImportError, OSError, RuntimeError) as error:
             raise IntactKVError(
                 f"cannot load llama_cpp with the libraries in {path} ({first_line(error)}): "
@@ -53,6 +63,20 @@ def load() -> Any:
             f"no intact cells: import and load intactkv_export first, or set {VARIABLE}={library_path()}"
         )
     return sys.modules["llama_cpp"]
+
+
+@contextmanager
+def _patient_threads() -> Iterator[None]:
+    """GNU's OpenMP reads its settings once, when it is loaded. Then they are taken back: they are not the process's."""
+    if any(variable in os.environ for variable in _USERS_CHOICE):
+        yield
+        return
+    name, value = _SPINS
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def is_patched() -> bool:

@@ -100,14 +100,16 @@ class Vocabulary:
         """Whether plain text is given a BOS in front."""
         return bool(self._llama_cpp.llama_vocab_get_add_bos(self._vocab))
 
-    def refusal(self) -> str:
-        """Why a model of this architecture cannot carry a prefix, as far as the header tells; "" if it may."""
-        for test, why in (
-            ("recurrent", "it is recurrent, it has a state instead of a KV cache"),
-            ("hybrid", "it is a hybrid, part of its memory is a recurrent state"),
-        ):
-            if getattr(self._llama_cpp, f"llama_model_is_{test}")(self._model):
-                return why
+    def refusal(self, all_attention: bool = False) -> str:
+        """Why this model cannot carry a prefix, as far as the header tells; "" if it may.
+
+        all_attention: what llama.cpp cannot tell without the weights: whether every layer of a model of a hybrid
+        architecture is an attention layer. Such a model has a KV cache and nothing else.
+        """
+        if self._llama_cpp.llama_model_is_recurrent(self._model):
+            return "it is recurrent, it has a state instead of a KV cache"
+        if self._llama_cpp.llama_model_is_hybrid(self._model) and not all_attention:
+            return "it is a hybrid, part of its memory is a recurrent state"
         if self._llama_cpp.llama_model_has_encoder(self._model):
             return "its encoder sees the whole prompt, so no part of it can be computed ahead"
         arch = self.header("general.architecture")

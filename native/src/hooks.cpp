@@ -8,8 +8,10 @@
 
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
+#include "llama-memory-recurrent.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <vector>
 
 namespace intactkv {
@@ -42,6 +44,21 @@ bool verify_file(const llama_context * ctx, const char * path) {
         return false;
     }
     return true;
+}
+
+bool keeps_nothing(const llama_memory_recurrent & memory) {
+    return std::all_of(memory.r_l.begin(), memory.r_l.end(), [](const ggml_tensor * t) { return t == nullptr; });
+}
+
+bool seq_rm(llama_memory_recurrent & memory, int32_t seq_id, int32_t p0, int32_t p1) {
+    if (!keeps_nothing(memory)) {
+        return memory.seq_rm(seq_id, p0, p1);
+    }
+    if (seq_id < 0) {
+        memory.clear(false);
+        return true;
+    }
+    return memory.seq_rm(seq_id, -1, -1);
 }
 
 } // namespace intactkv

@@ -1,4 +1,4 @@
-// What the patched llama.cpp calls besides cells/: once per context, and once per state file.
+// What the patched llama.cpp calls besides cells/: once per context, once per state file, and for hybrid memory.
 
 #pragma once
 
@@ -8,6 +8,7 @@
 struct llama_context;
 struct llama_model;
 struct llama_memory_i;
+class llama_memory_recurrent;
 
 namespace intactkv {
 
@@ -22,5 +23,12 @@ uint32_t state_version(const llama_context * ctx, int32_t seq_id);
 // A file that ends in the trailer of a prefix file is verified like intactkv_load_file() does, before upstream
 // reads its state; any other file is none of our business. false: refused, the reason is logged.
 bool verify_file(const llama_context * ctx, const char * path);
+
+// Whether the recurrent part of a hybrid memory has no layer: the model is of a hybrid architecture, its layers all are
+// attention. Such a memory is what its attention part is, in positions and in saved states too.
+bool keeps_nothing(const llama_memory_recurrent & memory);
+
+// memory.seq_rm(). A memory that keeps nothing gives up the sequence whole: it can go on anywhere, so it never refuses
+bool seq_rm(llama_memory_recurrent & memory, int32_t seq_id, int32_t p0, int32_t p1);
 
 } // namespace intactkv

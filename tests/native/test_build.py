@@ -321,3 +321,19 @@ def test_a_library_path_with_nothing_in_it(tmp_path: Path) -> None:
     code = "from intactkv_export import library\ntry: library.load()\nexcept library.IntactKVError as e: print(e)"
     done = python(code, LLAMA_CPP_LIB_PATH=tmp_path)
     assert done.stdout.count("\n") == 1 and f"libraries in {tmp_path} (" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "env, spins",
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+    ids=["ours", "spins given", "policy given"],
+)
+def test_waiting_threads_leave_the_core_to_others(env: dict[str, str], spins: str) -> None:
+    """They look a few times whether the others have come, then sleep; what the user set wins, and nothing is left."""
+    code = "import os; from intactkv_export import library; library.load(); print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = python(code, OMP_DISPLAY_ENV="verbose", **env)
+    said = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
+    if not said:
+        pytest.skip("these libraries do not use GNU's OpenMP")
+    assert set(said) == {spins}
+    assert done.stdout == f"{env.get('GOMP_SPINCOUNT')}\n"

@@ -289,7 +289,8 @@ print(f16.restore(state), q8.restore(state), q8.n_intact(), q8.attention())
 
 
 BITS = """
-import hashlib, lowlevel
+import hashlib
+from tests.support import lowlevel
 from pydoc_data.topics import topics
 model = lowlevel.load_model({path!r})
 tokens = lowlevel.tokenize(model, topics["assert"] + topics["yield"], special=False)[:150]

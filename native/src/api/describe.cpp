@@ -1,10 +1,15 @@
 #include "api/describe.h"
 
+#include "hooks.h"
+
 #include "llama-arch.h"
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
+#include "llama-memory-recurrent.h"
 #include "llama-model.h"
 
 #include "hash/hash.h"
@@ -12,6 +17,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <typeinfo>
 #include <utility>
 
 namespace intactkv {
@@ -25,6 +31,12 @@ std::vector<llama_kv_cache *> caches_of(llama_memory_i * memory) {
     if (auto * kv = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
         return { kv->get_base(), kv->get_swa() };
     }
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
+        // exactly this class: one derived from it keeps more beside the KV cache
+        if (typeid(*hybrid) == typeid(llama_memory_hybrid) && keeps_nothing(*hybrid->get_mem_recr())) {
+            return { hybrid->get_mem_attn() };
+        }
+    }
     return {};
 }
 
@@ -32,15 +44,25 @@ std::vector<llama_kv_cache *> caches_of(const llama_context * ctx) {
     return caches_of(llama_get_memory(ctx));
 }
 
+static const llama_memory_recurrent * recurrent_part(const llama_memory_i * memory) {
+    if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid *>(memory)) {
+        return hybrid->get_mem_recr();
+    }
+    if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid_iswa *>(memory)) {
+        return hybrid->get_mem_recr();
+    }
+    return nullptr;
+}
+
 std::string unsupported(const llama_memory_i * memory, const llama_model & model) {
     const char * arch = llm_arch_name(model.arch);
     const auto refuse = [&](const char * why) {
         return format("a model of architecture '%s' cannot carry a prefix: %s", arch, why);
     };
-    if (llm_arch_is_recurrent(model.arch)) {
+    if (dynamic_cast<const llama_memory_recurrent *>(memory)) {
         return refuse("it is recurrent, it has a state instead of a KV cache");
     }
-    if (llm_arch_is_hybrid(model.arch)) {
+    if (const auto * recurrent = recurrent_part(memory); recurrent && !keeps_nothing(*recurrent)) {
         return refuse("it is a hybrid, part of its memory is a recurrent state");
     }
     if (llama_model_has_encoder(&model)) {

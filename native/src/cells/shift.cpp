@@ -7,6 +7,7 @@
 
 #include "ggml-backend.h"
 
+#include <cmath>
 #include <iterator>
 #include <map>
 #include <utility>
@@ -72,8 +73,23 @@ void set_input_shift(const arena & a, ggml_tensor * moves) {
     }
 }
 
-void build_shift(const arena & a, ggml_cgraph * gf, ggml_context * ctx, int32_t il, ggml_tensor * moves,
+// k: F32 [head_dim, n_head, n], rows in the basis of the cache; returns them shifted, in this basis
+static ggml_tensor * shifted(ggml_context * ctx, ggml_tensor * k, const k_heads & heads, ggml_tensor * shift,
         ggml_tensor * rot, const rope_fn & rope) {
+    k = rot ? llama_mul_mat_hadamard(ctx, k, rot) : k;
+    if (heads.n_nope > 0) {
+        const auto part = [&](int64_t from, int64_t n) {
+            return ggml_view_3d(ctx, k, n, k->ne[1], k->ne[2], k->nb[1], k->nb[2], from * k->nb[0]);
+        };
+        k = ggml_concat(ctx, part(0, heads.n_nope), rope(part(heads.n_nope, heads.n_rot), shift), 0);
+    } else {
+        k = rope(k, shift);
+    }
+    return rot ? llama_mul_mat_hadamard(ctx, k, rot) : k;
+}
+
+void build_shift(const arena & a, ggml_cgraph * gf, ggml_context * ctx, int32_t il, const k_heads & heads,
+        ggml_tensor * moves, ggml_tensor * rot, const rope_fn & rope) {
     ggml_tensor * k = a.layer(il).k;
     if (k == nullptr) {
         return;
@@ -83,11 +99,33 @@ void build_shift(const arena & a, ggml_cgraph * gf, ggml_context * ctx, int32_t 
     ggml_tensor * shift = ggml_view_1d(ctx, moves, n, moves->nb[1]);
 
     ggml_tensor * cur = ggml_get_rows(ctx, k, rows);
-    cur = ggml_reshape_3d(ctx, cur, a.hparams().n_embd_head_k(il), a.hparams().n_head_kv(il), n);
-    cur = rot ? llama_mul_mat_hadamard(ctx, cur, rot) : cur;
-    cur = rope(cur, shift);
-    cur = rot ? llama_mul_mat_hadamard(ctx, cur, rot) : cur;
+    cur = shifted(ctx, ggml_reshape_3d(ctx, cur, heads.head_dim, heads.n_head, n), heads, shift, rot, rope);
     ggml_build_forward_expand(gf, ggml_set_rows(ctx, k, ggml_reshape_2d(ctx, cur, k->ne[0], n), rows));
+}
+
+static bool upstream_shifts(ggml_type type, const k_heads & heads, const ggml_tensor * rot) {
+    if (!ggml_is_quantized(type)) {
+        return is_exact(type);
+    }
+    return rot != nullptr && heads.n_rot == heads.head_dim;
+}
+
+bool build_cell_shift(ggml_cgraph * gf, ggml_context * ctx, ggml_tensor * k, const k_heads & heads, ggml_tensor * shift,
+        ggml_tensor * rot, const rope_fn & rope) {
+    if (upstream_shifts(k->type, heads, rot)) {
+        return false;
+    }
+    const int64_t n = k->ne[1] * k->ne[2];
+    ggml_tensor * cells = ggml_reshape_2d(ctx, k, k->ne[0], n);
+    ggml_tensor * cur = ggml_cast(ctx, cells, GGML_TYPE_F32);
+    cur = shifted(ctx, ggml_reshape_3d(ctx, cur, heads.head_dim, heads.n_head, n), heads, shift, rot, rope);
+    ggml_build_forward_expand(gf, ggml_cpy(ctx, ggml_reshape_2d(ctx, cur, k->ne[0], n), cells));
+    return true;
+}
+
+float shift_attn_factor(float yarn_ext_factor, float freq_scale) {
+    // what ggml multiplies it by (rope_yarn)
+    return yarn_ext_factor == 0.0f ? 1.0f : 1.0f / (1.0f + 0.1f * logf(1.0f / freq_scale));
 }
 
 } // namespace intactkv

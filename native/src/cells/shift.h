@@ -1,5 +1,6 @@
-// Position shift (seq_add, seq_div): the rotation that upstream applies to the cells, on the arena rows that move; the
-// others stay as they are, to the bit.
+// Position shift (seq_add, seq_div): the rotation that upstream applies to the cells, on the arena rows that move (the
+// others stay as they are, to the bit), and on cells of those types and head sizes for which upstream's own graph would
+// abort.
 
 #pragma once
 
@@ -19,11 +20,32 @@ void before_shift(arena & a);
 ggml_tensor * build_input_shift(const arena & a, ggml_context * ctx);
 void set_input_shift(const arena & a, ggml_tensor * moves);
 
-// k: F32 [head_dim, n_head_kv, n]
+// How one layer's K rows are laid out: n_head heads of head_dim, of which n_rot elements carry the position, the first
+// ones or, behind n_nope others, the last.
+struct k_heads {
+    int64_t head_dim;
+    int64_t n_head;
+    int64_t n_rot;
+    int64_t n_nope;
+};
+
+// k: F32 [n_rot or head_dim, n_head, n]; rotates the first n_rot elements of each head, in place
 using rope_fn = std::function<ggml_tensor *(ggml_tensor * k, ggml_tensor * shift)>;
 
 // shifts layer il's K rows in place; rot: the cache's Hadamard matrix or nullptr
-void build_shift(const arena & a, ggml_cgraph * gf, ggml_context * ctx, int32_t il, ggml_tensor * moves,
+void build_shift(const arena & a, ggml_cgraph * gf, ggml_context * ctx, int32_t il, const k_heads & heads,
+        ggml_tensor * moves, ggml_tensor * rot, const rope_fn & rope);
+
+// Shifts the cells of one layer, k: [n_embd_gqa, n_cells, n_stream], by shift: I32 [n_cells*n_stream], in place.
+// false: upstream's graph does it right, nothing was built. Upstream takes the rotated part of every head out of the
+// quantized rows and undoes the Hadamard matrix on that part. It crashes where that is not the whole head (partial
+// rotary), and where there is no matrix (head size not a multiple of 64); and ggml rotates no BF16. Here whole rows are
+// widened to F32 first.
+bool build_cell_shift(ggml_cgraph * gf, ggml_context * ctx, ggml_tensor * k, const k_heads & heads, ggml_tensor * shift,
         ggml_tensor * rot, const rope_fn & rope);
+
+// The attention factor with which a rotation keeps lengths. YaRN and LongRoPE scale K as they rotate it: a K that is
+// rotated once more, by a shift, must not be scaled once more.
+float shift_attn_factor(float yarn_ext_factor, float freq_scale);
 
 } // namespace intactkv
