@@ -25,7 +25,6 @@ VARIABLE = "LLAMA_CPP_LIB_PATH"
 # milliseconds at each of the hundreds of barriers of a token: beside another busy process the thread that waits burns
 # the core which the one waited for needs. A thousand is about what it costs to wake a thread that sleeps.
 _SPINS = "GOMP_SPINCOUNT", "1000"
-_USERS_CHOICE = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
 def library_path() -> Path:
@@ -68,7 +67,7 @@ def load() -> Any:
 @contextmanager
 def _patient_threads() -> Iterator[None]:
     """GNU's OpenMP reads its settings once, when it is loaded. Then they are taken back: they are not the process's."""
-    if any(variable in os.environ for variable in _USERS_CHOICE):
+    if "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ:  # the user's choice
         yield
         return
     name, value = _SPINS

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from typing import Any
 
+from intactkv_export import library
 from intactkv_export.libllama import KV_TYPES
 
 _QUANTIZED = {KV_TYPES[name] for name in KV_TYPES} - {KV_TYPES[name] for name in ("f32", "f16", "bf16")}
@@ -62,14 +63,15 @@ def held(L: Any, ctx: Any, n_tokens: int) -> bool:
 
 
 def can_shift(L: Any, ctx: Any, type_k: int, metadata: dict[str, str]) -> bool:
-    """Whether the positions of cells can be changed. llama.cpp says yes in cases where it then crashes.
+    """Whether the positions of cells can be changed. Stock llama.cpp says yes in cases where it then crashes.
 
     To shift a quantized K it multiplies with a rotation matrix that is there only if heads have a multiple of 64
-    values, over the values that RoPE turns only, which must therefore be all of a head's.
+    values, over the values that RoPE turns only, which must therefore be all of a head's. The patched one shifts every
+    cache (native/src/cells/shift.cpp).
     """
     if not L.llama_memory_can_shift(L.llama_get_memory(ctx)):
         return False
-    if type_k not in _QUANTIZED:
+    if type_k not in _QUANTIZED or library.is_patched():
         return True
     model = L.llama_get_model(ctx)
     arch = metadata.get("general.architecture", "")
