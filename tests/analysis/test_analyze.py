@@ -96,7 +96,9 @@ def test_first_tokens_of_a_prompt(smol: Smol, tmp_path: Path, capsys: pytest.Cap
     for ours, theirs in zip(five.layers, whole.layers, strict=True):
         np.testing.assert_allclose(ours.K, theirs.K[:5], rtol=2e-2, atol=4e-2)  # smol.ikv: with weights at F16
 
-    chat = chats.open_chat(smol.gguf, prefix=tmp_path / "five.ikv", kv_type="q4_0", n_ctx=512, n_threads=2)
+    chat = chats.open_chat(
+        smol.gguf, prefix=tmp_path / "five.ikv", kv_type="q4_0", n_ctx=512, n_threads=2, notice=print
+    )
     chat.sampling = chats.Sampling(max_tokens=8, temperature=0)
     assert "".join(chat.say("Hi")).strip() and chat.llama.intact_cells == 5
     assert chat.llama.input_ids[: len(whole.tokens)].tolist() == whole.tokens, "the whole prompt, five of it loaded"
@@ -303,5 +305,7 @@ def test_what_cannot_be_analyzed(smol: Smol, tmp_path: Path, capsys: pytest.Capt
 
 def test_without_torch(smol: Smol, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extras, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"torch is not installed: pip install 'intactkv-export\[convert,plot\]'"):
+    with pytest.raises(
+        UsageError, match=r"torch, which is not installed: pip install 'intactkv-export\[convert,plot\]'"
+    ):
         analyze(smol.reference, smol.gguf, tmp_path / "out", prefix=smol.ikv)
