@@ -141,6 +141,9 @@ def calibrate(
     work = Path(directory) if directory is not None else out.with_name(f"{out.name}.calibrating")
     report = progress or silent
     check_reference(start, gguf_file.read(model).values.get(KEY_REFERENCE), str(model))
+    if directory is not None:
+        with atomic.explained(out):
+            work.mkdir(exist_ok=True)
     with atomic.kept_directory(work) if directory is None else nullcontext(work):
         report("hash reference", 0, 0)
         check_reference(start, identity(found), str(found.path))
