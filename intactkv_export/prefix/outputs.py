@@ -81,7 +81,8 @@ def check_gguf(target: Path, model: Path) -> None:
         return
     there, ours = gguf_file.read(target), gguf_file.read(model)
     lists = [[(t.name, t.shape, t.type) for t in x.tensors] for x in (there, ours)]
-    if not _is_output(there) or lists[0] != lists[1]:
+    first = gguf_file.read(gguf_file.first_part(target))  # only it says what the parts are
+    if not _is_output(first) or lists[0] != lists[1]:
         raise UsageError(
             f"{target} is another model than {model}, which would take its place: choose another name, or remove it"
         )

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from intactkv_export import library
-from intactkv_export.errors import IntactKVError
+from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.replies import drafts
 from intactkv_export.replies.reply_text import ReplyText, Tokenizer, decoder
 from intactkv_export.replies.token_logprobs import Logprobs, TokenLogprobs
@@ -179,7 +179,8 @@ class _Completion:
         begins_text = len(prompt) == 0
         self._text = ReplyText(decoder(llama.tokenizer_, self.prompt_tokens, begins_text), stops)
         if logit_bias is not None:
-            logits_processor = LogitsProcessorList([*(logits_processor or []), _bias(logit_bias)])
+            bias = _bias(logit_bias, llama.n_vocab())
+            logits_processor = LogitsProcessorList([*(logits_processor or []), bias])
         self._sampling = {
             **sampling,
             "temp": temperature,
@@ -335,9 +336,11 @@ def _inner_tokens(llama: CompletionLlama, text: str) -> list[int]:
     return llama.tokenize(text.encode(), add_bos=False, special=False) if text else []
 
 
-def _bias(logit_bias: dict[int, float]) -> Any:
-    """A logits processor that adds to the logits of some tokens."""
+def _bias(logit_bias: dict[int, float], n_vocab: int) -> Any:
+    """A logits processor that adds to the logits of some tokens. Raises UsageError for one that does not exist."""
     tokens = np.array([int(token) for token in logit_bias], dtype=np.intp)
+    if len(bad := tokens[(tokens < 0) | (tokens >= n_vocab)]):
+        raise UsageError(f"logit_bias has token {bad[0]}, the vocabulary has {n_vocab}: give others")
     added = np.array([float(value) for value in logit_bias.values()], dtype=np.single)
 
     def add(ids: np.ndarray, logits: np.ndarray) -> np.ndarray:

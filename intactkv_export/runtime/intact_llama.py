@@ -6,7 +6,7 @@ import ctypes
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from llama_cpp.llama_cache import BaseLlamaCache  # noqa: E402
 
 from intactkv_export.runtime import sequence_state  # noqa: E402
 from intactkv_export.runtime.evaluated_cells import Batches, can_shift, held  # noqa: E402
+from intactkv_export.runtime.kv_choice import best_kv_types, check_kv_types  # noqa: E402
 from intactkv_export.runtime.threads import Turns, takes_turns  # noqa: E402
 
 N_UBATCH = 128  # tokens at once on a CPU: as fast as 512 there, and less to compute again for who goes back
@@ -86,7 +87,8 @@ class IntactLlama(CompletionLlama):
     prefix: an `.ikv` file or a GGUF that has one embedded; "auto": the one embedded in the model, or the file beside
         it (ikv.find), or none; None: none.
     kv_type: type of the KV cache, or a pair of types for K and V: f16, q8_0, q5_1, q5_0, q4_1, q4_0, bf16, iq4_nl,
-        f32. Flash attention is on: quantized caches and prefixes need it.
+        f32; None: q8_0, or f16, with a warning, where the model's heads do not fit it. Flash attention is on:
+        quantized caches and prefixes need it.
     llama_kwargs: as of llama_cpp.Llama (n_ctx, n_threads, n_gpu_layers, ...), whose type_k, type_v are kv_type.
         n_threads, n_threads_batch: None: the cores that this process may use.
 
@@ -98,12 +100,12 @@ class IntactLlama(CompletionLlama):
         self,
         model_path: str | Path,
         prefix: str | Path | None = "auto",
-        kv_type: str | tuple[str, str] = "q8_0",
+        kv_type: str | tuple[str, str] | None = None,
         **llama_kwargs: Any,
     ) -> None:
         self.prefix: ikv.Prefix | None = None
         self.prefix_path: Path | None = None
-        self.kv_type = kv_pair(kv_type)
+        self.kv_type = ("q8_0", "q8_0") if kv_type is None else kv_pair(kv_type)
         self.n_tokens = 0
         self._from_prefix = False  # cells of positions 0.. are those of the prefix, as far as both go
         self._batches = Batches()
@@ -111,12 +113,22 @@ class IntactLlama(CompletionLlama):
         self._owner: dict[str, str] | None = None
         _check(llama_kwargs)
         model_path = gguf_file.shards(model_path)[0]
+        if Path(model_path).is_file():
+            self._choose_kv_type(gguf_file.read(model_path).values, asked=kv_type is not None)
         self._load_model(str(model_path), llama_kwargs)
         if prefix is not None:
             path = ikv.find(model_path) if prefix == "auto" else Path(prefix)
             if path is not None:
                 self._take_prefix(path, bool(llama_kwargs.get("chat_format")))
         self._turns = Turns(self)
+
+    def _choose_kv_type(self, header: Mapping[str, Any], asked: bool) -> None:
+        if asked:
+            check_kv_types(self.kv_type, header)
+            return
+        self.kv_type, why = best_kv_types(header)
+        if why:
+            warnings.warn(why, stacklevel=4)
 
     def _load_model(self, model_path: str, llama_kwargs: dict[str, Any]) -> None:
         if not Path(model_path).is_file():
@@ -187,6 +199,8 @@ class IntactLlama(CompletionLlama):
         Raises IntactKVError if they do not fit into the context; then nothing has changed.
         """
         tokens, prefix = list(tokens), self.prefix
+        if bad := [token for token in tokens if not 0 <= token < self.n_vocab()]:
+            raise UsageError(f"token {bad[0]} is not in the vocabulary, which has {self.n_vocab()}: give others")
         if self.n_tokens + len(tokens) > self.n_ctx():
             raise IntactKVError(
                 f"{len(tokens)} tokens after {self.n_tokens} do not fit into the context of {self.n_ctx()}: "
@@ -362,9 +376,23 @@ class IntactLlama(CompletionLlama):
     def close(self) -> None:
         """As Llama.close()."""
         if (turns := getattr(self, "_turns", None)) is not None:
-            turns.close(super().close, f"this IntactLlama of {self.model_path} was closed: open the model again")
+            why = f"this IntactLlama of {self.model_path} was closed: open the model again"
+            turns.close(super().close, why)
+            # What reaches the library past the turns (tokenize, n_ctx, ...) would read memory that is freed.
+            for name in ("_model", "_ctx", "_batch", "tokenizer_"):
+                setattr(self, name, _Closed(why))
         elif hasattr(self, "_stack"):  # else: refused before there was anything to close
             super().close()
+
+
+class _Closed:
+    """In place of a part of llama_cpp's that was freed: whatever is asked of it is refused."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def __getattr__(self, name: str) -> Any:
+        raise IntactKVError(self._why)
 
 
 def _check(llama_kwargs: dict[str, Any]) -> None:

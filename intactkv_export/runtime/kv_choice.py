@@ -41,7 +41,7 @@ def check_kv_types(pair: tuple[str, str], header: Mapping[str, Any]) -> None:
     asked = pair[0] if pair[0] == pair[1] else ",".join(pair)
     raise UsageError(
         f"the KV cache of this model cannot be {asked}, {_sizes(sizes)} and quantized types need a multiple of "
-        f"{_BLOCK}: give --kv-type {which}"
+        f"{_BLOCK}: give {which}"
     )
 
 

@@ -272,7 +272,7 @@ def test_the_command(smol: Smol, tmp_path: Path) -> None:
         ([*small, "--prefix", smol.ikv, "--kv-type", "q9"], 2, "q9"),
         ([*small, "--prefix", smol.ikv, "--tasks", tmp_path / "none.jsonl"], 2, "none.jsonl"),
         ([*small[:-1], tmp_path / "none.txt"], 2, "none.txt"),
-        ([smol.reference, smol.reference], 1, "has no prefix"),
+        ([smol.reference, smol.reference], 2, "has no prefix"),
     ):
         failed = run(*arguments)
         assert failed.returncode == code and reason in failed.stderr.splitlines()[-1], failed.stderr

@@ -187,6 +187,8 @@ def test_embedding_in_parts_gives_a_model_that_loads(parts: list[Path], smol: Sm
     llama.close()
     for part in tmp_path.iterdir():
         assert ikv.read(part).data == smol.ikv.read_bytes()
+    assert ikv.embed(parts[0], ikv.read(smol.bos), tmp_path / out) == written, "an earlier copy may be replaced"
+    assert ikv.read(written).data == smol.bos.read_bytes()
 
 
 @pytest.mark.parametrize("out", ["other-00001-of-00002.gguf", "other-00004-of-00003.gguf"])

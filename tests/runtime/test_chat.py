@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.errors import UsageError
 from intactkv_export.libllama import KV_TYPES
 from intactkv_export.models import gguf_file
 from intactkv_export.prefix import ikv
@@ -15,6 +15,7 @@ from intactkv_export.runtime import chat as chats
 from intactkv_export.runtime.intact_llama import IntactLlama
 from intactkv_export.runtime.kv_choice import best_kv_types, check_kv_types, head_sizes
 from tests.support import random_models
+from tests.support.lowlevel import Context, load_model
 from tests.support.smol import SYSTEM_PROMPT, Smol
 
 
@@ -43,12 +44,26 @@ def test_what_fits_is_what_llama_cpp_takes(heads: dict[int, Path]) -> None:
                 fits = True
             except UsageError:
                 fits = False
-            try:
-                IntactLlama(gguf, None, pair, n_ctx=256).close()
-                runs = True
-            except IntactKVError:
-                runs = False
+            runs = has_context(gguf, pair)
             assert fits == runs, (size, pair)
+
+
+def has_context(gguf: Path, pair: tuple[str, str]) -> bool:
+    """llama.cpp's own answer."""
+    try:
+        Context(load_model(gguf), *pair)
+    except AssertionError:
+        return False
+    return True
+
+
+def test_intact_llama_chooses_it_too(heads: dict[int, Path]) -> None:
+    with pytest.warns(UserWarning, match="the KV cache is f16: its heads are 80 values wide"):
+        llama = IntactLlama(heads[80], n_ctx=256)
+    assert llama.prefix_stats["kv_type"] == "f16"
+    llama.close()
+    with pytest.raises(UsageError, match="cannot be q4_0, its heads are 80 .* give f16, bf16, f32$"):
+        IntactLlama(heads[80], kv_type="q4_0", n_ctx=256)
 
 
 def test_the_best_type_that_fits_is_chosen_and_named(heads: dict[int, Path]) -> None:
@@ -60,7 +75,7 @@ def test_the_best_type_that_fits_is_chosen_and_named(heads: dict[int, Path]) -> 
         if notices:
             assert f"the KV cache is f16: its heads are {size} values wide" in notices[0]
         list(talk.say("Hi"))
-    with pytest.raises(UsageError, match="cannot be f16,q4_0, its heads are 80 .* give --kv-type f16, bf16, f32$"):
+    with pytest.raises(UsageError, match="cannot be f16,q4_0, its heads are 80 .* give f16, bf16, f32$"):
         open_chat(heads[80], notice=print, kv_type="f16,q4_0")
 
 

@@ -391,3 +391,28 @@ except IntactKVError as error:
     assert "stock" in done.stdout and "q8_0" in done.stdout and "f16" in done.stdout
     monkeypatch.setenv("INTACTKV_ATTN", "stock")  # upstream's graph here too
     assert np.array_equal(got, _by_hand.__wrapped__(smol, tuple(smol.tokens + rest), "f16"))
+
+
+def test_what_is_closed_or_does_not_exist_is_refused(smol: Smol) -> None:
+    """Neither may reach llama.cpp: it would read freed memory, or answer with a number."""
+    llama = make(smol)
+    for call in (
+        lambda: llama.create_completion([49152], max_tokens=2),
+        lambda: llama.create_completion("Hi", max_tokens=2, logit_bias={49152: 1.0}),
+        lambda: llama.eval([-1]),
+    ):
+        with pytest.raises(UsageError, match="49152: give others"):
+            call()
+    llama.close()
+    llama.close()
+    for call in (
+        lambda: llama.create_chat_completion([{"role": "user", "content": "Hi"}]),
+        lambda: llama.tokenize(b"Hi"),
+        lambda: llama.detokenize([5]),
+        llama.n_ctx,
+        llama.token_bos,
+        lambda: llama.eval([1]),
+        lambda: llama.intact_cells,
+    ):
+        with pytest.raises(IntactKVError, match="was closed: open the model again"):
+            call()
