@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from intactkv_export.errors import IntactKVError, first_line
 from intactkv_export.runtime.intact_llama import IntactLlama, L
@@ -16,41 +17,15 @@ from intactkv_export.runtime.intact_llama import IntactLlama, L
 Messages = Sequence[Mapping[str, str]]
 
 
-class ChatTokens:
-    """Renders conversations and tokenizes them. Raises IntactKVError if the model has no template."""
+class _Names:
+    """The names of a model's control tokens in texts: hidden while a template is rendered, then back as text."""
 
     def __init__(self, llama: IntactLlama) -> None:
-        template = llama.metadata.get("tokenizer.chat_template")
-        if template is None:
-            raise IntactKVError(
-                f"{llama.model_path} has no chat template, so nothing says how it marks turns: "
-                "use IntactLlama.create_completion() for a base model"
-            )
         self._llama = llama
         self._vocab = L.llama_model_get_vocab(llama.model)
-        names = (self._name(token) if token != -1 else "" for token in (llama.token_eos(), llama.token_bos()))
-        self._formatter = L.llama_chat_format.Jinja2ChatFormatter(template, *names)
         self._control_names_of: dict[str, tuple[str, ...]] = {}  # turns come again with every message
 
-    def __call__(self, messages: Messages) -> list[int]:
-        """The tokens of a conversation that goes on with the assistant's reply.
-
-        Those of the rendered text as a whole, as IntactLlama.create_chat_completion() has them, unless a message
-        contains the name of a control token: then this message's part is tokenized as plain text. Raises IntactKVError
-        if the template refuses the conversation.
-        """
-        hidden: dict[str, str] = {}  # what stands for a name: the name
-        safe = [{**message, "content": self._hide(message["content"], hidden)} for message in messages]
-        try:
-            text = self._formatter(messages=safe).prompt
-        except Exception as error:  # a template is a program: anything can happen
-            raise IntactKVError(
-                f"the chat template of {self._llama.model_path} refuses this conversation ({first_line(error)}): "
-                "leave out --system-prompt, or use /reset"
-            ) from error
-        return self._tokenize_parts(text, hidden) if hidden else self._tokenize(text, special=True)
-
-    def _hide(self, content: str, hidden: dict[str, str]) -> str:
+    def hide(self, content: str, hidden: dict[str, str]) -> str:
         """The content with words that cannot be guessed in place of the names of control tokens."""
         if content not in self._control_names_of:
             self._control_names_of[content] = self._control_names(content)
@@ -68,7 +43,7 @@ class ChatTokens:
         names = {self._name(token) for token in set(self._tokenize(text, special=True)) if self._is_control(token)}
         return tuple(sorted((name for name in names if name and name in text), key=len, reverse=True))
 
-    def _tokenize_parts(self, text: str, hidden: Mapping[str, str]) -> list[int]:
+    def tokenize_parts(self, text: str, hidden: Mapping[str, str]) -> list[int]:
         """Between the template's control tokens are parts; one that has a name to bring back is plain text.
 
         All else is tokenized together with the control tokens around it. llama.cpp too tokenizes the parts one by one.
@@ -110,3 +85,75 @@ class ChatTokens:
 
     def _name(self, token: int) -> str:
         return L.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace")
+
+
+class ChatTokens(_Names):
+    """Renders conversations and tokenizes them. Raises IntactKVError if the model has no template."""
+
+    def __init__(self, llama: IntactLlama) -> None:
+        super().__init__(llama)
+        template = llama.metadata.get("tokenizer.chat_template")
+        if template is None:
+            raise IntactKVError(
+                f"{llama.model_path} has no chat template, so nothing says how it marks turns: "
+                "use IntactLlama.create_completion() for a base model"
+            )
+        names = (self._name(token) if token != -1 else "" for token in (llama.token_eos(), llama.token_bos()))
+        self._formatter = L.llama_chat_format.Jinja2ChatFormatter(template, *names)
+
+    def __call__(self, messages: Messages) -> list[int]:
+        """The tokens of a conversation that goes on with the assistant's reply.
+
+        Those of the rendered text as a whole, as IntactLlama.create_chat_completion() has them, unless a message
+        contains the name of a control token: then this message's part is tokenized as plain text. Raises IntactKVError
+        if the template refuses the conversation.
+        """
+        hidden: dict[str, str] = {}  # what stands for a name: the name
+        safe = [{**message, "content": self.hide(message["content"], hidden)} for message in messages]
+        try:
+            text = self._formatter(messages=safe).prompt
+        except Exception as error:  # a template is a program: anything can happen
+            raise IntactKVError(
+                f"the chat template of {self._llama.model_path} refuses this conversation ({first_line(error)}): "
+                "leave out --system-prompt, or use /reset"
+            ) from error
+        return self.tokenize_parts(text, hidden) if hidden else self._tokenize(text, special=True)
+
+
+def text_stays_text(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """A chat handler of llama_cpp (chat_formatter_to_chat_completion_handler) for which messages are text.
+
+    It renders messages in which names of control tokens are hidden, and the model that it is given tokenizes what it
+    rendered with the names back as text. A content that is a list of texts becomes one.
+    """
+
+    def handle(*, llama: IntactLlama, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Any:
+        names, hidden = _Names(llama), dict[str, str]()
+        safe = []
+        for message in messages:
+            content = _joined(message.get("content"))
+            safe.append({**message, "content": names.hide(content, hidden) if isinstance(content, str) else content})
+        return handler(llama=_Texts(llama, names, hidden) if hidden else llama, messages=safe, **settings)
+
+    return handle
+
+
+def _joined(content: Any) -> Any:
+    """The text of [{"type": "text", "text": ...}, ...]; anything else as it is."""
+    if isinstance(content, list) and content and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+        return "".join(str(part.get("text", "")) for part in content)
+    return content
+
+
+class _Texts:
+    """A model, but for its tokenizer: hidden names come back as text."""
+
+    def __init__(self, llama: IntactLlama, names: _Names, hidden: Mapping[str, str]) -> None:
+        self._llama, self._names, self._hidden = llama, names, hidden
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llama, name)
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        first = self._llama.tokenize(b"", add_bos=add_bos, special=False)
+        return first + self._names.tokenize_parts(text.decode(), self._hidden)

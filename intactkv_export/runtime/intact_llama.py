@@ -7,6 +7,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,20 @@ class IntactLlama(CompletionLlama):
             path = ikv.find(model_path) if prefix == "auto" else Path(prefix)
             if path is not None:
                 self._take_prefix(path, bool(llama_kwargs.get("chat_format")))
+        self._keep_text_text()
         self._turns = Turns(self)
+
+    def _keep_text_text(self) -> None:
+        """The names of control tokens in messages are text, as far as the chat format leaves tokenizing to us."""
+        from intactkv_export.runtime.chat_tokens import text_stays_text
+
+        name = self.chat_format
+        handler = self._chat_handlers.get(name)
+        if handler is None:
+            with suppress(L.llama_chat_format.LlamaChatCompletionHandlerNotFoundException):  # said when it is used
+                handler = L.llama_chat_format.get_chat_completion_handler(name)
+        if getattr(handler, "__qualname__", "").startswith("chat_formatter_to_chat_completion_handler."):
+            self._chat_handlers[name] = text_stays_text(handler)
 
     def _choose_kv_type(self, header: Mapping[str, Any], asked: bool) -> None:
         if asked:
