@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import stat
 import sys
 from pathlib import Path
@@ -21,10 +22,12 @@ from intactkv_export.cli.options import (
     text_or_file,
     with_rope,
 )
-from intactkv_export.cli.output import print_json, say
+from intactkv_export.cli.output import print_json, remark, say
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import Rope
 from intactkv_export.models import text_file
+
+_PATIENCE = 1.0  # seconds without a byte from a pipe, after which it is said that it is waited for
 
 
 @app.command()
@@ -116,6 +119,8 @@ def _message(prompt: str | None) -> str | None:
     stdin = sys.stdin  # None: closed
     parts = [] if prompt is None else [text_file.argument_text(prompt, "--prompt")]
     if stdin is not None and (_is_piped(stdin.fileno()) if parts else not stdin.isatty()):
+        if parts and not select.select([stdin], [], [], _PATIENCE)[0]:
+            remark("waiting for standard input to end, it goes behind -p; `< /dev/null` leaves it out")
         try:
             piped = stdin.buffer.read()
         except OSError as error:

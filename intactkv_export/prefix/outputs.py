@@ -23,6 +23,7 @@ def named(out: str | os.PathLike[str], ending: str) -> Path:
     """The one file to write for OUT, with its ending, ".gguf" or ".ikv". Raises UsageError if nothing can be written
     under that name."""
     path = Path(out)
+    _check_name(path)
     if str(out).endswith(os.sep) or path.is_dir() or not path.name:
         raise UsageError(f"{out} is a directory: give a name in it, such as {path / f'name{ending}'}")
     other = path.suffix.lower()
@@ -41,6 +42,7 @@ def without_ending(out: str | os.PathLike[str]) -> Path:
     """DIR/NAME of several files, NAME.gguf and NAME.ikv, for OUT with one of these endings or without. Raises
     UsageError if nothing can be written there."""
     path = Path(out)
+    _check_name(path)
     bare = path.with_suffix("") if path.suffix.lower() in _KINDS else path
     if str(out).endswith(os.sep) or not path.name or (bare == path and path.is_dir()):
         raise UsageError(
@@ -121,6 +123,11 @@ def of_parts(model: Path, out: str | os.PathLike[str]) -> dict[Path, Path]:
     if len(parts) == 1:
         return {model: target}
     return {part: gguf_file.part(target, i, len(parts)) for i, part in enumerate(parts, 1)}
+
+
+def _check_name(path: Path) -> None:
+    if path.name.lower() in _KINDS:
+        raise UsageError(f"{path} is an ending without a name: give one, such as {path.with_name('model' + path.name)}")
 
 
 def same_file(a: Path, b: Path) -> bool:

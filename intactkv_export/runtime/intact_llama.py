@@ -117,7 +117,7 @@ class IntactLlama(CompletionLlama):
         if Path(model_path).is_file():
             self._choose_kv_type(gguf_file.read(model_path).values, asked=kv_type is not None)
         self._load_model(str(model_path), llama_kwargs)
-        if prefix is not None:
+        if prefix is not None and not llama_kwargs.get("vocab_only"):  # then there is no cache to load it into
             path = ikv.find(model_path) if prefix == "auto" else Path(prefix)
             if path is not None:
                 self._take_prefix(path, bool(llama_kwargs.get("chat_format")))

@@ -107,3 +107,9 @@ def test_what_convert_replaces(smol: Smol, model: Callable[[str], Path], tmp_pat
     for path, is_kept in ((model("Q4_K_M"), False), (smol.reference, False), (kept, False), (smol.gguf, True)):
         with pytest.raises(UsageError, match="would be lost: choose another name"):
             outputs.check_converted(path, is_kept)
+
+
+def test_an_ending_is_no_name(tmp_path: Path) -> None:
+    for call in (lambda: outputs.named(tmp_path / ".gguf", ".gguf"), lambda: outputs.without_ending(tmp_path / ".ikv")):
+        with pytest.raises(UsageError, match="is an ending without a name: give one, such as .*/model"):
+            call()
