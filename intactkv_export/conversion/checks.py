@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
-from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export import work
+from intactkv_export.errors import UsageError
 from intactkv_export.models import Reference, gguf_file, weights
 from intactkv_export.prefix import outputs
 from intactkv_export.work import atomic
@@ -48,9 +48,5 @@ def check_space(directory: Path, found: Reference, types: Sequence[str], widen: 
     converted = 0 if found.is_gguf else 2 * n_weights
     widened = 4 * n_weights if widen and found.dtype != "F32" else 0
     need = converted + sum(sizes) + max(widened, max(sizes, default=0))
-    free = shutil.disk_usage(directory).free
-    if need > free:
-        raise IntactKVError(
-            f"the conversion needs at least {need / 1e9:.1f} GB in {directory.parent} and {free / 1e9:.1f} GB are free:"
-            " make room, or choose another directory"
-        )
+    otherwise = "make room, or choose another directory"
+    work.check_space(directory.parent, need, "the conversion needs at least", otherwise)

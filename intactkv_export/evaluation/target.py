@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from shutil import disk_usage
 from typing import Any
 
 import numpy as np
 
-from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.errors import UsageError
 from intactkv_export.evaluation import multiple_choice
 from intactkv_export.evaluation.metrics import Figures
 from intactkv_export.evaluation.model import Evaluated
@@ -19,7 +18,7 @@ from intactkv_export.evaluation.modes import REFERENCE, Given
 from intactkv_export.libllama import bindings, errors_logged
 from intactkv_export.models import gguf_file
 from intactkv_export.prefix import Prefix, run_settings
-from intactkv_export.work import Progress
+from intactkv_export.work import Progress, check_space
 
 
 @dataclass
@@ -116,12 +115,8 @@ def check_context(gguf: str | Path, prefix: Prefix, n_tokens: int) -> None:
 
 def _room(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """A float32 array in a file. Raises IntactKVError if the disk is too small for it, now instead of by a crash."""
-    wanted, free = 4 * prod(shape), disk_usage(path.parent).free
-    if wanted > free:
-        raise IntactKVError(
-            f"what the reference says of {shape[0]} texts of {shape[1]} tokens needs {wanted / 1e9:.1f} GB in "
-            f"{path.parent} and {free / 1e9:.1f} GB are free: give fewer or shorter texts, or set TMPDIR"
-        )
+    what = f"what the reference says of {shape[0]} texts of {shape[1]} tokens needs"
+    check_space(path.parent, 4 * prod(shape), what, "give fewer or shorter texts, or set TMPDIR")
     return np.memmap(path, np.float32, "w+", shape=shape)
 
 

@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import runpy
-import shutil
 import sys
 import traceback
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from intactkv_export.libllama import ERROR, reason
 from intactkv_export.models import gguf_file, huggingface, tensor_types
 from intactkv_export.models.imatrix import Imatrix
 from intactkv_export.models.reference import Reference, check_convertible
-from intactkv_export.work import Stages, Steps, usable_cores
+from intactkv_export.work import Stages, Steps, full, is_full, usable_cores
 
 # Name -> llama_ftype: QUANT_OPTIONS of upstream's tools/quantize/quantize.cpp.
 TYPES: dict[str, int] = {
@@ -206,14 +205,11 @@ def _cause(error: Exception, directory: Path) -> str:
 
 def _check_disk(out: Path, reason: str) -> None:
     """Raise IntactKVError if it is for lack of space that `out` could not be written."""
-    free = shutil.disk_usage(out.parent).free
-    written = out.stat().st_size if out.exists() else 0
-    if free < 1 << 20 or "space" in reason.lower():
-        raise IntactKVError(
-            f"cannot write {out.name}: the disk is full after {written} bytes, {free} are free: make room"
-        )
+    if is_full(out) or "space" in reason.lower():
+        raise full(out)
     if "iostream" in reason or "large" in reason or "cut off" in reason:
+        written = out.stat().st_size if out.exists() else 0
         raise IntactKVError(
-            f"cannot write more than {written} bytes of {out.name} to {out.parent} though {free} are free: raise the "
-            "limit of file sizes (ulimit -f) or the quota"
+            f"cannot write more than {written} bytes of {out.name} to {out.parent} though the disk is not full: raise "
+            "the limit of file sizes (ulimit -f) or the quota"
         )

@@ -23,6 +23,7 @@ from typing import IO
 
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.work import lock
+from intactkv_export.work.space import full
 
 _LOCK = "lock"
 _COPY_BLOCK = 1 << 22  # bytes
@@ -128,17 +129,17 @@ def explained(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise IntactKVError(_sentence(Path(path), error)) from error
+        raise _explanation(Path(path), error) from error
 
 
-def _sentence(path: Path, error: OSError) -> str:
+def _explanation(path: Path, error: OSError) -> IntactKVError:
     reason = os.strerror(error.errno) if error.errno else str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(path.parent).free
-        return f"cannot write {path}: the disk is full, {free} bytes are free: make room, or choose another directory"
+        return full(path, "make room, or choose another directory")
     if error.errno == errno.EFBIG:
-        return f"cannot write {path}: it would be larger than a file may be here: raise the limit (ulimit -f)"
-    return f"cannot write {path}: {reason}: choose a directory that exists and can be written to"
+        reason = "it would be larger than a file may be here: raise the limit (ulimit -f)"
+        return IntactKVError(f"cannot write {path}: {reason}")
+    return IntactKVError(f"cannot write {path}: {reason}: choose a directory that exists and can be written to")
 
 
 def remove_stale(path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from intactkv_export import library
-from intactkv_export.conversion import checks, convert, prefix
+from intactkv_export.conversion import convert, prefix
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import Context, bindings
 from intactkv_export.models import gguf_file, weights
@@ -233,7 +233,7 @@ def test_the_reference_is_not_overwritten(model, tmp_path):
 
 def test_too_little_space(model, tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage(500_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(500_000_000))
     with pytest.raises(IntactKVError, match=r"at least 0.6 GB in .* and 0.5 GB are free"):
         convert(model("F16"), tmp_path / "x")
     assert names(tmp_path) == []
