@@ -12,6 +12,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 namespace intactkv {
@@ -59,6 +60,28 @@ bool seq_rm(llama_memory_recurrent & memory, int32_t seq_id, int32_t p0, int32_t
         return true;
     }
     return memory.seq_rm(seq_id, -1, -1);
+}
+
+int32_t seq_pos_min(const llama_memory_recurrent & memory, int32_t seq_id) {
+    return keeps_nothing(memory) ? -1 : memory.seq_pos_min(seq_id);
+}
+
+int32_t seq_pos_max(const llama_memory_recurrent & memory, int32_t seq_id) {
+    return keeps_nothing(memory) ? std::numeric_limits<int32_t>::max() : memory.seq_pos_max(seq_id);
+}
+
+void state_write(const llama_memory_recurrent & memory, llama_io_write_i & io, int32_t seq_id, uint32_t flags) {
+    if (!keeps_nothing(memory)) {
+        memory.state_write(io, seq_id, flags);
+    }
+}
+
+void state_read(llama_memory_recurrent & memory, llama_io_read_i & io, int32_t seq_id, uint32_t flags) {
+    if (keeps_nothing(memory)) {
+        seq_rm(memory, seq_id, -1, -1);
+    } else {
+        memory.state_read(io, seq_id, flags);
+    }
 }
 
 } // namespace intactkv

@@ -8,6 +8,8 @@
 struct llama_context;
 struct llama_model;
 struct llama_memory_i;
+class llama_io_read_i;
+class llama_io_write_i;
 class llama_memory_recurrent;
 
 namespace intactkv {
@@ -28,7 +30,12 @@ bool verify_file(const llama_context * ctx, const char * path);
 // attention. Such a memory is what its attention part is, in positions and in saved states too.
 bool keeps_nothing(const llama_memory_recurrent & memory);
 
-// memory.seq_rm(). A memory that keeps nothing gives up the sequence whole: it can go on anywhere, so it never refuses
+// The recurrent part's method of this name. One that keeps nothing gives up the sequence whole, as it can go on
+// anywhere, bounds no position, and is not in saved states.
 bool seq_rm(llama_memory_recurrent & memory, int32_t seq_id, int32_t p0, int32_t p1);
+int32_t seq_pos_min(const llama_memory_recurrent & memory, int32_t seq_id);
+int32_t seq_pos_max(const llama_memory_recurrent & memory, int32_t seq_id);
+void state_write(const llama_memory_recurrent & memory, llama_io_write_i & io, int32_t seq_id, uint32_t flags);
+void state_read(llama_memory_recurrent & memory, llama_io_read_i & io, int32_t seq_id, uint32_t flags);
 
 } // namespace intactkv

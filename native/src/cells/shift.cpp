@@ -15,17 +15,20 @@
 
 namespace intactkv {
 
-void before_shift(arena & a) {
+void before_shift(arena * a) {
+    if (a == nullptr) {
+        return;
+    }
     // row -> shift -> cells
     std::map<int32_t, std::map<llama_pos, std::vector<std::pair<uint32_t, uint32_t>>>> by_row;
-    a.each_intact([&](uint32_t s, uint32_t i, int32_t row) { by_row[row][a.shift_of(s, i)].emplace_back(s, i); });
+    a->each_intact([&](uint32_t s, uint32_t i, int32_t row) { by_row[row][a->shift_of(s, i)].emplace_back(s, i); });
 
     std::vector<uint8_t> buf;
     for (const auto & [row, by_shift] : by_row) {
         // the first group keeps the row
         for (auto it = std::next(by_shift.begin()); it != by_shift.end(); ++it) {
-            const uint32_t copy = a.take_rows(1)[0];
-            for (const auto & layer : a.all_layers()) {
+            const uint32_t copy = a->take_rows(1)[0];
+            for (const auto & layer : a->all_layers()) {
                 for (ggml_tensor * t : { layer.k, layer.v }) {
                     if (t) {
                         buf.resize(t->nb[1]);
@@ -35,7 +38,7 @@ void before_shift(arena & a) {
                 }
             }
             for (const auto & [s, i] : it->second) {
-                a.mark(s, i, copy);
+                a->mark(s, i, copy);
             }
         }
     }
@@ -52,8 +55,8 @@ static std::map<int32_t, llama_pos> moved_rows(const arena & a) {
     return res;
 }
 
-ggml_tensor * build_input_shift(const arena & a, ggml_context * ctx) {
-    const int64_t n = moved_rows(a).size();
+ggml_tensor * build_input_shift(const arena * a, ggml_context * ctx) {
+    const int64_t n = a ? moved_rows(*a).size() : 0;
     if (n == 0) {
         return nullptr;
     }
@@ -63,63 +66,71 @@ ggml_tensor * build_input_shift(const arena & a, ggml_context * ctx) {
     return moves;
 }
 
-void set_input_shift(const arena & a, ggml_tensor * moves) {
+void set_input_shift(const arena * a, ggml_tensor * moves) {
+    if (moves == nullptr || moves->buffer == nullptr) {
+        return;
+    }
     GGML_ASSERT(ggml_backend_buffer_is_host(moves->buffer));
     int32_t * row = (int32_t *) moves->data;
     int32_t * shift = row + moves->ne[0];
-    for (const auto & [r, by] : moved_rows(a)) {
+    for (const auto & [r, by] : moved_rows(*a)) {
         *row++ = r;
         *shift++ = by;
     }
 }
 
-// k: F32 [head_dim, n_head, n], rows in the basis of the cache; returns them shifted, in this basis
-static ggml_tensor * shifted(ggml_context * ctx, ggml_tensor * k, const k_heads & heads, ggml_tensor * shift,
+// rows: F32 [n_embd_gqa, n] in the basis of the cache; returns them shifted, in this basis
+static ggml_tensor * shifted(ggml_context * ctx, ggml_tensor * rows, const k_layer & layer, ggml_tensor * shift,
         ggml_tensor * rot, const rope_fn & rope) {
+    ggml_tensor * k = ggml_reshape_3d(ctx, rows, layer.head_dim, layer.n_head, rows->ne[1]);
     k = rot ? llama_mul_mat_hadamard(ctx, k, rot) : k;
-    if (heads.n_nope > 0) {
+    if (layer.n_nope > 0) {
         const auto part = [&](int64_t from, int64_t n) {
             return ggml_view_3d(ctx, k, n, k->ne[1], k->ne[2], k->nb[1], k->nb[2], from * k->nb[0]);
         };
-        k = ggml_concat(ctx, part(0, heads.n_nope), rope(part(heads.n_nope, heads.n_rot), shift), 0);
+        k = ggml_concat(ctx, part(0, layer.n_nope), rope(part(layer.n_nope, layer.n_rot), shift), 0);
     } else {
         k = rope(k, shift);
     }
-    return rot ? llama_mul_mat_hadamard(ctx, k, rot) : k;
+    k = rot ? llama_mul_mat_hadamard(ctx, k, rot) : k;
+    return ggml_reshape_2d(ctx, k, rows->ne[0], rows->ne[1]);
 }
 
-void build_shift(const arena & a, ggml_cgraph * gf, ggml_context * ctx, int32_t il, const k_heads & heads,
+static void build_row_shift(ggml_cgraph * gf, ggml_context * ctx, ggml_tensor * k, const k_layer & layer,
         ggml_tensor * moves, ggml_tensor * rot, const rope_fn & rope) {
-    ggml_tensor * k = a.layer(il).k;
-    if (k == nullptr) {
-        return;
-    }
     const int64_t n = moves->ne[0];
     ggml_tensor * rows = ggml_view_1d(ctx, moves, n, 0);
     ggml_tensor * shift = ggml_view_1d(ctx, moves, n, moves->nb[1]);
 
     ggml_tensor * cur = ggml_get_rows(ctx, k, rows);
-    cur = shifted(ctx, ggml_reshape_3d(ctx, cur, heads.head_dim, heads.n_head, n), heads, shift, rot, rope);
-    ggml_build_forward_expand(gf, ggml_set_rows(ctx, k, ggml_reshape_2d(ctx, cur, k->ne[0], n), rows));
+    cur = shifted(ctx, cur, layer, shift, rot, rope);
+    ggml_build_forward_expand(gf, ggml_set_rows(ctx, k, cur, rows));
 }
 
-static bool upstream_shifts(ggml_type type, const k_heads & heads, const ggml_tensor * rot) {
-    if (!ggml_is_quantized(type)) {
-        return is_exact(type);
+static bool upstream_shifts(const k_layer & layer, const ggml_tensor * rot) {
+    if (!ggml_is_quantized(layer.cells->type)) {
+        return is_exact(layer.cells->type);
     }
-    return rot != nullptr && heads.n_rot == heads.head_dim;
+    return rot != nullptr && layer.n_rot == layer.head_dim;
 }
 
-bool build_cell_shift(ggml_cgraph * gf, ggml_context * ctx, ggml_tensor * k, const k_heads & heads, ggml_tensor * shift,
+static void build_cell_shift(ggml_cgraph * gf, ggml_context * ctx, const k_layer & layer, ggml_tensor * shift,
         ggml_tensor * rot, const rope_fn & rope) {
-    if (upstream_shifts(k->type, heads, rot)) {
+    ggml_tensor * cells = ggml_reshape_2d(ctx, layer.cells, layer.cells->ne[0], ggml_nrows(layer.cells));
+    ggml_tensor * cur = ggml_cast(ctx, cells, GGML_TYPE_F32);
+    cur = shifted(ctx, cur, layer, shift, rot, rope);
+    ggml_build_forward_expand(gf, ggml_cpy(ctx, cur, cells));
+}
+
+bool build_shift(const arena * a, ggml_cgraph * gf, ggml_context * ctx, const k_layer & k, ggml_tensor * shift,
+        ggml_tensor * moves, ggml_tensor * rot, const rope_fn & rope) {
+    if (ggml_tensor * rows = moves ? a->layer(k.il).k : nullptr) {
+        build_row_shift(gf, ctx, rows, k, moves, rot, rope);
+    }
+    if (upstream_shifts(k, rot)) {
         return false;
     }
-    const int64_t n = k->ne[1] * k->ne[2];
-    ggml_tensor * cells = ggml_reshape_2d(ctx, k, k->ne[0], n);
-    ggml_tensor * cur = ggml_cast(ctx, cells, GGML_TYPE_F32);
-    cur = shifted(ctx, ggml_reshape_3d(ctx, cur, heads.head_dim, heads.n_head, n), heads, shift, rot, rope);
-    ggml_build_forward_expand(gf, ggml_cpy(ctx, ggml_reshape_2d(ctx, cur, k->ne[0], n), cells));
+    build_cell_shift(gf, ctx, k, shift, rot, rope);
     return true;
 }
 

@@ -13,16 +13,20 @@ namespace intactkv {
 
 class arena;
 
+// a: nullptr, here and below, for a cache that can have no intact cells
+
 // cells that share a row but are shifted differently get rows of their own
-void before_shift(arena & a);
+void before_shift(arena * a);
 
 // I32 [n, 2]: the rows that move, and by how many positions; nullptr if none does
-ggml_tensor * build_input_shift(const arena & a, ggml_context * ctx);
-void set_input_shift(const arena & a, ggml_tensor * moves);
+ggml_tensor * build_input_shift(const arena * a, ggml_context * ctx);
+void set_input_shift(const arena * a, ggml_tensor * moves);
 
-// How one layer's K rows are laid out: n_head heads of head_dim, of which n_rot elements carry the position, the first
-// ones or, behind n_nope others, the last.
-struct k_heads {
+// One layer's K: its cells, [n_embd_gqa, n_cells, n_stream], and how a row is laid out: n_head heads of head_dim, of
+// which n_rot elements carry the position, the first ones or, behind n_nope others, the last.
+struct k_layer {
+    uint32_t il;
+    ggml_tensor * cells;
     int64_t head_dim;
     int64_t n_head;
     int64_t n_rot;
@@ -32,17 +36,13 @@ struct k_heads {
 // k: F32 [n_rot or head_dim, n_head, n]; rotates the first n_rot elements of each head, in place
 using rope_fn = std::function<ggml_tensor *(ggml_tensor * k, ggml_tensor * shift)>;
 
-// shifts layer il's K rows in place; rot: the cache's Hadamard matrix or nullptr
-void build_shift(const arena & a, ggml_cgraph * gf, ggml_context * ctx, int32_t il, const k_heads & heads,
+// Shifts one layer's K in place: its arena rows by moves (build_input_shift()), its cells by shift: I32
+// [n_cells*n_stream]. rot: the cache's Hadamard matrix or nullptr. false: the cells are left to upstream's graph, which
+// does them right. Upstream takes the rotated part of every head out of the quantized rows and undoes the Hadamard
+// matrix on that part. It crashes where that is not the whole head (partial rotary), and where there is no matrix (head
+// size not a multiple of 64); and ggml rotates no BF16. Here whole rows are widened to F32 first.
+bool build_shift(const arena * a, ggml_cgraph * gf, ggml_context * ctx, const k_layer & k, ggml_tensor * shift,
         ggml_tensor * moves, ggml_tensor * rot, const rope_fn & rope);
-
-// Shifts the cells of one layer, k: [n_embd_gqa, n_cells, n_stream], by shift: I32 [n_cells*n_stream], in place.
-// false: upstream's graph does it right, nothing was built. Upstream takes the rotated part of every head out of the
-// quantized rows and undoes the Hadamard matrix on that part. It crashes where that is not the whole head (partial
-// rotary), and where there is no matrix (head size not a multiple of 64); and ggml rotates no BF16. Here whole rows are
-// widened to F32 first.
-bool build_cell_shift(ggml_cgraph * gf, ggml_context * ctx, ggml_tensor * k, const k_heads & heads, ggml_tensor * shift,
-        ggml_tensor * rot, const rope_fn & rope);
 
 // The attention factor with which a rotation keeps lengths. YaRN and LongRoPE scale K as they rotate it: a K that is
 // rotated once more, by a shift, must not be scaled once more.

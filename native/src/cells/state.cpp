@@ -13,41 +13,34 @@
 
 namespace intactkv {
 
-// the intact cells among those of a state: their positions in its list of cells, and their rows
-struct saved_cells {
-    std::vector<uint32_t> which;
-    std::vector<int32_t> rows;
-};
-
-static saved_cells intact_in(const arena & a, uint32_t strm, const cell_ranges & ranges) {
-    saved_cells res;
+state_writer::state_writer(const arena * a, uint32_t strm, const cell_ranges & ranges) :
+    a(a) {
+    if (a == nullptr || a->empty()) {
+        return;
+    }
     uint32_t n = 0;
     for (const auto & range : ranges) {
         for (uint32_t i = range.first; i < range.second; ++i, ++n) {
-            if (const int32_t row = a.row_of(strm, i); row >= 0) {
-                res.which.push_back(n);
-                res.rows.push_back(row);
+            if (const int32_t row = a->row_of(strm, i); row >= 0) {
+                which.push_back(n);
+                rows.push_back(row);
             }
         }
     }
-    return res;
-}
-
-bool has_intact(const arena & a, uint32_t strm, const cell_ranges & ranges) {
-    return !a.empty() && !intact_in(a, strm, ranges).rows.empty();
 }
 
 // u32 n, u32 position[n] (in the state's list of cells), then per layer K and V: u64 row size, n rows
 // (row size 0: that side of the cache is exact)
-void write_state(const arena & a, llama_io_write_i & io, uint32_t strm, const cell_ranges & ranges) {
-    const auto [which, rows] = intact_in(a, strm, ranges);
-
+void state_writer::finish(llama_io_write_i & io) const {
+    if (rows.empty()) {
+        return;
+    }
     const uint32_t n = which.size();
     io.write(&n, sizeof(n));
     io.write(which.data(), n * sizeof(uint32_t));
 
     std::vector<uint8_t> buf;
-    for (const auto & layer : a.all_layers()) {
+    for (const auto & layer : a->all_layers()) {
         for (const ggml_tensor * t : { layer.k, layer.v }) {
             const uint64_t row_size = t ? t->nb[1] : 0;
             io.write(&row_size, sizeof(row_size));
@@ -81,12 +74,14 @@ state_reader::state_reader(arena * a, uint32_t strm, const std::vector<uint32_t>
     }
 }
 
-bool state_reader::takes(int32_t type, const ggml_tensor * t) const {
-    return a && !a->v_transposed() && type == GGML_TYPE_F16 && t->type != GGML_TYPE_F16;
-}
-
-void state_reader::read_rows(llama_io_read_i & io, int32_t il, bool is_v) {
+bool state_reader::read_rows(llama_io_read_i & io, int32_t type, int32_t il, bool is_v) {
+    if (a == nullptr || a->v_transposed() || type != GGML_TYPE_F16) {
+        return false;
+    }
     ggml_tensor * dst = is_v ? a->stream_v(il, strm) : a->stream_k(il, strm);
+    if (dst->type == GGML_TYPE_F16) {
+        return false;
+    }
     const int64_t ne0 = dst->ne[0];
 
     uint64_t row_size;
@@ -133,6 +128,7 @@ void state_reader::read_rows(llama_io_read_i & io, int32_t il, bool is_v) {
         fused_narrow(dst->type, f32.data(), out.data(), ne0);
         ggml_backend_tensor_set(dst, out.data(), cells[i] * out.size(), out.size());
     }
+    return true;
 }
 
 void state_reader::finish(llama_io_read_i & io) {

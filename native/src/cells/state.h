@@ -20,22 +20,37 @@ constexpr uint32_t STATE_FLAG = 0x80000000u;
 
 using cell_ranges = std::vector<std::pair<uint32_t, uint32_t>>; // cells, from inclusive, to exclusive
 
-bool has_intact(const arena & a, uint32_t strm, const cell_ranges & ranges);
-void write_state(const arena & a, llama_io_write_i & io, uint32_t strm, const cell_ranges & ranges);
+// Writes what a KV state of one stream has more than upstream's, if it has intact cells: the flag, and the section of
+// their rows.
+class state_writer {
+public:
+    // a: nullptr for a cache that can have no intact cells; ranges: the state's cells
+    state_writer(const arena * a, uint32_t strm, const cell_ranges & ranges);
 
-// Reads a KV state into one stream: F16 rows into a quantized cache, and the section write_state() appended.
+    // or-ed into n_layer
+    uint32_t flag() const { return rows.empty() ? 0 : STATE_FLAG; }
+
+    void finish(llama_io_write_i & io) const;
+
+private:
+    const arena * a;
+
+    // the intact cells: their positions in the state's list of cells, and their rows
+    std::vector<uint32_t> which;
+    std::vector<int32_t> rows;
+};
+
+// Reads a KV state into one stream: F16 rows into a quantized cache, and the section that state_writer appended.
 // All failures throw std::runtime_error; nothing is marked before finish().
 class state_reader {
 public:
-    // a: nullptr for a cache that has no intact cells; cells: where the i-th cell of the state goes
+    // a: nullptr for a cache that can have no intact cells; cells: where the i-th cell of the state goes
     // n_layer: as read from the state; the flag is taken off
     state_reader(arena * a, uint32_t strm, const std::vector<uint32_t> & cells, uint32_t & n_layer);
 
-    // true if rows of this type, for this tensor of the cache, are read by read_rows() instead of by upstream
-    bool takes(int32_t type, const ggml_tensor * t) const;
-
-    // one layer's K (or V) rows; io stands before the row size
-    void read_rows(llama_io_read_i & io, int32_t il, bool is_v);
+    // Reads one layer's K (or V) rows, which are of this type in the state; io stands before the row size. false: the
+    // cache is of this type or has no place for them, upstream goes on
+    bool read_rows(llama_io_read_i & io, int32_t type, int32_t il, bool is_v);
 
     void finish(llama_io_read_i & io);
 
@@ -43,7 +58,7 @@ private:
     arena * a;
     const uint32_t strm;
     const std::vector<uint32_t> & cells;
-    const bool mixed; // written by write_state()
+    const bool mixed; // state_writer has flagged it
 
     std::vector<uint32_t> rows; // [cells.size()], taken by the first read_rows() that needs them
 };
