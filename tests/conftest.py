@@ -14,12 +14,15 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from intactkv_export import library
+from intactkv_export.errors import IntactKVError
+from intactkv_export.libllama import Vocabulary
+from intactkv_export.models import gguf_file, weights
 from tests.support import random_models
 from tests.support.paths import REPO
 from tests.support.smol import smol as smol
@@ -110,6 +113,28 @@ def hf_dir(models_dir: Path, model: Callable[[str], Path]) -> Path:
     tokenizer.save_pretrained(partial)
     partial.rename(target)
     return target
+
+
+@pytest.fixture(scope="module")
+def vocabulary(model: Callable[[str], Path]) -> Iterator[Vocabulary]:
+    """Of the reference model."""
+    with Vocabulary(model("F16")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def template(model: Callable[[str], Path]) -> str:
+    """The reference model's chat template."""
+    return gguf_file.read(model("F16")).values["tokenizer.chat_template"]
+
+
+@pytest.fixture(scope="session")
+def converter() -> str | Path:
+    """Upstream's converter. Skips if it is not there."""
+    try:
+        return os.environ.get(weights.CONVERTER_VARIABLE) or library.converter_path()
+    except IntactKVError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

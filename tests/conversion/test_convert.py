@@ -19,21 +19,13 @@ from intactkv_export import library
 from intactkv_export.conversion import convert, prefix
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import Context, bindings
-from intactkv_export.models import gguf_file, weights
+from intactkv_export.models import gguf_file
 from intactkv_export.prefix import ikv
 from tests.support import random_models
 
 pytestmark = pytest.mark.skipif(not library.is_patched(), reason="the libraries cannot describe a model")
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 FAST = {"quant": "Q4_0", "n_threads": 2}
-
-
-@pytest.fixture(scope="module")
-def converter():
-    try:
-        return os.environ.get(weights.CONVERTER_VARIABLE) or library.converter_path()
-    except IntactKVError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

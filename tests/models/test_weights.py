@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import subprocess
 import sys
@@ -14,14 +13,6 @@ import pytest
 from intactkv_export import library, work
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.models import gguf_file, imatrix, tensor_types, weights
-
-
-@pytest.fixture(scope="module")
-def converter():
-    try:
-        return os.environ.get(weights.CONVERTER_VARIABLE) or library.converter_path()
-    except IntactKVError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import pytest
 from intactkv_export import library
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama.vocabulary import Vocabulary
-from intactkv_export.models import gguf_file
 from intactkv_export.prefix import ikv, make_prompt
 from tests.support.paths import REPO
 
@@ -22,17 +21,6 @@ DEFAULT = (
     "<|im_start|>user\n"
 )
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def vocabulary(model):
-    with Vocabulary(model("F16")) as vocabulary:
-        yield vocabulary
-
-
-@pytest.fixture(scope="module")
-def template(model):
-    return gguf_file.read(model("F16")).values["tokenizer.chat_template"]
 
 
 def test_default_prompt(vocabulary, template):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from random import Random
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 
 from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama.vocabulary import Vocabulary
-from intactkv_export.models import gguf_file
 from intactkv_export.prefix import ikv, make_prompt
 from intactkv_export.texts import sampled, token_hash
 from intactkv_export.texts.seeds import FOLLOW_UPS, OPENINGS, QUESTIONS
@@ -19,22 +17,6 @@ from intactkv_export.texts.turns import Turns
 from tests.support.smol import SYSTEM_PROMPT, Smol
 
 REPLY = "<|im_end|>\n<|im_start|>assistant\n"
-
-
-@pytest.fixture(scope="module")
-def vocabulary(smol: Smol) -> Iterator[Vocabulary]:
-    with Vocabulary(smol.reference) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def template(smol: Smol) -> str:
-    return gguf_file.read(smol.reference).values["tokenizer.chat_template"]
-
-
-@pytest.fixture(scope="module")
-def prefix(smol: Smol) -> ikv.Prefix:
-    return ikv.read(smol.ikv)
 
 
 @pytest.fixture(scope="module")

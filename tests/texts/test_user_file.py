@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,8 @@ import pytest
 
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama.vocabulary import Vocabulary
-from intactkv_export.models import gguf_file
 from intactkv_export.prefix import ikv
 from intactkv_export.texts import read_user_file
-from tests.support.smol import Smol
 
 REPLY = "<|im_end|>\n<|im_start|>assistant\n"
 USER = "<|im_end|>\n<|im_start|>user\n"
@@ -31,22 +28,6 @@ SHARE_GPT = [
     {"from": "human", "value": "never answered"},
 ]
 CALL = {"id": "1", "type": "function", "function": {"name": "now", "arguments": '{"zone": "UTC"}'}}
-
-
-@pytest.fixture(scope="module")
-def vocabulary(smol: Smol) -> Iterator[Vocabulary]:
-    with Vocabulary(smol.reference) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def template(smol: Smol) -> str:
-    return gguf_file.read(smol.reference).values["tokenizer.chat_template"]
-
-
-@pytest.fixture(scope="module")
-def prefix(smol: Smol) -> ikv.Prefix:
-    return ikv.read(smol.ikv)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
