@@ -13,6 +13,7 @@ import mmap
 import os
 import re
 import struct
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ MAGIC = b"GGUF"
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _UINT8, _UINT32, _STRING, _ARRAY, _UINT64 = 0, 4, 8, 9, 10
 _COPY_BLOCK = 1 << 22  # bytes read and written at a time
+_SETTLED = 2_000_000_000  # ns; what was written this long ago will not change without a change of its times
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 
 
@@ -79,9 +81,22 @@ def read(path: str | os.PathLike[str], arrays: bool = False) -> Gguf:
 
     Raises IntactKVError if the file cannot be read, is no GGUF, or is damaged.
     """
+    global _last
     path = Path(path)
-    with _mapped(path) as data:
-        return _Parser(path, data, arrays).gguf()
+    with _opened(path) as file:
+        stat = os.fstat(file.fileno())
+        seen = (path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        if not arrays and _last is not None and _last[0] == seen:
+            return _last[1]
+        with _mapped(file, path) as data:
+            header = _Parser(path, data, arrays).gguf()
+    if not arrays and time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED:
+        _last = seen, header
+    return header
+
+
+# The last header that was read, and its file as it was then: opening a chat asks for the model's five times.
+_last: tuple[tuple[object, ...], Gguf] | None = None
 
 
 def shards(path: str | os.PathLike[str]) -> list[Path]:
@@ -170,7 +185,7 @@ def copy(
     the tensor data, None: all of it. Raises IntactKVError if the source is damaged, OSError if writing fails.
     """
     gguf = read(source)
-    with _mapped(gguf.path) as data:
+    with _opened(gguf.path) as file, _mapped(file, gguf.path) as data:
         kept = [span for key, span in gguf._entries.items() if key not in changes]
         new = [_entry(key, value) for key, value in changes.items() if value is not None]
         out.write(struct.pack("<4sIqq", MAGIC, gguf.version, len(gguf.tensors), len(kept) + len(new)))
@@ -206,12 +221,11 @@ def _entry(key: str, value: int | str) -> bytes:
 
 
 @contextmanager
-def _mapped(path: Path) -> Iterator[mmap.mmap]:
-    with _opened(path) as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            raise IntactKVError(f"{path} is empty: get the GGUF file again")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield data
+def _mapped(file: IO[bytes], path: Path) -> Iterator[mmap.mmap]:
+    if os.fstat(file.fileno()).st_size == 0:
+        raise IntactKVError(f"{path} is empty: get the GGUF file again")
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        yield data
 
 
 @contextmanager

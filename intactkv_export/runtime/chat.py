@@ -12,7 +12,7 @@ from intactkv_export.models import gguf_file
 from intactkv_export.prefix import ikv
 from intactkv_export.runtime.conversation import Conversation, Sampling, opening_messages
 from intactkv_export.runtime.intact_llama import IntactLlama
-from intactkv_export.runtime.kv_choice import best_kv_types, check_kv_types
+from intactkv_export.runtime.kv_choice import choose_kv_types
 
 _CONTEXT = 4096  # tokens; the KV cache of more is rarely wanted on a small device
 _ROOM = 2048  # tokens behind a long prefix, to talk in
@@ -38,13 +38,9 @@ def open_chat(
     """
     asked = None if kv_type is None else kv_pair(kv_type)  # what is misspelt needs no file to be seen
     header = gguf_file.read(gguf_file.first_part(model)).values
-    if asked is None:
-        pair, why = best_kv_types(header)
-        if why:
-            notice(why)
-    else:
-        pair = asked
-        check_kv_types(pair, header)
+    pair, why = choose_kv_types(asked, header)
+    if why:
+        notice(why)
     path = ikv.find(model) if prefix == "auto" else prefix
     n_prefix = 0 if path is None else len(ikv.read(path).tokens)
     trained = header.get(f"{header.get('general.architecture')}.context_length") or _CONTEXT

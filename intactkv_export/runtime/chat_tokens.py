@@ -25,8 +25,19 @@ class _Names:
         self._vocab = L.llama_model_get_vocab(llama.model)
         self._control_names_of: dict[str, tuple[str, ...]] = {}  # turns come again with every message
 
-    def hide(self, content: str, hidden: dict[str, str]) -> str:
-        """The content with words that cannot be guessed in place of the names of control tokens."""
+    def hide(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+        """The messages with words that cannot be guessed in place of names of control tokens; these words' names.
+
+        A content that is a list of texts becomes one; what is no text stays as it is.
+        """
+        hidden: dict[str, str] = {}
+        safe = []
+        for message in messages:
+            content = _joined(message.get("content"))
+            safe.append({**message, "content": self._hide(content, hidden) if isinstance(content, str) else content})
+        return safe, hidden
+
+    def _hide(self, content: str, hidden: dict[str, str]) -> str:
         if content not in self._control_names_of:
             self._control_names_of[content] = self._control_names(content)
         names = self._control_names_of[content]
@@ -108,8 +119,7 @@ class ChatTokens(_Names):
         contains the name of a control token: then this message's part is tokenized as plain text. Raises IntactKVError
         if the template refuses the conversation.
         """
-        hidden: dict[str, str] = {}  # what stands for a name: the name
-        safe = [{**message, "content": self.hide(message["content"], hidden)} for message in messages]
+        safe, hidden = self.hide(messages)
         try:
             text = self._formatter(messages=safe).prompt
         except Exception as error:  # a template is a program: anything can happen
@@ -124,15 +134,12 @@ def text_stays_text(handler: Callable[..., Any]) -> Callable[..., Any]:
     """A chat handler of llama_cpp (chat_formatter_to_chat_completion_handler) for which messages are text.
 
     It renders messages in which names of control tokens are hidden, and the model that it is given tokenizes what it
-    rendered with the names back as text. A content that is a list of texts becomes one.
+    rendered with the names back as text.
     """
 
     def handle(*, llama: IntactLlama, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Any:
-        names, hidden = _Names(llama), dict[str, str]()
-        safe = []
-        for message in messages:
-            content = _joined(message.get("content"))
-            safe.append({**message, "content": names.hide(content, hidden) if isinstance(content, str) else content})
+        names = _Names(llama)
+        safe, hidden = names.hide(messages)
         return handler(llama=_Texts(llama, names, hidden) if hidden else llama, messages=safe, **settings)
 
     return handle

@@ -158,10 +158,9 @@ def opening_messages(llama: IntactLlama, system_prompt: str | None) -> list[dict
     Raises UsageError if a system prompt is given and the prefix was computed for another. One that differs from the
     prefix's by white space only is replaced by that, with a warning.
     """
-    prefix = llama.prefix.manifest if llama.prefix is not None else None
-    if prefix is None or prefix["bos_only"]:
+    if llama.prefix is None or llama.prefix.manifest["bos_only"]:
         return [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    opening = prefix["messages"] or []  # none: the template's own system prompt
+    opening = llama.prefix_messages  # none: the template's own system prompt
     if system_prompt is not None and [system_prompt] != [message["content"] for message in opening]:
         if opening and opening[0]["content"].split() == system_prompt.split():
             warnings.warn(

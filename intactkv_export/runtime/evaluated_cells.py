@@ -11,9 +11,9 @@ from bisect import bisect_right
 from typing import Any
 
 from intactkv_export import library
-from intactkv_export.libllama import KV_TYPES
+from intactkv_export.libllama import KV_TYPES, QUANTIZED
 
-_QUANTIZED = {KV_TYPES[name] for name in KV_TYPES} - {KV_TYPES[name] for name in ("f32", "f16", "bf16")}
+_QUANTIZED = {KV_TYPES[name] for name in QUANTIZED}
 
 
 class Batches:

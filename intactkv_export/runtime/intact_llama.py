@@ -6,7 +6,7 @@ import ctypes
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from llama_cpp.llama_cache import BaseLlamaCache  # noqa: E402
 
 from intactkv_export.runtime import sequence_state  # noqa: E402
 from intactkv_export.runtime.evaluated_cells import Batches, can_shift, held  # noqa: E402
-from intactkv_export.runtime.kv_choice import best_kv_types, check_kv_types  # noqa: E402
+from intactkv_export.runtime.kv_choice import choose_kv_types  # noqa: E402
 from intactkv_export.runtime.threads import Turns, takes_turns  # noqa: E402
 
 N_UBATCH = 128  # tokens at once on a CPU: as fast as 512 there, and less to compute again for who goes back
@@ -106,7 +106,7 @@ class IntactLlama(CompletionLlama):
     ) -> None:
         self.prefix: ikv.Prefix | None = None
         self.prefix_path: Path | None = None
-        self.kv_type = ("q8_0", "q8_0") if kv_type is None else kv_pair(kv_type)
+        asked = None if kv_type is None else kv_pair(kv_type)
         self.n_tokens = 0
         self._from_prefix = False  # cells of positions 0.. are those of the prefix, as far as both go
         self._batches = Batches()
@@ -114,8 +114,11 @@ class IntactLlama(CompletionLlama):
         self._owner: dict[str, str] | None = None
         _check(llama_kwargs)
         model_path = gguf_file.shards(model_path)[0]
-        if Path(model_path).is_file():
-            self._choose_kv_type(gguf_file.read(model_path).values, asked=kv_type is not None)
+        if not model_path.is_file():
+            raise IntactKVError(f"no model at {model_path}: give the path of a GGUF file")
+        self.kv_type, why = choose_kv_types(asked, gguf_file.read(model_path).values)
+        if why:
+            warnings.warn(why, stacklevel=2)
         self._load_model(str(model_path), llama_kwargs)
         if prefix is not None and not llama_kwargs.get("vocab_only"):  # then there is no cache to load it into
             path = ikv.find(model_path) if prefix == "auto" else Path(prefix)
@@ -136,17 +139,7 @@ class IntactLlama(CompletionLlama):
         if getattr(handler, "__qualname__", "").startswith("chat_formatter_to_chat_completion_handler."):
             self._chat_handlers[name] = text_stays_text(handler)
 
-    def _choose_kv_type(self, header: Mapping[str, Any], asked: bool) -> None:
-        if asked:
-            check_kv_types(self.kv_type, header)
-            return
-        self.kv_type, why = best_kv_types(header)
-        if why:
-            warnings.warn(why, stacklevel=4)
-
     def _load_model(self, model_path: str, llama_kwargs: dict[str, Any]) -> None:
-        if not Path(model_path).is_file():
-            raise IntactKVError(f"no model at {model_path}: give the path of a GGUF file")
         type_k, type_v = (KV_TYPES[name] for name in self.kv_type)
         if not llama_kwargs.get("n_gpu_layers"):
             llama_kwargs = {"n_ubatch": N_UBATCH, **llama_kwargs}
@@ -196,13 +189,13 @@ class IntactLlama(CompletionLlama):
             warnings.warn(
                 f"{self.model_path} does not say which reference it was quantized from: only its structure could be "
                 f"compared with the prefix {path}",
-                stacklevel=4,
+                stacklevel=3,
             )
         if (other := ikv.calibrated_for_another(prefix, self.metadata.get(ikv.KEY_FILE_TYPE))) is not None:
             warnings.warn(
                 f"the prefix {path} was calibrated for {other}, and {self.model_path} is quantized otherwise: an "
                 "uncalibrated prefix, or one calibrated for this file, will serve it better",
-                stacklevel=4,
+                stacklevel=3,
             )
 
     # Evaluation

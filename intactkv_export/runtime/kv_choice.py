@@ -6,13 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from intactkv_export.errors import UsageError
-from intactkv_export.libllama import EXACT, KV_TYPES
+from intactkv_export.libllama import KV_TYPES, QUANTIZED
 
 # llama_init_from_model: with flash attention the head size of every layer must be a multiple of the type's block. The
 # block of all quantized types that a cache can have is 32 (QK8_0, QK5_1, QK5_0, QK4_1, QK4_0, QK4_NL of ggml-common.h).
 _BLOCK = 32
-_ANY_SIZE = EXACT | {"bf16"}
 _BEST = ("q8_0", "f16")  # the one to have, and the one that always fits
+
+
+def choose_kv_types(asked: tuple[str, str] | None, header: Mapping[str, Any]) -> tuple[tuple[str, str], str]:
+    """The types of K and V that are asked for, or best_kv_types(). Raises UsageError as check_kv_types()."""
+    if asked is None:
+        return best_kv_types(header)
+    check_kv_types(asked, header)
+    return asked, ""
 
 
 def best_kv_types(header: Mapping[str, Any]) -> tuple[tuple[str, str], str]:
@@ -63,7 +70,7 @@ def head_sizes(header: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, .
 
 
 def _fits(name: str, sizes: tuple[int, ...]) -> bool:
-    return name in _ANY_SIZE or all(size % _BLOCK == 0 for size in sizes)
+    return name not in QUANTIZED or all(size % _BLOCK == 0 for size in sizes)
 
 
 def _sizes(sizes: tuple[tuple[int, ...], tuple[int, ...]]) -> str:

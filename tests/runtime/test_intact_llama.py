@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import pickle
 import random
@@ -295,8 +296,10 @@ def test_auto_finds_the_prefix(smol: Smol, tmp_path: Path) -> None:
 
 
 def test_unstamped_model_is_compared_by_structure_with_a_warning(smol: Smol, model: Callable[[str], Path]) -> None:
-    with pytest.warns(UserWarning, match="does not say which reference"):
+    with pytest.warns(UserWarning, match="does not say which reference") as seen:
         make(replace(smol, gguf=model("Q4_0")))
+    lines, first = inspect.getsourcelines(make)
+    assert seen[0].filename == __file__ and first <= seen[0].lineno < first + len(lines), "names who opened it"
 
 
 @pytest.mark.parametrize(
