@@ -55,6 +55,15 @@ def chat(
             show_default=False,
         ),
     ] = None,
+    kv_tail: Annotated[
+        int | None,
+        typer.Option(
+            "--kv-tail",
+            min=0,
+            help="Keep the newest N cells at F16; 0: none. Default: 128 for types under 8 bits, else 0.",
+            show_default=False,
+        ),
+    ] = None,
     n_predict: Annotated[int, typer.Option("-n", "--n-predict", min=0, help="Longest reply; 0: until it ends.")] = 0,
     ctx_size: Annotated[
         int | None,
@@ -99,6 +108,7 @@ def chat(
         notice=terminal.notice,
         prefix=None if no_prefix else prefix_path or "auto",
         kv_type=kv_type,
+        tail=kv_tail,
         n_ctx=ctx_size,
         n_threads=threads,
         system_prompt=None if system_prompt is None else text_or_file(system_prompt),

@@ -26,6 +26,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "intactkv_load_file": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32]),
     "intactkv_verify": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]),
     "intactkv_n_cells": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int32]),
+    "intactkv_n_tail_cells": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int32]),
+    "intactkv_set_tail": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int32]),
+    "intactkv_tail": (ctypes.c_int32, [ctypes.c_void_p]),
     "intactkv_arena_bytes": (ctypes.c_size_t, [ctypes.c_void_p]),
     "intactkv_attention": (ctypes.c_char_p, [ctypes.c_void_p]),
 }
@@ -71,8 +74,27 @@ def verify(data: bytes, ctx: Context = None) -> int:
 
 
 def n_cells(ctx: Context, seq_id: int = -1) -> int:
-    """Number of intact cells of sequence `seq_id`, -1: of all."""
+    """Number of intact cells of sequence `seq_id`, -1: of all; those of the tail are among them."""
     return _call("intactkv_n_cells", ctx, seq_id)
+
+
+def n_tail_cells(ctx: Context, seq_id: int = -1) -> int:
+    """Number of cells of sequence `seq_id`, -1: of all, that are intact for being new."""
+    return _call("intactkv_n_tail_cells", ctx, seq_id)
+
+
+def set_tail(ctx: Context, n_cells: int) -> int:
+    """Keep the newest n_cells cells of each sequence intact, -1: as many as is the default of the cache's types.
+
+    Returns how many it is now: 0 where the cache is F16 or F32. Cells that were evaluated before stay as they are.
+    Raises IntactKVError: no memory, INTACTKV_ATTN=stock, or a model that can have no intact cells.
+    """
+    return _count(_call("intactkv_set_tail", ctx, n_cells))
+
+
+def tail(ctx: Context) -> int:
+    """How many of the newest cells of each sequence are intact; 0: none are for being new."""
+    return _call("intactkv_tail", ctx)
 
 
 def arena_bytes(ctx: Context) -> int:

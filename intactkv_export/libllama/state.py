@@ -11,7 +11,7 @@ a *buffer* of llama_state_seq_get_data with 8 bytes: u32 magic, i32 sequence. Af
     u32 v_trans, u32 n_layer, its highest bit set where some cells are intact
     per layer { i32 type, u64 row_bytes, n_cells rows of K }, the same for V; or for a V that is transposed
     per layer { i32 type, u32 value_bytes, u32 n_embd, n_embd rows of n_cells values }
-    intact cells, if the bit is set: u32 n, u32 index[n] into the cells,
+    intact cells, if the bit is set: u32 n, u32 index[n] into the cells, its highest bit set for a cell of the tail,
         per layer { u64 row_bytes, n F16 rows of K; u64 row_bytes, n F16 rows of V }
 
 Nothing read is trusted: every length is compared with what is left.

@@ -24,6 +24,7 @@ def open_chat(
     notice: Callable[[str], None],
     prefix: str | Path | None = "auto",
     kv_type: str | tuple[str, str] | None = None,
+    tail: int | None = None,
     n_ctx: int | None = None,
     n_threads: int | None = None,
     system_prompt: str | None = None,
@@ -33,8 +34,8 @@ def open_chat(
     """A conversation with a model, its prefix loaded when the first message is evaluated. Raises IntactKVError.
 
     notice: is told what had to be chosen or dropped. kv_type: None: q8_0, or where a head cannot be cut into its
-    blocks the best that fits. n_ctx: None: what the model was trained for, at most 4096, or as much as holds the prefix
-    and 2048 tokens more; 0: all that it was trained for.
+    blocks the best that fits. tail: as of IntactLlama. n_ctx: None: what the model was trained for, at most 4096, or as
+    much as holds the prefix and 2048 tokens more; 0: all that it was trained for.
     """
     asked = None if kv_type is None else kv_pair(kv_type)  # what is misspelt needs no file to be seen
     header = gguf_file.read(gguf_file.first_part(model)).values
@@ -51,7 +52,8 @@ def open_chat(
             f"the prefix in {path} has {n_prefix} tokens, and --ctx-size is {n_ctx}: give more, at most {trained}, or "
             "leave it out"
         )
-    llama = IntactLlama(model, path, pair, n_ctx=n_ctx, n_threads=n_threads, n_threads_batch=n_threads, **llama_kwargs)
+    settings = {"n_ctx": n_ctx, "n_threads": n_threads, "n_threads_batch": n_threads, **llama_kwargs}
+    llama = IntactLlama(model, path, pair, tail, **settings)
     talk = Conversation(llama, opening_messages(llama, system_prompt), sampling or Sampling(), notice)
     if llama.prefix is not None and not talk.begins_with_prefix():
         notice(

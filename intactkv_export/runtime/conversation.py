@@ -108,10 +108,11 @@ class Conversation:
             f"{s['intact_cells']} intact, {s['attention']} attention",
         ]
         if s["path"]:
-            lines.append(
-                f"           F16 rows {s['arena_bytes'] / 1e6:.1f} MB, loaded {s['loads']} times in "
-                f"{s['load_seconds']:.3f} s"
-            )
+            lines[0] += f", loaded {s['loads']} times in {s['load_seconds']:.3f} s"
+        if s["tail"]:
+            lines.append(f"tail       {s['tail']} cells, {s['tail_cells']} of them there now")
+        if s["arena_bytes"]:
+            lines.append(f"F16 rows   {s['arena_bytes'] / 1e6:.1f} MB")
         lines.append(f"sampling   seed {self.seed}, {self.llama.n_threads} threads")
         if last.n_prompt:
             rate = last.n_reply / last.reply_seconds if last.reply_seconds else 0.0

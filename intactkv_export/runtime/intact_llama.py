@@ -66,7 +66,8 @@ class IntactLlama(CompletionLlama):
     were no prefix: a sequence that leaves the prefix before its end is computed from position 0. This holds for every
     method of Llama, since all of them evaluate through eval().
 
-    Results never depend on what other sequences left in the cache, to the last bit: a sequence that goes back keeps
+    Without a tail results never depend on what other sequences left in the cache, to the last bit: a sequence that
+    goes back keeps
     whole batches only (fewer than n_ubatch tokens are computed again: 128 on a CPU unless given), because the last
     bits of a token's result depend on how many tokens were evaluated with it. For the same reason a conversation that
     goes on turn by turn, its replies computed token by token, can differ in these bits from the same text evaluated
@@ -90,6 +91,8 @@ class IntactLlama(CompletionLlama):
     kv_type: type of the KV cache, or a pair of types for K and V: f16, q8_0, q5_1, q5_0, q4_1, q4_0, bf16, iq4_nl,
         f32; None: q8_0, or f16, with a warning, where the model's heads do not fit it. Flash attention is on:
         quantized caches and prefixes need it.
+    tail: how many of the newest cells are intact too; None: $INTACTKV_TAIL, or 128 where K or V has less than 8 bits a
+        value and our kernel reads the cache, else 0. The tokens of one ubatch see each other at F16 whatever it is.
     llama_kwargs: as of llama_cpp.Llama (n_ctx, n_threads, n_gpu_layers, ...), whose type_k, type_v are kv_type.
         n_threads, n_threads_batch: None: the cores that this process may use.
 
@@ -102,6 +105,7 @@ class IntactLlama(CompletionLlama):
         model_path: str | Path,
         prefix: str | Path | None = "auto",
         kv_type: str | tuple[str, str] | None = None,
+        tail: int | None = None,
         **llama_kwargs: Any,
     ) -> None:
         self.prefix: ikv.Prefix | None = None
@@ -112,7 +116,7 @@ class IntactLlama(CompletionLlama):
         self._batches = Batches()
         self._n_loads, self._load_seconds = 0, 0.0
         self._owner: dict[str, str] | None = None
-        _check(llama_kwargs)
+        _check(llama_kwargs, tail)
         model_path = gguf_file.shards(model_path)[0]
         if not model_path.is_file():
             raise IntactKVError(f"no model at {model_path}: give the path of a GGUF file")
@@ -120,6 +124,9 @@ class IntactLlama(CompletionLlama):
         if why:
             warnings.warn(why, stacklevel=2)
         self._load_model(str(model_path), llama_kwargs)
+        self._tail_asked = tail
+        if tail is not None and not llama_kwargs.get("vocab_only"):
+            self._set_tail(tail)
         if prefix is not None and not llama_kwargs.get("vocab_only"):  # then there is no cache to load it into
             path = ikv.find(model_path) if prefix == "auto" else Path(prefix)
             if path is not None:
@@ -158,6 +165,15 @@ class IntactLlama(CompletionLlama):
         n_ctx = self.n_ctx()
         self.input_ids: np.ndarray = np.zeros(n_ctx, np.intc)
         self.scores: np.ndarray = np.empty((n_ctx if self._logits_all else self.n_batch, self._n_vocab), np.single)
+
+    def _set_tail(self, tail: int) -> None:
+        if library.is_patched():
+            bindings.set_tail(self.ctx, tail)
+        elif tail > 0 and not set(self.kv_type) <= EXACT:
+            raise IntactKVError(
+                f"the llama.cpp libraries in {L.llama_cpp._base_path} are stock, they keep no tail of {tail} cells: "
+                "leave it out, or use the libraries that `python -m intactkv_export.library` names"
+            )
 
     def _take_prefix(self, path: Path, chosen_format: bool) -> None:
         prefix = ikv.read(path)
@@ -271,8 +287,13 @@ class IntactLlama(CompletionLlama):
 
     @property
     def intact_cells(self) -> int:
-        """Number of cells that attention reads at F16 now. 0 for an f16 cache, where no cell differs."""
+        """Number of cells that attention reads at F16 now, the tail's too. 0 for an f16 cache: none differs."""
         return bindings.n_cells(self.ctx) if library.is_patched() else 0
+
+    @property
+    def tail(self) -> int:
+        """How many of the newest cells are intact, whatever they are. 0: there is no tail."""
+        return bindings.tail(self.ctx) if library.is_patched() else 0
 
     @property
     def prefix_messages(self) -> list[dict[str, str]]:
@@ -281,7 +302,8 @@ class IntactLlama(CompletionLlama):
 
     @property
     def prefix_stats(self) -> dict[str, Any]:
-        """The prefix in use: where it is from, what it occupies (bytes), how often and how fast it was loaded."""
+        """The prefix in use: where it is from, how often and how fast it was loaded; and what is intact now, of the
+        prefix and of the tail, and occupies how many bytes."""
         return self._prefix_stats()
 
     def _prefix_stats(self) -> dict[str, Any]:
@@ -291,6 +313,8 @@ class IntactLlama(CompletionLlama):
             "tokens": 0 if self.prefix is None else len(self.prefix.tokens),
             "kv_type": "/".join(dict.fromkeys(self.kv_type)),
             "intact_cells": self.intact_cells,
+            "tail": self.tail,
+            "tail_cells": bindings.n_tail_cells(self.ctx) if patched else 0,
             "arena_bytes": bindings.arena_bytes(self.ctx) if patched else 0,
             "attention": bindings.attention(self.ctx) if patched else "stock",
             "loads": self._n_loads,
@@ -378,7 +402,7 @@ class IntactLlama(CompletionLlama):
         state = super().__getstate__()
         for name in ("flash_attn", "type_k", "type_v"):
             del state[name]
-        return {**state, "prefix": self.prefix_path, "kv_type": self.kv_type}
+        return {**state, "prefix": self.prefix_path, "kv_type": self.kv_type, "tail": self._tail_asked}
 
     def close(self) -> None:
         """As Llama.close()."""
@@ -402,7 +426,9 @@ class _Closed:
         raise IntactKVError(self._why)
 
 
-def _check(llama_kwargs: dict[str, Any]) -> None:
+def _check(llama_kwargs: dict[str, Any], tail: int | None) -> None:
+    if tail is not None and tail < 0:
+        raise UsageError(f"tail={tail}: give the number of newest cells that stay at F16, 0 for none, or leave it out")
     for name in ("type_k", "type_v"):
         if name in llama_kwargs:
             raise UsageError(f'{name}={llama_kwargs[name]!r}: IntactLlama takes kv_type="q8_0" or kv_type=(k, v)')

@@ -44,10 +44,24 @@ LLAMA_API int32_t intactkv_load_file(struct llama_context * ctx, const char * pa
 // Returns the number of prefix tokens, or -1.
 LLAMA_API int32_t intactkv_verify(const struct llama_context * ctx, const void * data, size_t size);
 
-// Number of intact cells of sequence seq_id (-1: of all sequences).
+// Number of intact cells of sequence seq_id (-1: of all sequences), those of the tail among them.
 LLAMA_API int32_t intactkv_n_cells(const struct llama_context * ctx, llama_seq_id seq_id);
 
-// Bytes allocated for the arenas of all layers.
+// The tail: the newest n_cells cells of each sequence are intact while they are among the newest, and the tokens of one
+// ubatch see each other at F16 whatever its length. 0: none. -1: the default, 128 where K or V has less than 8 bits a
+// value and the fused kernel reads the cache, else 0; so begins a context unless INTACTKV_TAIL=N says otherwise. Cells
+// that were evaluated before stay as they are. A cache of F16 or F32 has no use for a tail and gets none.
+// Returns the tail in force, or -1: out of memory, INTACTKV_ATTN=stock, or a model that can have no intact cells.
+LLAMA_API int32_t intactkv_set_tail(struct llama_context * ctx, int32_t n_cells);
+
+// The tail in force, 0: none.
+LLAMA_API int32_t intactkv_tail(const struct llama_context * ctx);
+
+// Number of cells of sequence seq_id (-1: of all sequences) that are intact for being new.
+LLAMA_API int32_t intactkv_n_tail_cells(const struct llama_context * ctx, llama_seq_id seq_id);
+
+// Bytes allocated for the arenas of all layers. With a tail they are allocated when it is set: for every sequence the
+// context can have, and one ubatch.
 LLAMA_API size_t intactkv_arena_bytes(const struct llama_context * ctx);
 
 // Which attention the next batch will use:
@@ -55,10 +69,10 @@ LLAMA_API size_t intactkv_arena_bytes(const struct llama_context * ctx);
 //               attention on, of every KV type but F32, with head sizes that are multiples of 16 up to 512
 //   "portable"  upstream's ops, in the layers the kernel does not take, over copies of K and V with the intact cells'
 //               rows written over them: any backend
-//   "stock"     upstream's ops as they are in those layers, because no cell is intact
+//   "stock"     upstream's ops as they are in those layers, because no cell is intact and there is no tail
 // INTACTKV_ATTN, read when a context is made, overrides the choice. fused: an error if the cache is not in CPU memory;
 // what else the kernel does not take, it still leaves. portable: no kernel, so stock as long as no cell is intact.
-// stock: F16 cells are refused for any cache but an F16 or F32 one.
+// stock: F16 cells, and a tail, are refused for any cache but an F16 or F32 one.
 LLAMA_API const char * intactkv_attention(const struct llama_context * ctx);
 
 #ifdef __cplusplus

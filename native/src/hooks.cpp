@@ -17,12 +17,12 @@
 
 namespace intactkv {
 
-void enable(llama_memory_i * memory, const llama_model & model) {
+void enable(llama_memory_i * memory, const llama_model & model, const llama_cparams & cparams) {
     if (memory == nullptr || model.hparams.no_alloc || !unsupported(memory, model).empty()) {
         return;
     }
     for (llama_kv_cache * kv : caches_of(memory)) {
-        arena::attach(*kv);
+        arena::attach(*kv, cparams);
     }
 }
 

@@ -6,6 +6,7 @@
 #include <string>
 
 struct llama_context;
+struct llama_cparams;
 struct llama_model;
 struct llama_memory_i;
 class llama_io_read_i;
@@ -15,7 +16,7 @@ class llama_memory_recurrent;
 namespace intactkv {
 
 // Gives the caches of a new context their arenas, if the model can carry a prefix.
-void enable(llama_memory_i * memory, const llama_model & model);
+void enable(llama_memory_i * memory, const llama_model & model, const llama_cparams & cparams);
 
 // Or-ed into the version of a saved state that has intact cells: stock llama.cpp then refuses the file, naming it.
 constexpr uint32_t STATE_VERSION_INTACT = 0x494b0000; // "IK"

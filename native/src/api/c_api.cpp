@@ -161,6 +161,37 @@ int32_t intactkv_n_cells(const llama_context * ctx, llama_seq_id seq_id) {
     return caches.empty() || !caches[0]->intact ? 0 : caches[0]->intact->n_cells(seq_id);
 }
 
+int32_t intactkv_n_tail_cells(const llama_context * ctx, llama_seq_id seq_id) {
+    const auto caches = caches_of(ctx);
+    return caches.empty() || !caches[0]->intact ? 0 : caches[0]->intact->n_tail_cells(seq_id);
+}
+
+int32_t intactkv_set_tail(llama_context * ctx, int32_t n_cells) {
+    const std::string why = unsupported(llama_get_memory(ctx), *llama_get_model(ctx));
+    if (!why.empty()) {
+        return n_cells > 0 ? fail(why) : 0;
+    }
+    llama_synchronize(ctx);
+    try {
+        for (llama_kv_cache * kv : caches_of(ctx)) {
+            if (kv->intact) {
+                kv->intact->set_tail(n_cells);
+            }
+        }
+    } catch (const std::exception & err) {
+        return fail(err.what());
+    }
+    return intactkv_tail(ctx);
+}
+
+int32_t intactkv_tail(const llama_context * ctx) {
+    int32_t res = 0;
+    for (const llama_kv_cache * kv : caches_of(ctx)) {
+        res = std::max(res, kv->intact ? (int32_t) kv->intact->tail() : 0);
+    }
+    return res;
+}
+
 size_t intactkv_arena_bytes(const llama_context * ctx) {
     size_t res = 0;
     for (const llama_kv_cache * kv : caches_of(ctx)) {
@@ -174,5 +205,5 @@ const char * intactkv_attention(const llama_context * ctx) {
     const bool fused = !caches.empty() && std::all_of(caches.begin(), caches.end(), [&](const llama_kv_cache * kv) {
         return kv->intact && kv->intact->fused(ctx->get_cparams());
     });
-    return fused ? "fused" : intactkv_n_cells(ctx, -1) > 0 ? "portable" : "stock";
+    return fused ? "fused" : intactkv_n_cells(ctx, -1) > 0 || intactkv_tail(ctx) > 0 ? "portable" : "stock";
 }

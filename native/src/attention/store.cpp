@@ -43,44 +43,71 @@ void fused_narrow(ggml_type type, const float * x, void * out, int64_t n) {
 
 namespace {
 
-static_assert(FUSED_PARAMS + sizeof(fused_rotation) <= GGML_MAX_OP_PARAMS, "op_params too small");
-
-fused_rotation rotation_of(const ggml_tensor * node) {
+// What the node keeps at FUSED_PARAMS.
+struct node_params {
     fused_rotation rot;
-    memcpy(&rot, (const char *) node->op_params + FUSED_PARAMS, sizeof(rot));
-    return rot;
+    int32_t has_k_rows; // sources behind the six that are always there: the tail's K, its V, and the rows
+    int32_t has_v_rows;
+};
+
+static_assert(FUSED_PARAMS + sizeof(node_params) <= GGML_MAX_OP_PARAMS, "op_params too small");
+
+node_params params_of(const ggml_tensor * node) {
+    node_params p;
+    memcpy(&p, (const char *) node->op_params + FUSED_PARAMS, sizeof(p));
+    return p;
 }
 
-// One new row of one head: rotated and rounded into the cache.
-void store_head(
-        const ggml_tensor * cache, const ggml_tensor * cur, int64_t cell, int64_t head, int64_t token, int rot) {
+// New K or V, and where it goes.
+struct store_side {
+    const ggml_tensor * cur;
+    const ggml_tensor * cache;
+    const int64_t * cell;
+    const ggml_tensor * rows; // or nullptr
+    const int64_t * row;
+    int32_t rot;
+};
+
+char * head_of(const ggml_tensor * t, int64_t row, int64_t head, int64_t dim) {
+    return (char *) t->data + row * t->nb[1] + head * ggml_row_size(t->type, dim);
+}
+
+// One new row of one head: rotated, and rounded into the cache and into the tail.
+void store_head(const store_side & to, int64_t head, int64_t token) {
     alignas(64) float x[FUSED_HEAD_MAX];
+    const ggml_tensor * cur = to.cur;
     const int64_t dim = cur->ne[0];
     memcpy(x, (const char *) cur->data + head * cur->nb[1] + token * cur->nb[2], dim * sizeof(float));
-    fused_rotate(x, dim, rot);
-    fused_narrow(
-            cache->type, x, (char *) cache->data + cell * cache->nb[1] + head * ggml_row_size(cache->type, dim), dim);
+    fused_rotate(x, dim, to.rot);
+    fused_narrow(to.cache->type, x, head_of(to.cache, to.cell[token], head, dim), dim);
+    if (to.rows) {
+        fused_narrow(GGML_TYPE_F16, x, head_of(to.rows, to.row[token], head, dim), dim);
+    }
 }
 
-// dst is the cache of K itself, and the cache of V a source that is written to.
+// dst is the cache of K itself; the cache of V and the tail are sources that are written to.
 void store(ggml_tensor * dst, int ith, int nth, void *) {
-    const fused_rotation rot = rotation_of(dst);
-    const ggml_tensor * v_cache = dst->src[1];
-    const ggml_tensor * k = dst->src[2];
-    const ggml_tensor * v = dst->src[3];
-    const int64_t * k_cell = (const int64_t *) dst->src[4]->data;
-    const int64_t * v_cell = (const int64_t *) dst->src[5]->data;
+    const node_params p = params_of(dst);
+    ggml_tensor * const * src = dst->src + 1;
+    const ggml_tensor * v_cache = *src++;
+    const ggml_tensor * k = *src++;
+    const ggml_tensor * v = *src++;
+    const int64_t * k_cell = (const int64_t *) (*src++)->data;
+    const int64_t * v_cell = (const int64_t *) (*src++)->data;
+    const ggml_tensor * k_rows = p.has_k_rows ? *src++ : nullptr;
+    const ggml_tensor * v_rows = p.has_v_rows ? *src++ : nullptr;
+    const int64_t * row = k_rows || v_rows ? (const int64_t *) (*src++)->data : nullptr;
+
+    const store_side sides[] = { { k, dst, k_cell, k_rows, row, p.rot.k },
+        { v, v_cache, v_cell, v_rows, row, p.rot.v } };
 
     // K's heads, then V's; a thread takes neighbours, so that no two of them write to one cache line at a time
     const int64_t n_k = k->ne[1] * k->ne[2];
     const int64_t n = n_k + v->ne[1] * v->ne[2];
     for (int64_t i = n * ith / nth; i < n * (ith + 1) / nth; i++) {
-        const bool is_k = i < n_k;
-        const int64_t j = is_k ? i : i - n_k;
-        const int64_t heads = is_k ? k->ne[1] : v->ne[1];
-        const int64_t token = j / heads;
-        is_k ? store_head(dst, k, k_cell[token], j % heads, token, rot.k)
-             : store_head(v_cache, v, v_cell[token], j % heads, token, rot.v);
+        const store_side & to = sides[i < n_k ? 0 : 1];
+        const int64_t j = i < n_k ? i : i - n_k;
+        store_head(to, j % to.cur->ne[1], j / to.cur->ne[1]);
     }
 }
 
@@ -93,13 +120,24 @@ bool fused_store_supported(const ggml_tensor * cache, const ggml_tensor * cur) {
 }
 
 ggml_tensor * fused_store(ggml_context * ctx, ggml_tensor * k_cache, ggml_tensor * v_cache, ggml_tensor * k,
-        ggml_tensor * v, ggml_tensor * k_cells, ggml_tensor * v_cells, fused_rotation rot) {
+        ggml_tensor * v, ggml_tensor * k_cells, ggml_tensor * v_cells, fused_rotation rot, const row_target * tail) {
     GGML_ASSERT(fused_store_supported(k_cache, k) && fused_store_supported(v_cache, v));
     GGML_ASSERT(k_cells->type == GGML_TYPE_I64 && v_cells->type == GGML_TYPE_I64);
 
-    ggml_tensor * others[] = { v_cache, k, v, k_cells, v_cells };
-    ggml_tensor * out = ggml_custom_inplace(ctx, k_cache, others, 5, store, GGML_N_TASKS_MAX, nullptr);
-    memcpy((char *) out->op_params + FUSED_PARAMS, &rot, sizeof(rot));
+    ggml_tensor * others[GGML_MAX_SRC - 1] = { v_cache, k, v, k_cells, v_cells };
+    int n = 5;
+    node_params params = { rot, tail && tail->k, tail && tail->v };
+    for (ggml_tensor * rows : { params.has_k_rows ? tail->k : nullptr, params.has_v_rows ? tail->v : nullptr }) {
+        if (rows) {
+            GGML_ASSERT(rows->type == GGML_TYPE_F16 && tail->rows->type == GGML_TYPE_I64);
+            others[n++] = rows;
+        }
+    }
+    if (n > 5) {
+        others[n++] = tail->rows;
+    }
+    ggml_tensor * out = ggml_custom_inplace(ctx, k_cache, others, n, store, GGML_N_TASKS_MAX, nullptr);
+    memcpy((char *) out->op_params + FUSED_PARAMS, &params, sizeof(params));
     return out;
 }
 

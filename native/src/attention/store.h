@@ -13,16 +13,25 @@ struct fused_rotation {
     int32_t v = 0;
 };
 
+// Where new rows go besides: F16 rows of intact cells. nullptr instead of K or V: that side of the cache is exact.
+struct row_target {
+    ggml_tensor * k;    // F16 [head_dim*n_head_kv, n_rows]
+    ggml_tensor * v;    // F16 [head_dim*n_head_kv, n_rows]
+    ggml_tensor * rows; // I64 [n_tokens]
+};
+
 // Can fused_store() store this K or V? The types and head sizes of fused_supported().
 bool fused_store_supported(const ggml_tensor * cache, const ggml_tensor * cur);
 
 // New K and V into their cells, rotated and rounded: what upstream does with two Hadamard products and two
 // ggml_set_rows(). The node is a view of k_cache; build it into the graph before the attention that reads the cells.
+// tail: the same rows, rotated too, at F16; or nullptr
 //   k_cache, v_cache  KV  [head_dim*n_head_kv, n_cells, ...], streams one behind the other
 //   k, v              F32 [head_dim, n_head_kv, n_tokens], any strides but nb[0]
 //   k_cells, v_cells  I64 [n_tokens] the rows of k_cache and v_cache that they go to
 ggml_tensor * fused_store(ggml_context * ctx, ggml_tensor * k_cache, ggml_tensor * v_cache, ggml_tensor * k,
-        ggml_tensor * v, ggml_tensor * k_cells, ggml_tensor * v_cells, fused_rotation rot);
+        ggml_tensor * v, ggml_tensor * k_cells, ggml_tensor * v_cells, fused_rotation rot,
+        const row_target * tail = nullptr);
 
 // In place, the rotation of fused_rotation: each block of n_rot of the n values. n_rot 0: nothing happens.
 void fused_rotate(float * x, int64_t n, int32_t n_rot);

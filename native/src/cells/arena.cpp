@@ -1,5 +1,6 @@
 #include "cells/arena.h"
 
+#include "cells/tail.h"
 #include "attention/store.h"
 
 #include "llama-cparams.h"
@@ -11,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 namespace intactkv {
 
@@ -40,19 +42,24 @@ static attention_kind choose_attention(bool on_cpu) {
     return attention_kind::fused;
 }
 
-void arena::attach(llama_kv_cache & kv) {
+void arena::attach(llama_kv_cache & kv, const llama_cparams & cparams) {
     if (kv.other == nullptr) {
-        kv.intact = std::make_shared<arena>(kv);
+        kv.intact = std::make_shared<arena>(kv, cparams);
     }
 }
 
-arena::arena(llama_kv_cache & kv) :
+arena::arena(llama_kv_cache & kv, const llama_cparams & cparams) :
     kv(kv),
     kind(choose_attention(std::all_of(kv.layers.begin(), kv.layers.end(),
             [](const auto & layer) {
                 return ggml_backend_buffer_get_type(layer.k->buffer) == ggml_backend_cpu_buffer_type();
             }))),
-    layers(kv.layers.size()) {}
+    n_seq_max(cparams.n_seq_max),
+    n_ubatch(cparams.n_ubatch),
+    layers(kv.layers.size()),
+    fast(fused(cparams)) {
+    set_tail(tail_asked());
+}
 
 // whether the kernel takes a cache of this type with heads of this size, asked as if a token were to be stored
 static bool kernel_knows(const ggml_tensor * cache, int64_t head_dim, int64_t n_head_kv) {
@@ -137,6 +144,42 @@ uint32_t arena::n_cells(int32_t seq_id) const {
     return res;
 }
 
+uint32_t arena::n_tail_cells(int32_t seq_id) const {
+    uint32_t res = 0;
+    each_intact([&](uint32_t s, uint32_t i, int32_t row) {
+        res += kinds[row] == row_kind::tail && (seq_id < 0 || kv.v_cells[s].seq_has(i, seq_id));
+    });
+    return res;
+}
+
+void arena::set_tail(int32_t n) {
+    // layers of one cache have the same types
+    const ggml_type type_k = kv.layers.empty() ? GGML_TYPE_F16 : kv.type_k();
+    const ggml_type type_v = kv.layers.empty() ? GGML_TYPE_F16 : kv.type_v();
+    if (n < 0) {
+        n = reads_intact() && fast ? default_tail(type_k, type_v) : 0;
+    }
+    if (is_exact(type_k) && is_exact(type_v)) {
+        n = 0;
+    }
+    if (n > 0 && !reads_intact()) {
+        throw std::runtime_error(format("a tail of %d intact cells was asked for, and INTACTKV_ATTN=stock reads no "
+                                        "intact cell: unset INTACTKV_ATTN, or set the tail to 0",
+                n));
+    }
+    const uint64_t n_cells = (uint64_t) kv.get_size() * kv.n_stream;
+    const uint64_t n_rows_tail = n > 0 ? std::min<uint64_t>((uint64_t) n * n_seq_max + n_ubatch, n_cells) : 0;
+    const uint32_t n_reserved_old = std::exchange(n_reserved, (uint32_t) n_rows_tail);
+    try {
+        take_rows(0);
+    } catch (...) {
+        n_reserved = n_reserved_old;
+        throw;
+    }
+    n_tail = n;
+    gen++; // graphs store new cells in another way now
+}
+
 size_t arena::n_bytes() const {
     size_t res = 0;
     for (const auto & cb : ctxs_bufs) {
@@ -176,27 +219,52 @@ int32_t arena::row_of(uint32_t strm, uint32_t cell) const {
     return kv.v_cells[strm].ext_get(cell).intact;
 }
 
+llama_pos arena::position_of(uint32_t strm, uint32_t cell) const {
+    return kv.v_cells[strm].pos_get(cell);
+}
+
 llama_pos arena::shift_of(uint32_t strm, uint32_t cell) const {
     return kv.v_cells[strm].get_shift(cell);
 }
 
-void arena::mark(uint32_t strm, uint32_t cell, int32_t row) {
+const std::set<std::pair<llama_pos, uint32_t>> & arena::cells_of(uint32_t strm, int32_t seq_id) const {
+    return kv.v_cells[strm].seq_pos_get(seq_id);
+}
+
+bool arena::in_sequence(uint32_t strm, uint32_t cell, int32_t seq_id) const {
+    return kv.v_cells[strm].seq_has(cell, seq_id);
+}
+
+void arena::set_row(uint32_t strm, uint32_t cell, int32_t row) {
     auto & cells = kv.v_cells[strm];
     llama_kv_cell_ext ext = cells.ext_get(cell);
     ext.intact = row;
     cells.ext_set(cell, ext);
 }
 
-std::vector<uint32_t> arena::take_rows(uint32_t n) {
+void arena::mark(uint32_t strm, uint32_t cell, int32_t row, row_kind kind) {
+    set_row(strm, cell, row);
+    kinds[row] = kind;
+    any_tail |= kind == row_kind::tail;
+}
+
+void arena::unmark(uint32_t strm, uint32_t cell) {
+    set_row(strm, cell, -1);
+}
+
+std::vector<uint32_t> arena::take_rows(uint32_t n_kept, uint32_t n_tail) {
     std::vector<bool> used(n_rows, false);
-    uint32_t n_used = 0;
+    uint32_t n_used[2] = { 0, 0 };
     each_intact([&](uint32_t, uint32_t, int32_t row) {
-        n_used += !used[row];
+        n_used[(int) kinds[row]] += !used[row];
         used[row] = true;
     });
 
-    if (n_used + n > n_rows) {
-        grow(n_used + n);
+    const uint32_t n = n_kept + n_tail;
+    const uint32_t n_wanted =
+            n_used[(int) row_kind::kept] + n_kept + std::max(n_reserved, n_used[(int) row_kind::tail] + n_tail);
+    if (n_wanted > n_rows) {
+        grow(n_wanted);
         used.resize(n_rows, false);
     }
 
@@ -257,6 +325,7 @@ void arena::grow(uint32_t n_rows_new) {
 
     layers = std::move(layers_new);
     ctxs_bufs = std::move(ctxs_bufs_new);
+    kinds.resize(n_rows_new, row_kind::kept);
     n_rows = n_rows_new;
     gen++;
 }

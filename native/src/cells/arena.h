@@ -4,6 +4,9 @@
 // struct wherever a cell is freed or given to another token and copies it wherever a cell is copied, so the mark
 // needs no bookkeeping of its own: a row is free when no cell of any stream names it.
 //
+// Why a cell is intact is its row's kind: a cell of a prefix, or of a state that was loaded at F16, is kept until it is
+// freed; a cell of the tail (tail.h) only while it is among the newest of a sequence.
+//
 // The arena holds one F16 row per intact cell and layer, in the basis of the cache: where upstream rotates K or V
 // by a Hadamard matrix before quantizing (attn_rot_k, attn_rot_v), the rows are rotated the same way.
 
@@ -16,6 +19,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -28,6 +32,8 @@ namespace intactkv {
 struct fused_rotation;
 
 enum class attention_kind { stock, portable, fused };
+
+enum class row_kind : uint8_t { kept, tail };
 
 // The layers' F16 rows, [n_embd_gqa, n_rows] each. nullptr: that side of the cache is F16 or F32 itself, its
 // cells hold the exact values.
@@ -42,12 +48,14 @@ bool is_exact(ggml_type type);
 class arena {
 public:
     // gives a cache its arena; the cache owns it. A cache that borrows another's cells (drafting) gets none
-    static void attach(llama_kv_cache & kv);
+    static void attach(llama_kv_cache & kv, const llama_cparams & cparams);
 
-    explicit arena(llama_kv_cache & kv);
+    // Throws std::runtime_error if INTACTKV_ATTN or INTACTKV_TAIL cannot be had
+    arena(llama_kv_cache & kv, const llama_cparams & cparams);
 
-    // number of intact cells of a sequence (-1: of all)
+    // number of intact cells of a sequence (-1: of all), and of those the tail's
     uint32_t n_cells(int32_t seq_id) const;
+    uint32_t n_tail_cells(int32_t seq_id) const;
     size_t n_bytes() const;
     void add_memory(std::map<ggml_backend_buffer_type_t, size_t> & breakdown) const;
 
@@ -62,6 +70,13 @@ public:
 
     // false: no attention of this cache would read an intact cell, so none may be made
     bool reads_intact() const { return kind != attention_kind::stock; }
+
+    // how many of the newest cells of each sequence are intact; 0: none are for being new
+    uint32_t tail() const { return n_tail; }
+
+    // -1: the default of this cache (tail.h). Rows for the tails of all sequences and one ubatch are allocated here: no
+    // token has to wait for memory. A cache of exact cells has no tail. Throws std::runtime_error
+    void set_tail(int32_t n);
 
     //
     // layers: the arena's rows, and the cache's own tensors
@@ -93,29 +108,51 @@ public:
     // rows: [n_kv*(s1 - s0 + 1)] or nullptr to only count; returns the number of intact cells
     uint32_t map_cells(uint32_t s0, uint32_t s1, uint32_t n_kv, int32_t * rows) const;
 
-    bool empty() const { return n_rows == 0; }              // then no cell is intact
-    int32_t row_of(uint32_t strm, uint32_t cell) const;     // -1: ordinary
+    bool empty() const { return n_rows == 0; }          // then no cell is intact
+    int32_t row_of(uint32_t strm, uint32_t cell) const; // -1: ordinary
+    llama_pos position_of(uint32_t strm, uint32_t cell) const;
     llama_pos shift_of(uint32_t strm, uint32_t cell) const; // by how much seq_add() and seq_div() have moved it
 
     // f(stream, cell, row) for every intact cell
     using cell_fn = std::function<void(uint32_t strm, uint32_t cell, int32_t row)>;
     void each_intact(const cell_fn & f) const;
 
-    // n rows that no cell names; the arena grows if it has too few. They stay free until a cell is marked with them
-    std::vector<uint32_t> take_rows(uint32_t n);
-    void mark(uint32_t strm, uint32_t cell, int32_t row);
+    // the cells of a sequence in a stream, by position: (position, cell)
+    const std::set<std::pair<llama_pos, uint32_t>> & cells_of(uint32_t strm, int32_t seq_id) const;
+    bool in_sequence(uint32_t strm, uint32_t cell, int32_t seq_id) const;
+    uint32_t n_sequences() const { return n_seq_max; }
+
+    row_kind kind_of(int32_t row) const { return kinds[row]; }
+    bool has_tail_cells() const { return any_tail; } // false: there are none; true: there were some at the last look
+    void no_tail_cells() { any_tail = false; }
+
+    // n_kept + n_tail rows that no cell names; the arena grows if it has too few, and leaves room for the whole tail
+    // beside what is kept. They stay free until a cell is marked with them
+    std::vector<uint32_t> take_rows(uint32_t n_kept, uint32_t n_tail = 0);
+    void mark(uint32_t strm, uint32_t cell, int32_t row, row_kind kind);
+    void unmark(uint32_t strm, uint32_t cell);
 
 private:
     llama_kv_cache & kv;
 
     const attention_kind kind;
+    const uint32_t n_seq_max;
+    const uint32_t n_ubatch;
+
+    uint32_t n_tail = 0;
+    uint32_t n_reserved = 0; // rows that the tail may need at once
+    bool any_tail = false;
+
+    std::vector<row_kind> kinds; // [n_rows], of rows that are in use
 
     std::vector<arena_layer> layers; // by index of the layer in the cache
+    const bool fast;                 // the kernel reads them all
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
 
     uint32_t n_rows = 0;
     uint64_t gen = 0;
 
+    void set_row(uint32_t strm, uint32_t cell, int32_t row);
     void grow(uint32_t n_rows_new);
 };
 

@@ -7,3 +7,4 @@
 #include "cells/pages.h"
 #include "cells/shift.h"
 #include "cells/state.h"
+#include "cells/tail.h"

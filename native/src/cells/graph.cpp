@@ -8,10 +8,18 @@
 
 #include "ggml-backend.h"
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
 namespace intactkv {
+
+// With a tail the number of intact cells grows with the first tokens. Lists have room for some more, so that not every one
+// of these needs a graph of its own.
+static int64_t n_listed(const arena & a, uint32_t n_intact) {
+    constexpr int64_t STEP = 64;
+    return a.tail() > 0 ? (std::max<int64_t>(n_intact, 1) + STEP - 1) / STEP * STEP : n_intact;
+}
 
 void graph_cells::build(
         ggml_context * ctx, const cells_view & view, ggml_tensor * mask, ggml_tensor * k_cells, ggml_tensor * v_cells) {
@@ -23,55 +31,74 @@ void graph_cells::build(
         return;
     }
     gen = a->generation();
-    n_intact = a->map_cells(view.s0, view.s1, view.n_kv, nullptr);
-    if (n_intact == 0) {
-        return;
+
+    const auto input = [&](ggml_type type, int64_t ne0, int64_t ne1, const char * name) {
+        ggml_tensor * t = ggml_new_tensor_2d(ctx, type, ne0, ne1);
+        ggml_set_input(t);
+        ggml_set_name(t, name);
+        return t;
+    };
+    if (const int64_t n = n_listed(*a, a->map_cells(view.s0, view.s1, view.n_kv, nullptr))) {
+        rows = input(GGML_TYPE_I32, n, 1, "intact_rows");
+        cells = input(GGML_TYPE_I64, n, 1, "intact_cells");
+        row_of_cell = input(GGML_TYPE_I32, view.n_kv, view.s1 - view.s0 + 1, "intact_row_of_cell");
     }
-    rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_intact);
-    cells = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_intact);
-    row_of_cell = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, view.n_kv, view.s1 - view.s0 + 1);
-    ggml_set_input(rows);
-    ggml_set_input(cells);
-    ggml_set_input(row_of_cell);
-    ggml_set_name(rows, "intact_rows");
-    ggml_set_name(cells, "intact_cells");
-    ggml_set_name(row_of_cell, "intact_row_of_cell");
+    if (a->tail() > 0) {
+        new_rows = input(GGML_TYPE_I64, k_cells->ne[0], 1, "intact_new_rows");
+    }
+}
+
+// a tensor that no layer of the graph uses is not allocated
+static void * data_of(ggml_tensor * t) {
+    GGML_ASSERT(t == nullptr || t->buffer == nullptr || ggml_backend_buffer_is_host(t->buffer));
+    return t && t->buffer ? t->data : nullptr;
 }
 
 void graph_cells::set_input(const cells_view & view) const {
-    if (n_intact == 0) {
-        return;
-    }
-    // a tensor that no layer of the graph uses is not allocated
-    const auto data = [](ggml_tensor * t) -> void * {
-        GGML_ASSERT(t->buffer == nullptr || ggml_backend_buffer_is_host(t->buffer));
-        return t->buffer ? t->data : nullptr;
-    };
-
-    if (int32_t * map = (int32_t *) data(row_of_cell)) {
+    if (int32_t * map = (int32_t *) data_of(row_of_cell)) {
         view.a->map_cells(view.s0, view.s1, view.n_kv, map);
     }
 
-    if (int32_t * row = (int32_t *) data(rows)) {
-        int64_t * cell = (int64_t *) data(cells);
+    if (int32_t * row = (int32_t *) data_of(rows)) {
+        int64_t * cell = (int64_t *) data_of(cells);
 
         std::vector<int32_t> map(ggml_nelements(row_of_cell));
-        view.a->map_cells(view.s0, view.s1, view.n_kv, map.data());
+        const uint32_t n_intact = view.a->map_cells(view.s0, view.s1, view.n_kv, map.data());
+        GGML_ASSERT(n_intact > 0 && n_intact <= ggml_nelements(rows));
 
+        uint32_t n = 0;
         for (size_t i = 0; i < map.size(); ++i) {
             if (map[i] >= 0) {
-                *row++ = map[i];
-                *cell++ = i;
+                row[n] = map[i];
+                cell[n++] = i;
             }
         }
-        GGML_ASSERT(row == (int32_t *) rows->data + n_intact);
+        std::fill(row + n, row + ggml_nelements(rows), row[n - 1]);
+        std::fill(cell + n, cell + ggml_nelements(rows), cell[n - 1]);
+    }
+
+    if (int64_t * row = (int64_t *) data_of(new_rows)) {
+        for (size_t s = 0; s < view.idxs->size(); ++s) {
+            for (const uint32_t cell : (*view.idxs)[s]) {
+                *row++ = view.a->row_of((*view.strm)[s], cell);
+            }
+        }
+        GGML_ASSERT(row == (int64_t *) new_rows->data + ggml_nelements(new_rows));
     }
 }
 
 bool graph_cells::can_reuse(const cells_view & view) const {
-    return a == view.a &&
-            (a == nullptr ||
-                    (gen == a->generation() && n_intact == a->map_cells(view.s0, view.s1, view.n_kv, nullptr)));
+    if (a != view.a || a == nullptr) {
+        return a == view.a;
+    }
+    if (gen != a->generation()) {
+        return false;
+    }
+    // only the lists depend on how many cells are intact, and the fused kernel reads none
+    if (rows != nullptr && a->tail() > 0 && rows->buffer == nullptr) {
+        return true;
+    }
+    return (rows ? rows->ne[0] : 0) == n_listed(*a, a->map_cells(view.s0, view.s1, view.n_kv, nullptr));
 }
 
 // t: [head_dim, n_kv, n_head_kv, n_stream], permuted from how the cache stores it
@@ -131,12 +158,25 @@ layer_attention graph_cells::layer(int32_t il, const llama_cparams & cparams, co
 }
 
 bool layer_attention::store(ggml_cgraph * gf, ggml_context * ctx, ggml_tensor * k, ggml_tensor * v) const {
-    if (is_whole) {
-        const arena & a = *cells->a;
-        ggml_build_forward_expand(
-                gf, fused_store(ctx, a.cache_k(il), a.cache_v(il), k, v, cells->k_cells, cells->v_cells, a.rotation()));
+    if (cells == nullptr) {
+        return false;
     }
-    return is_whole;
+    const arena & a = *cells->a;
+    ggml_tensor * new_rows = cells->new_rows;
+    if (is_whole) {
+        const row_target tail = { a.layer(il).k, a.layer(il).v, new_rows };
+        ggml_build_forward_expand(gf,
+                fused_store(ctx, a.cache_k(il), a.cache_v(il), k, v, cells->k_cells, cells->v_cells, a.rotation(),
+                        new_rows ? &tail : nullptr));
+        return true;
+    }
+    for (auto [arena_rows, cur] : { std::pair(a.layer(il).k, k), std::pair(a.layer(il).v, v) }) {
+        if (new_rows && arena_rows && cur) {
+            cur = ggml_view_2d(ctx, cur, cur->ne[0] * cur->ne[1], cur->ne[2], cur->nb[2], 0);
+            ggml_build_forward_expand(gf, ggml_set_rows(ctx, arena_rows, cur, new_rows));
+        }
+    }
+    return false;
 }
 
 ggml_tensor * layer_attention::attend(ggml_context * ctx, ggml_tensor * q, ggml_tensor *& k, ggml_tensor *& v,
@@ -145,7 +185,7 @@ ggml_tensor * layer_attention::attend(ggml_context * ctx, ggml_tensor * q, ggml_
         return nullptr;
     }
     const arena & a = *cells->a;
-    const bool has_intact = cells->n_intact > 0;
+    const bool has_intact = cells->rows != nullptr;
 
     const bool fused = is_fused && fused_supported(q, k, v, mask, sinks);
     GGML_ASSERT(fused || !is_whole);

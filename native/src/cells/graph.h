@@ -5,6 +5,7 @@
 #include "ggml.h"
 
 #include <cstdint>
+#include <vector>
 
 struct llama_cparams;
 
@@ -12,12 +13,14 @@ namespace intactkv {
 
 class arena;
 
-// What a graph sees of one cache's intact cells: the streams and cells in view.
+// What a graph sees of one cache's intact cells: the streams and cells in view, and which cells its tokens are given.
 struct cells_view {
-    const arena * a = nullptr;
+    arena * a = nullptr;
     uint32_t s0 = 0;
     uint32_t s1 = 0;
     uint32_t n_kv = 0;
+    const std::vector<int32_t> * strm = nullptr;               // streams of the tokens
+    const std::vector<std::vector<uint32_t>> * idxs = nullptr; // their cells, by stream
 };
 
 class graph_cells;
@@ -35,7 +38,8 @@ public:
     // into the cache, attend() that of upstream's rotations of Q and of the result.
     bool whole() const { return is_whole; }
 
-    // k, v: as in graph_cells::layer(). Returns whole(): if it is false, upstream stores them
+    // k, v: as in graph_cells::layer(), by now in the basis of the cache unless whole(). Their rows of the tail are
+    // written. Returns whole(): if it is false, upstream stores them in the cache
     bool store(ggml_cgraph * gf, ggml_context * ctx, ggml_tensor * k, ggml_tensor * v) const;
 
     // In place of what follows in llm_graph_context::build_attn_mha(). q, k, v as there:
@@ -56,7 +60,8 @@ private:
 };
 
 // Graph input: where the intact cells are; and the attention that reads them. Part of the attention inputs of a
-// graph. Where the cache has no intact cell in view and the fused kernel is not in use, it adds nothing to the graph.
+// graph. Where the cache has no tail, no intact cell in view, and the fused kernel is not in use, it adds nothing to the
+// graph. With a tail a graph serves the next token too, though other cells are intact then.
 class graph_cells {
 public:
     // mask, k_cells, v_cells: inputs of the same graph, the mask and where upstream's cpy_k() and cpy_v() write
@@ -80,12 +85,15 @@ private:
     ggml_tensor * v_cells = nullptr;
 
     uint64_t gen = 0;
-    uint32_t n_intact = 0;
 
-    // nullptr without intact cells
-    ggml_tensor * rows = nullptr;        // I32 [n_intact] arena rows
-    ggml_tensor * cells = nullptr;       // I64 [n_intact] the cells they belong to, n_kv*(stream - s0) + cell
+    // nullptr without intact cells and without a tail. The first two are for portable attention, n_listed is n_intact, or
+    // more: then the last is repeated
+    ggml_tensor * rows = nullptr;        // I32 [n_listed] arena rows
+    ggml_tensor * cells = nullptr;       // I64 [n_listed] the cells they belong to, n_kv*(stream - s0) + cell
     ggml_tensor * row_of_cell = nullptr; // I32 [n_kv, n_stream] arena row, -1: ordinary
+
+    // nullptr without a tail
+    ggml_tensor * new_rows = nullptr; // I64 [n_tokens] arena rows of the new cells
 };
 
 } // namespace intactkv

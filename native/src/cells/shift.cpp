@@ -27,7 +27,8 @@ void before_shift(arena * a) {
     for (const auto & [row, by_shift] : by_row) {
         // the first group keeps the row
         for (auto it = std::next(by_shift.begin()); it != by_shift.end(); ++it) {
-            const uint32_t copy = a->take_rows(1)[0];
+            const row_kind kind = a->kind_of(row);
+            const uint32_t copy = (kind == row_kind::tail ? a->take_rows(0, 1) : a->take_rows(1))[0];
             for (const auto & layer : a->all_layers()) {
                 for (ggml_tensor * t : { layer.k, layer.v }) {
                     if (t) {
@@ -38,7 +39,7 @@ void before_shift(arena * a) {
                 }
             }
             for (const auto & [s, i] : it->second) {
-                a->mark(s, i, copy);
+                a->mark(s, i, copy, kind);
             }
         }
     }

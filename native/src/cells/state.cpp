@@ -22,14 +22,14 @@ state_writer::state_writer(const arena * a, uint32_t strm, const cell_ranges & r
     for (const auto & range : ranges) {
         for (uint32_t i = range.first; i < range.second; ++i, ++n) {
             if (const int32_t row = a->row_of(strm, i); row >= 0) {
-                which.push_back(n);
+                which.push_back(n | (a->kind_of(row) == row_kind::tail ? STATE_TAIL : 0));
                 rows.push_back(row);
             }
         }
     }
 }
 
-// u32 n, u32 position[n] (in the state's list of cells), then per layer K and V: u64 row size, n rows
+// u32 n, u32 position[n] (in the state's list of cells, or-ed with STATE_TAIL), then per layer K and V: u64 row size, n rows
 // (row size 0: that side of the cache is exact)
 void state_writer::finish(llama_io_write_i & io) const {
     if (rows.empty()) {
@@ -134,7 +134,7 @@ bool state_reader::read_rows(llama_io_read_i & io, int32_t type, int32_t il, boo
 void state_reader::finish(llama_io_read_i & io) {
     if (!mixed) {
         for (size_t i = 0; i < rows.size(); ++i) {
-            a->mark(strm, cells[i], rows[i]);
+            a->mark(strm, cells[i], rows[i], row_kind::kept);
         }
         return;
     }
@@ -146,7 +146,12 @@ void state_reader::finish(llama_io_read_i & io) {
     }
     std::vector<uint32_t> which(n);
     io.read(which.data(), n * sizeof(uint32_t));
+    std::vector<row_kind> kinds(n);
+    uint32_t n_tail = 0;
     for (uint32_t i = 0; i < n; ++i) {
+        kinds[i] = which[i] & STATE_TAIL ? row_kind::tail : row_kind::kept;
+        n_tail += kinds[i] == row_kind::tail;
+        which[i] &= ~STATE_TAIL;
         if (which[i] >= cells.size() || (i > 0 && which[i] <= which[i - 1])) {
             throw std::runtime_error(
                     format("intact cell %u of the state is number %u of %zu", i, which[i], cells.size()));
@@ -156,7 +161,7 @@ void state_reader::finish(llama_io_read_i & io) {
         throw std::runtime_error("INTACTKV_ATTN=stock cannot read a state with intact cells: unset it");
     }
 
-    rows = a->take_rows(n);
+    rows = a->take_rows(n - n_tail, n_tail);
 
     std::vector<uint8_t> buf;
     for (const auto & layer : a->all_layers()) {
@@ -176,7 +181,7 @@ void state_reader::finish(llama_io_read_i & io) {
     }
 
     for (uint32_t i = 0; i < n; ++i) {
-        a->mark(strm, cells[which[i]], rows[i]);
+        a->mark(strm, cells[which[i]], rows[i], kinds[i]);
     }
 }
 

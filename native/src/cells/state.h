@@ -17,6 +17,7 @@ namespace intactkv {
 class arena;
 
 constexpr uint32_t STATE_FLAG = 0x80000000u;
+constexpr uint32_t STATE_TAIL = 0x80000000u; // of the position of a cell that is intact for being new
 
 using cell_ranges = std::vector<std::pair<uint32_t, uint32_t>>; // cells, from inclusive, to exclusive
 
@@ -35,7 +36,7 @@ public:
 private:
     const arena * a;
 
-    // the intact cells: their positions in the state's list of cells, and their rows
+    // the intact cells: their positions in the state's list of cells, or-ed with STATE_TAIL, and their rows
     std::vector<uint32_t> which;
     std::vector<int32_t> rows;
 };
