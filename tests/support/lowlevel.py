@@ -43,9 +43,9 @@ def tokenize(model: Any, text: str, special: bool = True) -> list[int]:
 
 
 class Context:
-    """A llama_context with KV types k and v, flash attention on, two threads."""
+    """A llama_context with KV types k and v, flash attention on, two threads. tail: None: the library's default."""
 
-    def __init__(self, model: Any, k: str, v: str | None = None, **params: Any) -> None:
+    def __init__(self, model: Any, k: str, v: str | None = None, tail: int | None = 0, **params: Any) -> None:
         p = L.llama_context_default_params()
         p.n_ctx = p.n_batch = p.n_ubatch = 1024
         p.n_seq_max, p.flash_attn_type, p.n_threads, p.n_threads_batch = 1, 1, 2, 2
@@ -57,6 +57,8 @@ class Context:
         self.ptr = L.llama_init_from_model(model, p)
         assert self.ptr
         self.memory = L.llama_get_memory(self.ptr)
+        if tail is not None and hasattr(_lib, "intactkv_set_tail"):
+            self.set_tail(tail)
 
     def __del__(self) -> None:
         if getattr(self, "ptr", None):
@@ -94,6 +96,16 @@ class Context:
     def n_intact(self, seq: int = -1) -> int:
         return int(_lib.intactkv_n_cells(self.ptr, seq))
 
+    def n_tail(self, seq: int = -1) -> int:
+        return int(_lib.intactkv_n_tail_cells(self.ptr, seq))
+
+    def set_tail(self, n: int) -> int:
+        """The tail in force; -1: refused."""
+        return int(_lib.intactkv_set_tail(self.ptr, n))
+
+    def tail(self) -> int:
+        return int(_lib.intactkv_tail(self.ptr))
+
     def arena_bytes(self) -> int:
         return int(_lib.intactkv_arena_bytes(self.ptr))
 
@@ -104,6 +116,9 @@ class Context:
 _lib = L.llama_cpp._lib
 if hasattr(_lib, "intactkv_version"):  # this module also drives unpatched libraries
     _lib.intactkv_n_cells.argtypes = [ctypes.c_void_p, ctypes.c_int32]
+    _lib.intactkv_n_tail_cells.argtypes = [ctypes.c_void_p, ctypes.c_int32]
+    _lib.intactkv_set_tail.argtypes = [ctypes.c_void_p, ctypes.c_int32]
+    _lib.intactkv_tail.argtypes = [ctypes.c_void_p]
     _lib.intactkv_arena_bytes.argtypes = [ctypes.c_void_p]
     _lib.intactkv_arena_bytes.restype = ctypes.c_size_t
     _lib.intactkv_attention.argtypes = [ctypes.c_void_p]

@@ -169,6 +169,12 @@ void arena::set_tail(int32_t n) {
     }
     const uint64_t n_cells = (uint64_t) kv.get_size() * kv.n_stream;
     const uint64_t n_rows_tail = n > 0 ? std::min<uint64_t>((uint64_t) n * n_seq_max + n_ubatch, n_cells) : 0;
+    if (n_rows_tail < n_reserved && this->n_cells(-1) == 0) { // nothing is lost, and the memory is
+        layers.assign(layers.size(), {});
+        ctxs_bufs.clear();
+        kinds.clear();
+        n_rows = 0;
+    }
     const uint32_t n_reserved_old = std::exchange(n_reserved, (uint32_t) n_rows_tail);
     try {
         take_rows(0);
