@@ -25,7 +25,7 @@ def talk(
     smol: Smol, notices: list[str], n_ctx: int = 256, sampling: Sampling | None = None, prefix: Any = "ikv"
 ) -> Conversation:
     path = smol.ikv if prefix == "ikv" else prefix
-    llama = IntactLlama(smol.gguf, path, "q4_0", n_ctx=n_ctx, n_threads=2, n_threads_batch=2)
+    llama = IntactLlama(smol.gguf, path, "q4_0", 0, n_ctx=n_ctx, n_threads=2, n_threads_batch=2)
     return Conversation(llama, opening_messages(llama, None), sampling or Sampling(8, 0.0), notices.append)
 
 

@@ -28,7 +28,7 @@ TINY = {
 
 
 def make(smol: Smol, kv_type: str = "q4_0", **kwargs: Any) -> IntactLlama:
-    settings = {"n_ctx": 512, "n_batch": 256, "n_threads": 2, "n_threads_batch": 2, **kwargs}
+    settings = {"tail": 0, "n_ctx": 512, "n_batch": 256, "n_threads": 2, "n_threads_batch": 2, **kwargs}
     return IntactLlama(smol.gguf, smol.ikv, kv_type, **settings)
 
 

@@ -30,16 +30,19 @@ OTHER = [{"role": "system", "content": "You are a pirate."}, {"role": "user", "c
 
 
 def make(smol: Smol, kv_type: Any = "q4_0", prefix: Any = None, **kwargs: Any) -> IntactLlama:
-    settings = {"n_ctx": 256, "n_batch": 128, "n_threads": 2, "n_threads_batch": 2, **kwargs}
+    """Without a tail: what is intact is of the prefix."""
+    settings = {"tail": 0, "n_ctx": 256, "n_batch": 128, "n_threads": 2, "n_threads_batch": 2, **kwargs}
     return IntactLlama(smol.gguf, smol.ikv if prefix is None else prefix, kv_type, **settings)
 
 
 def plain(smol: Smol, kv_type: str = "q4_0") -> Any:
     kv = KV_TYPES[kv_type]
-    return L.Llama(
+    llama = L.Llama(
         str(smol.gguf), n_ctx=256, n_batch=128, n_threads=2, n_threads_batch=2, type_k=kv, type_v=kv, flash_attn=True,
         verbose=False,
     )  # fmt: skip
+    bindings.set_tail(llama.ctx, 0)
+    return llama
 
 
 def logits(llama: Any) -> np.ndarray:
@@ -234,6 +237,7 @@ def test_logits_of_every_token(smol: Smol, kv_type: str, rest: list[int]) -> Non
         str(smol.gguf), n_ctx=64, n_threads=2, n_threads_batch=2, type_k=KV_TYPES[kv_type], type_v=KV_TYPES[kv_type],
         flash_attn=True, logits_all=True, verbose=False,
     )  # fmt: skip
+    bindings.set_tail(without.ctx, 0)
     without.eval(smol.tokens[:-1])
     np.testing.assert_array_equal(llama._scores[: P - 1], without._scores, "those of the prefix are filled in")
 

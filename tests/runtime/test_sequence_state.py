@@ -20,7 +20,7 @@ REST = [504, 6354, 16438, 314, 260, 338, 5345, 30]
 
 def make(smol: Smol, kv_type: str = "q4_0", **kwargs: Any) -> IntactLlama:
     settings = {"prefix": smol.ikv, "n_ctx": 256, "n_batch": 128, "n_threads": 2, "n_threads_batch": 2, **kwargs}
-    return IntactLlama(kwargs.pop("gguf", smol.gguf), kv_type=kv_type, **settings)
+    return IntactLlama(kwargs.pop("gguf", smol.gguf), kv_type=kv_type, **{"tail": 0, **settings})
 
 
 def logits(llama: Any) -> np.ndarray:
@@ -47,7 +47,7 @@ def make_other(smol: Smol, fine_tuned: Path, other: str) -> IntactLlama:
         return make(smol, prefix=smol.bos)
     if other == "no prefix":
         return make(smol, prefix=None)
-    return IntactLlama(fine_tuned, smol.ikv, "q4_0", n_ctx=256, n_batch=128, n_threads=2, n_threads_batch=2)
+    return IntactLlama(fine_tuned, smol.ikv, "q4_0", 0, n_ctx=256, n_batch=128, n_threads=2, n_threads_batch=2)
 
 
 @pytest.mark.parametrize("other", ["kv_type", "n_ctx", "prefix", "no prefix", "model"])
