@@ -28,6 +28,7 @@ import numpy as np
 
 from benchmarks import machine
 from intactkv_export import library
+from intactkv_export.libllama import bindings, kv_pair
 from intactkv_export.runtime.intact_llama import KV_TYPES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,20 +59,23 @@ def open_model(path: Path) -> tuple[Any, Any]:
 
 
 class Session:
-    """One context of our libraries, its attention chosen when it is made."""
+    """One context of our libraries, its attention chosen when it is made. kv_type: also a pair, "q8_0,q4_0"."""
 
-    def __init__(self, api: Any, model: Any, kv_type: str, attention: str, n_ctx: int, n_threads: int) -> None:
+    def __init__(
+        self, api: Any, model: Any, kv_type: str, attention: str, n_ctx: int, n_threads: int, tail: int = 0
+    ) -> None:
         os.environ["INTACTKV_ATTN"] = attention
         params = api.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, N_BATCH, N_BATCH
         params.n_threads = params.n_threads_batch = n_threads
-        params.type_k = params.type_v = KV_TYPES[kv_type]
+        params.type_k, params.type_v = (KV_TYPES[name] for name in kv_pair(kv_type))
         params.flash_attn_type = 1
         self.api = api
         self.context = api.llama_init_from_model(model, params)
         del os.environ["INTACTKV_ATTN"]
         if not self.context:
             raise RuntimeError(f"no context with a {kv_type} cache and {attention} attention")
+        bindings.set_tail(self.context, tail)
         self.memory = api.llama_get_memory(self.context)
         self.n_vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
         self.batch = api.llama_batch_init(N_BATCH, 0, 1)
@@ -111,6 +115,10 @@ class Session:
             if self.api.llama_state_seq_set_data(self.context, data, size, 0) == 0:
                 raise RuntimeError("the state cannot be copied")
         self.used = other.used
+
+    def go_on(self, n: int) -> float:
+        """Seconds for n tokens one by one; they stay. A tail stays whole so, going back would leave holes in it."""
+        return self._evaluate(n, 1)
 
     def _measure(self, n: int, size: int) -> float:
         before = self.used
