@@ -12,11 +12,13 @@ from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama import Vocabulary
 
 
-def default_text() -> str:
-    """Prose that every Python has: the language reference's topics (pydoc_data.topics), keys in order."""
+def default_text(whole: bool = False) -> str:
+    """Prose that every Python has: the language reference's topics (pydoc_data.topics), keys in order; whole: all of
+    them, about 450,000 characters, else the first 60,000."""
     from pydoc_data import topics
 
-    return "\n".join(topics.topics[key] for key in sorted(topics.topics))[:60000]
+    text = "\n".join(topics.topics[key] for key in sorted(topics.topics))
+    return text if whole else text[:60000]
 
 
 def cut_text(gguf: str | Path, text: str, n_chunks: int, n_tokens: int) -> list[list[int]]:
@@ -27,9 +29,11 @@ def cut_text(gguf: str | Path, text: str, n_chunks: int, n_tokens: int) -> list[
     with Vocabulary(gguf) as vocabulary:
         tokens = vocabulary.tokenize(text, special=False)
     if len(tokens) < n_chunks * n_tokens:
+        enough = len(tokens) // n_tokens
+        fewer = f"or fewer (it is enough for {enough}) or shorter chunks" if enough else "or shorter chunks"
         raise IntactKVError(
             f"the text has {len(tokens)} tokens, {n_chunks} chunks of {n_tokens} need {n_chunks * n_tokens}: "
-            "give a longer text, or fewer or shorter chunks"
+            f"give a longer text, {fewer}"
         )
     return [tokens[i * n_tokens : (i + 1) * n_tokens] for i in range(n_chunks)]
 
