@@ -29,8 +29,8 @@ percentile, maximum), how often both rank the same token first, perplexity of th
 {_ROWS}
 
 --depths measures behind that much text, and evaluates it as a reply is: a few tokens at a time (--decode-batch). A
-whole text at once, as without it, never reads back most of what a quantized cache has rounded. Texts of their depth
-and --tokens are needed: give a long --text, or few --chunks.
+whole text at once would all be in the tail (--kv-tail), which is kept intact; without --depths there is none. Texts as
+long as the largest depth and --tokens are needed: give a long --text, or few --chunks.
 
 A line of --tasks is a question: its text as question, question_stem, query, ctx or goal; choices (a list, or an
 object of text and label), endings, or sol1 and sol2; the right one as answer, answerKey, gold or label: its index

@@ -1,8 +1,8 @@
 """Where in a text a model is measured, and how the text before that is evaluated.
 
-Behind much text a cache is as it is in use: most cells are old, and quantized. A token sees its own ubatch as it was
-computed, so a text in one ubatch shows a cache that nobody decodes with; at a depth it is evaluated as a reply is,
-some tokens at a time.
+Behind much text a cache is as it is in use: most cells are old, and quantized. The newest are in the tail, and tokens
+of one ubatch see each other at F16 there, so a text in one ubatch would show a cache that nobody decodes with. At a
+depth it is evaluated as a reply is, some tokens at a time.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -123,6 +124,7 @@ def _compare(
             impossible(Impossible(model.stem, kv_type, str(error)))
             not_possible.add(kv_type)
             continue
+        way = replace(way, tail=evaluated.llama.tail)  # as many as it is, if it was left to the library
         for mode in (mode for mode in MODES if mode in given.data and (modes is None or mode in modes)):
             if mode == "rounded" and kv_type in EXACT:
                 continue

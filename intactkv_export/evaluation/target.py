@@ -41,8 +41,8 @@ class Target:
 
     def settings_of(self, way: Way) -> dict[str, Any]:
         """Of a model that is compared in a certain way."""
-        one = {} if way.ubatch is None else {"n_batch": way.ubatch, "n_ubatch": way.ubatch}
-        return {**self.settings, **one}
+        ubatch = {} if way.ubatch is None else {"n_batch": way.ubatch, "n_ubatch": way.ubatch}
+        return {**self.settings, **ubatch, "tail": way.tail}
 
     def compare(
         self,
