@@ -112,17 +112,17 @@ def _compare(
     impossible: Callable[[Impossible], None] | None,
 ) -> Iterator[Figures]:
     """The figures of one model, by KV type, way, mode and depth."""
-    not_possible: set[str] = set()
+    told: set[Impossible] = set()
     for kv_type, way in [(name, way) for name in kv_types for way in depths.ways(name)]:
-        if kv_type in not_possible:
-            continue
         try:
             evaluated = Evaluated(model, kv_type, given.tokens, target.settings_of(way))
         except IntactKVError as error:
             if impossible is None or set(kv_pair(kv_type)) <= EXACT:  # another cause than the type
                 raise
-            impossible(Impossible(model.stem, kv_type, str(error)))
-            not_possible.add(kv_type)
+            said = Impossible(model.stem, kv_type, str(error))
+            if said not in told:  # of another ubatch or tail
+                impossible(said)
+            told.add(said)
             continue
         way = replace(way, tail=evaluated.llama.tail)  # as many as it is, if it was left to the library
         for mode in (mode for mode in MODES if mode in given.data and (modes is None or mode in modes)):
