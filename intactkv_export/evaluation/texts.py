@@ -77,7 +77,7 @@ class Texts:
                 seed=_SEED,
             )
         text = default_text(whole=n_before > 0) if self.text is None else self.text
-        return cut_text(gguf, text, self.n_chunks, n_before + self.n_tokens)
+        return cut_text(gguf, text, self.n_chunks, self.n_tokens, n_before)
 
     def items(self, gguf: Path, prefix: Prefix) -> list[multiple_choice.Item]:
         """The questions as tokens behind a prefix, by the tokenizer and the chat template of a GGUF."""

@@ -21,21 +21,25 @@ def default_text(whole: bool = False) -> str:
     return text if whole else text[:60000]
 
 
-def cut_text(gguf: str | Path, text: str, n_chunks: int, n_tokens: int) -> list[list[int]]:
-    """The first n_chunks chunks of n_tokens tokens of a text, by the GGUF's tokenizer, without special tokens.
+def cut_text(gguf: str | Path, text: str, n_chunks: int, n_tokens: int, n_before: int = 0) -> list[list[int]]:
+    """The first n_chunks chunks of n_before + n_tokens tokens of a text, by the GGUF's tokenizer, without special
+    tokens.
 
     Raises IntactKVError if the text is too short.
     """
     with Vocabulary(gguf) as vocabulary:
         tokens = vocabulary.tokenize(text, special=False)
-    if len(tokens) < n_chunks * n_tokens:
-        enough = len(tokens) // n_tokens
-        fewer = f"or fewer (it is enough for {enough}) or shorter chunks" if enough else "or shorter chunks"
+    length = n_before + n_tokens
+    if len(tokens) < n_chunks * length:
+        enough = len(tokens) // length
+        fewer = f"fewer (it is enough for {enough}) or " if enough else ""
         raise IntactKVError(
-            f"the text has {len(tokens)} tokens, {n_chunks} chunks of {n_tokens} need {n_chunks * n_tokens}: "
-            f"give a longer text, {fewer}"
+            f"the text has {len(tokens)} tokens, {n_chunks} chunks of {length} "
+            + (f"({n_tokens} at a depth of {n_before}) " if n_before else "")
+            + f"need {n_chunks * length}: give a longer text, or {fewer}shorter chunks"
+            + (" or smaller depths" if n_before else "")
         )
-    return [tokens[i * n_tokens : (i + 1) * n_tokens] for i in range(n_chunks)]
+    return [tokens[i * length : (i + 1) * length] for i in range(n_chunks)]
 
 
 def token_hash(sequences: Sequence[Sequence[int]]) -> str:
