@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -63,14 +63,20 @@ def _where(rows: Sequence[Figures]) -> dict[str, Callable[[Figures], str]]:
     return found
 
 
+def _places(where: Mapping[str, object]) -> int:
+    """Decimals of a KL divergence. With a tail it is some ten thousandths."""
+    return 5 if where else 4
+
+
 def _configurations(rows: Sequence[Figures]) -> Table:
     where = _where(rows)
     columns = ("KV", "prefix", "KL divergence", "median", "99 %", "max", "% same top", "perplexity")
     table = _table(columns, list(where))
+    places = _places(where)
     for r in rows:
-        kld = ["", "", "", ""] if r.mode == "reference" else [str(summary(r.kld))]
+        kld = ["", "", "", ""] if r.mode == "reference" else [f"{summary(r.kld):.{places}f}"]
         if len(kld) == 1:
-            kld += [f"{r.percentile(50):.4f}", f"{r.percentile(99):.3f}", f"{r.percentile(100):.2f}"]
+            kld += [f"{r.percentile(50):.{places}f}", f"{r.percentile(99):.3f}", f"{r.percentile(100):.2f}"]
         top1 = "" if r.mode == "reference" else f"{_percent(summary(r.top1)):.1f}"
         table.add_row(r.kv_type, r.mode, *(text(r) for text in where.values()), *kld, top1, f"{r.perplexity:.2f}")
     return table
@@ -85,7 +91,7 @@ def _differences(rows: Sequence[Difference]) -> Table:
             d.a.kv_type,
             f"{d.a.mode} - {d.b.mode}",
             *(text(d.a) for text in where.values()),
-            f"{kld:+.4f}{_mark(kld)}",
+            f"{kld:+.{_places(where)}f}{_mark(kld)}",
             f"{_percent(top1):+.1f}{_mark(top1)}",
             f"{log_perplexity:+.4f}{_mark(log_perplexity)}",
         )

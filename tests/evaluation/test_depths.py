@@ -60,6 +60,7 @@ def log_probs(model: Path, kv_type: str, prefix: Path | None, tokens: list[int],
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
+@pytest.mark.filterwarnings("ignore")  # the model is the reference itself: it does not name one
 def test_figures_are_those_of_the_runtime(smol: Smol) -> None:
     """Of a model whose weights are the reference's: all that differs is the cache."""
     with Vocabulary(smol.reference) as vocabulary:
