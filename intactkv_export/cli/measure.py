@@ -12,7 +12,8 @@ from rich.console import Console
 from intactkv_export.cli.options import KV_TYPE_NAMES, AsJson, Device, Encoding, Reference, Threads, app, words
 from intactkv_export.cli.output import print_json, say, short_path
 from intactkv_export.cli.progress_bar import ProgressBar
-from intactkv_export.evaluation import MODES, REFERENCE
+from intactkv_export.errors import UsageError
+from intactkv_export.evaluation import DECODE_BATCH, MODES, REFERENCE
 from intactkv_export.models import read_text
 
 _ROWS = "\n".join(
@@ -27,6 +28,10 @@ percentile, maximum), how often both rank the same token first, perplexity of th
 \b
 {_ROWS}
 
+--depths measures behind that much text, and evaluates it as a reply is: a few tokens at a time (--decode-batch). A
+whole text at once would all be in the tail (--kv-tail), which is kept intact; without --depths there is none. Texts as
+long as the largest depth and --tokens are needed: give a long --text, or few --chunks.
+
 A line of --tasks is a question: its text as question, question_stem, query, ctx or goal; choices (a list, or an
 object of text and label), endings, or sol1 and sol2; the right one as answer, answerKey, gold or label: its index
 or label. acc: the likeliest choice is right; acc_norm: the likeliest per byte is.
@@ -34,6 +39,7 @@ or label. acc: the likeliest choice is right; acc_norm: the likeliest per byte i
 \b
 intactkv-export eval ./SmolLM2 smol.gguf
 intactkv-export eval smol-f16.gguf smol-Q4_0.gguf smol-Q2_K.gguf --kv-type q8_0 --modes plain,prompt
+intactkv-export eval smol-f16.gguf smol.gguf --kv-type q8_0,q8_0/q4_0,q4_0 --depths 512,2048 --kv-tail 0,128
 intactkv-export eval smol-f16.gguf smol.gguf --calibrated tuned.ikv --text self --tasks arc.jsonl --json
 """
 
@@ -46,9 +52,9 @@ def evaluate(
         Path | None, typer.Option("--prefix", help="Prefix file. Default: the one embedded or beside each model.")
     ] = None,
     calibrated: Annotated[Path | None, typer.Option("--calibrated", help="A prefix calibrated for the model.")] = None,
-    kv_type: Annotated[str, typer.Option("--kv-type", help=f"Types, comma-separated: {KV_TYPE_NAMES}.")] = (
-        "f16,q8_0,q4_0"
-    ),
+    kv_type: Annotated[
+        str, typer.Option("--kv-type", help=f"Types, comma-separated, K/V if they differ: {KV_TYPE_NAMES}.")
+    ] = ("f16,q8_0,q4_0"),
     modes: Annotated[
         str | None,
         typer.Option(
@@ -69,7 +75,41 @@ def evaluate(
     ] = None,
     task_file: Annotated[Path | None, typer.Option("--tasks", help="Multiple-choice questions, JSONL.")] = None,
     chunks: Annotated[int, typer.Option("--chunks", min=1, help="Texts, each right behind the prefix.")] = 12,
-    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of a text.")] = 256,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of a text that are measured.")] = 256,
+    depths: Annotated[
+        str | None,
+        typer.Option(
+            "--depths", metavar="N[,N...]", help="Measure behind that many tokens of text too.", show_default=False
+        ),
+    ] = None,
+    decode_batch: Annotated[
+        int | None,
+        typer.Option(
+            "--decode-batch",
+            min=1,
+            help=f"With --depths: tokens evaluated at a time, at most. Default: {DECODE_BATCH}.",
+            show_default=False,
+        ),
+    ] = None,
+    ubatch: Annotated[
+        int | None,
+        typer.Option(
+            "--ubatch",
+            min=1,
+            help="With --depths: rows of texts evaluated that many tokens at a time too, as a prompt is.",
+            show_default=False,
+        ),
+    ] = None,
+    kv_tail: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-tail",
+            metavar="N[,N...]",
+            help="With --depths: how many of the newest tokens a quantized cache keeps intact. "
+            "Default: as the runtime does.",
+            show_default=False,
+        ),
+    ] = None,
     allow_requantize: Annotated[bool, typer.Option("--allow-requantize", help="Take a quantized reference.")] = False,
     threads: Threads = None,
     encoding: Encoding = None,
@@ -91,11 +131,15 @@ def evaluate(
                 models,
                 prefix_path,
                 calibrated=calibrated,
-                kv_types=words(kv_type),
+                kv_types=[name.replace("/", ",") for name in words(kv_type)],
                 modes=None if modes is None else words(modes),
                 texts=texts,
                 n_threads=threads,
                 allow_requantize=allow_requantize,
+                depths=_numbers("--depths", depths),
+                decode_batch=decode_batch,
+                ubatch=ubatch,
+                kv_tails=_numbers("--kv-tail", kv_tail),
                 progress=progress,
                 impossible=impossible.append,
             )
@@ -107,6 +151,14 @@ def evaluate(
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
     for part in evaluation.tables.tables(results, impossible):
         console.print(part)
+
+
+def _numbers(option: str, text: str | None) -> list[int]:
+    """Of an option that takes several. Raises UsageError."""
+    try:
+        return [] if text is None else [int(word) for word in words(text)]
+    except ValueError as error:
+        raise UsageError(f"{option} {text}: give whole numbers, comma-separated, for example 512,2048") from error
 
 
 @app.command()

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from intactkv_export.evaluation.depths import Way
 from intactkv_export.evaluation.modes import PAIRS
 from intactkv_export.evaluation.multiple_choice import Answers
 
@@ -45,7 +46,8 @@ class Figures:
     kld_by_token: float32 [n_chunks, n_tokens], KL divergence of the next-token distribution after each token from the
     reference's, nats. same_top: bool [n_chunks, n_tokens], whether both rank the same token first. nll_by_token:
     float32 [n_chunks, n_tokens - 1], -log probability of each token of the text but the first, nats.
-    answers: to the questions, if there were any.
+    answers: to the questions, if there were any. depth: tokens of text before those measured. way: how its context
+    was made.
     """
 
     model: str
@@ -55,6 +57,8 @@ class Figures:
     same_top: np.ndarray
     nll_by_token: np.ndarray
     answers: Answers | None = None
+    depth: int = 0
+    way: Way = Way()
 
     @property
     def kld(self) -> list[float]:
@@ -115,11 +119,11 @@ def difference(a: Sequence[float], b: Sequence[float]) -> Estimate:
 
 
 def differences(results: Sequence[Figures]) -> Iterator[Difference]:
-    """PAIRS, for each model and KV type."""
-    found = {(r.model, r.kv_type, r.mode): r for r in results}
-    for model, kv_type in dict.fromkeys((r.model, r.kv_type) for r in results):
+    """PAIRS, for each model, KV type, depth and way."""
+    found = {(r.model, r.kv_type, r.depth, r.way, r.mode): r for r in results}
+    for same in dict.fromkeys(key[:-1] for key in found):
         for pair in PAIRS:
-            a, b = (found.get((model, kv_type, mode)) for mode in pair)
+            a, b = (found.get((*same, mode)) for mode in pair)
             if a is not None and b is not None:
                 each = (difference(getattr(a, name), getattr(b, name)) for name in ("kld", "top1", "nll"))
                 yield Difference(a, b, *each)
@@ -131,12 +135,16 @@ def as_json(results: Sequence[Figures], impossible: Sequence[Impossible] = ()) -
         "impossible": [asdict(x) for x in impossible],
         "results": [_one(r) for r in results],
         "differences": [
-            {"model": d.a.model, "kv_type": d.a.kv_type, "of": d.a.mode, "from": d.b.mode}
+            {"model": d.a.model, "kv_type": d.a.kv_type, **_where(d.a), "of": d.a.mode, "from": d.b.mode}
             | {name: _estimate(getattr(d, name), True) for name in ("kld", "top1", "log_perplexity")}
             | ({"tasks": d.a.answers.against(d.b.answers)} if d.a.answers and d.b.answers else {})
             for d in differences(results)
         ],
     }
+
+
+def _where(r: Figures) -> dict[str, Any]:
+    return {"depth": r.depth, "ubatch": r.way.ubatch, "kv_tail": r.way.tail}
 
 
 def _one(r: Figures) -> dict[str, Any]:
@@ -145,6 +153,7 @@ def _one(r: Figures) -> dict[str, Any]:
         "model": r.model,
         "kv_type": r.kv_type,
         "mode": r.mode,
+        **_where(r),
         "kld": _estimate(summary(r.kld)) | spread | {"by_chunk": r.kld, "by_token": _rounded(r.kld_by_token)},
         "top1": _estimate(summary(r.top1)) | {"by_chunk": r.top1},
         "perplexity": _estimate(r.perplexity) | {"nll_by_chunk": r.nll},

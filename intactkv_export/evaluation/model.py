@@ -18,7 +18,7 @@ _BLOCK = 16  # rows of logits at a time: they stay in the processor's cache
 class Evaluated:
     """A model in llama.cpp that has a prefix's tokens in its cache, and says what it makes of what follows them.
 
-    kv_type: of its cache. settings: of llama_cpp.Llama.
+    kv_type: of its cache. settings: of IntactLlama.
     """
 
     def __init__(self, model: str | Path, kv_type: str, tokens: list[int], settings: dict[str, Any]) -> None:
@@ -36,43 +36,52 @@ class Evaluated:
         self._L.llama_memory_clear(self._L.llama_get_memory(self.llama.ctx), True)
         with errors_logged():
             done = 0 if prefix is None else bindings.load(self.llama.ctx, prefix)
-        self._decode(self.tokens[done:], done, every=False)
+        self._decode(self.tokens[done:], done, _last(len(self.tokens) - done))
         if rounded:
             self._round()
 
-    def log_probs(self, chunk: Sequence[int]) -> Iterator[tuple[slice, np.ndarray]]:
-        """After each token of a chunk right behind the prefix, log probabilities of the next: (rows, F32 [rows,
-        n_vocab]), a block of rows at a time."""
-        logits = self._decode(chunk, len(self.tokens), every=True)
-        for start in range(0, len(chunk), _BLOCK):
-            at = slice(start, min(start + _BLOCK, len(chunk)))
-            yield at, _log_softmax(logits[at])
+    def log_probs(self, text: Sequence[int], measured: np.ndarray | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+        """After each measured token of a text right behind the prefix, log probabilities of the next: (rows, F32 [rows,
+        n_vocab]), a block of rows at a time. measured: bool [len(text)]; None: all tokens are. Rows count measured
+        tokens: of the others no logits are computed."""
+        measured = np.ones(len(text), bool) if measured is None else measured
+        n_batch, done = self.llama.n_batch, 0
+        for start in range(0, len(text), n_batch):
+            part = slice(start, start + n_batch)
+            logits = self._decode(text[part], len(self.tokens) + start, measured[part])
+            for first in range(0, len(logits), _BLOCK):
+                rows = logits[first : first + _BLOCK]
+                yield slice(done + first, done + first + len(rows)), _log_softmax(rows)
+            done += len(logits)
 
     def likelihoods(self, context: list[int], choices: list[list[int]]) -> list[float]:
         """Log-likelihood, nats, of each of several continuations of a context right behind the prefix."""
-        first = _log_softmax(self._decode(context, len(self.tokens), every=False))[0]
+        first = _log_softmax(self._decode(context, len(self.tokens), _last(len(context))))[0]
         found = []
         for choice in choices:
             total = float(first[choice[0]])
             if len(choice) > 1:
-                rows = _log_softmax(self._decode(choice[:-1], len(self.tokens) + len(context), every=True))
+                every = np.ones(len(choice) - 1, bool)
+                rows = _log_softmax(self._decode(choice[:-1], len(self.tokens) + len(context), every))
                 total += float(rows[np.arange(len(rows)), choice[1:]].sum(dtype=np.float64))
             found.append(total)
         return found
 
-    def _decode(self, tokens: Sequence[int], at: int, every: bool) -> np.ndarray:
-        """Evaluate tokens at a position, forgetting what was there; logits after each (at most n_batch then) or
-        after the last."""
+    def _decode(self, tokens: Sequence[int], at: int, wanted: np.ndarray) -> np.ndarray:
+        """Evaluate tokens at a position, forgetting what was there; logits [some, n_vocab], valid until the next call.
+
+        wanted: bool [len(tokens)], those that have logits; all of them among the tokens of the last n_batch.
+        """
         llama = self.llama
         llama._ctx.kv_cache_seq_rm(0, at, -1)
-        n_batch, n = llama.n_batch, 0
-        for start in range(0, len(tokens), n_batch):
-            part = tokens[start : start + n_batch]
-            llama._batch.set_batch(batch=part, n_past=at + start, logits_all=every)
+        for start in range(0, len(tokens), llama.n_batch):
+            part = slice(start, start + llama.n_batch)
+            llama._batch.set_batch(batch=tokens[part], n_past=at + start, logits_all=False)
+            for i, logits in enumerate(wanted[part].tolist()):
+                llama._batch.batch.logits[i] = logits
             llama._ctx.decode(llama._batch)
-            n = len(part) if every else 1
-        shape = (n, llama.n_vocab())
-        return np.ctypeslib.as_array(llama._ctx.get_logits(), shape=shape) if n else np.empty(shape, np.float32)
+        shape = (int(wanted.sum()), llama.n_vocab())
+        return np.ctypeslib.as_array(llama._ctx.get_logits(), shape=shape) if shape[0] else np.empty(shape, np.float32)
 
     def _round(self) -> None:
         """Make the intact cells ordinary: from now on attention reads their rounded copies."""
@@ -81,6 +90,11 @@ class Evaluated:
         data = (ctypes.c_uint8 * len(rounded)).from_buffer_copy(rounded)
         if self._L.llama_state_seq_set_data(ctx, data, len(data), 0) == 0 or self.llama.intact_cells:
             raise IntactKVError("llama.cpp refused the rounded copy of the prefix")
+
+
+def _last(n: int) -> np.ndarray:
+    """Of n tokens, the last alone: bool [n]."""
+    return np.arange(n) == n - 1
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -24,7 +24,7 @@ def tables(results: Sequence[Figures], impossible: Sequence[Impossible] = ()) ->
         rows = [r for r in results if r.model == model and r.mode != "reference"]
         compared = list(differences(rows))
         yield Text(f"\n{shown(model)}", style="bold")
-        yield _configurations([*references[:1], *rows])
+        yield _configurations([*_by_depth(references), *rows])
         for x in (x for x in impossible if x.model == model):
             yield Text(f"{x.kv_type} is not possible: {shown(x.why)}")
         if compared:
@@ -37,32 +37,61 @@ def tables(results: Sequence[Figures], impossible: Sequence[Impossible] = ()) ->
             yield Text(f"\n{LEGEND}", style="dim")
 
 
-def _table(*columns: str) -> Table:
+def _by_depth(references: Sequence[Figures]) -> list[Figures]:
+    """The first of each depth."""
+    return list({r.depth: r for r in reversed(references)}.values())[::-1]
+
+
+def _table(columns: Sequence[str], where: Sequence[str] = ()) -> Table:
+    """where: names of columns of _where(), behind the first two."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=i < 3)
+    for i, column in enumerate([*columns[:2], *where, *columns[2:]]):
+        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=i < 3 + len(where))
     return table
 
 
+def _where(rows: Sequence[Figures]) -> dict[str, Callable[[Figures], str]]:
+    """What tells rows at depths apart: name of a column -> its text. {}: they are all of texts evaluated at once."""
+    if all(r.way.ubatch is None for r in rows):
+        return {}
+    found: dict[str, Callable[[Figures], str]] = {"depth": lambda r: str(r.depth)}
+    ways = [r.way for r in rows if r.mode != "reference"]
+    if len({way.ubatch for way in ways}) > 1:
+        found["ubatch"] = lambda r: "" if r.mode == "reference" else str(r.way.ubatch)
+    if any(way.tail for way in ways):
+        found["tail"] = lambda r: "" if r.mode == "reference" else str(r.way.tail)
+    return found
+
+
+def _places(where: Mapping[str, object]) -> int:
+    """Decimals of a KL divergence. With a tail it is some ten thousandths."""
+    return 5 if where else 4
+
+
 def _configurations(rows: Sequence[Figures]) -> Table:
-    table = _table("KV", "prefix", "KL divergence", "median", "99 %", "max", "% same top", "perplexity")
+    where = _where(rows)
+    columns = ("KV", "prefix", "KL divergence", "median", "99 %", "max", "% same top", "perplexity")
+    table = _table(columns, list(where))
+    places = _places(where)
     for r in rows:
-        kld = ["", "", "", ""] if r.mode == "reference" else [str(summary(r.kld))]
+        kld = ["", "", "", ""] if r.mode == "reference" else [f"{summary(r.kld):.{places}f}"]
         if len(kld) == 1:
-            kld += [f"{r.percentile(50):.4f}", f"{r.percentile(99):.3f}", f"{r.percentile(100):.2f}"]
+            kld += [f"{r.percentile(50):.{places}f}", f"{r.percentile(99):.3f}", f"{r.percentile(100):.2f}"]
         top1 = "" if r.mode == "reference" else f"{_percent(summary(r.top1)):.1f}"
-        table.add_row(r.kv_type, r.mode, *kld, top1, f"{r.perplexity:.2f}")
+        table.add_row(r.kv_type, r.mode, *(text(r) for text in where.values()), *kld, top1, f"{r.perplexity:.2f}")
     return table
 
 
 def _differences(rows: Sequence[Difference]) -> Table:
-    table = _table("KV", "difference", "KL divergence", "% same top", "log perplexity")
+    where = _where([d.a for d in rows])
+    table = _table(("KV", "difference", "KL divergence", "% same top", "log perplexity"), list(where))
     for d in rows:
         kld, top1, log_perplexity = d.kld, d.top1, d.log_perplexity
         table.add_row(
             d.a.kv_type,
             f"{d.a.mode} - {d.b.mode}",
-            f"{kld:+.4f}{_mark(kld)}",
+            *(text(d.a) for text in where.values()),
+            f"{kld:+.{_places(where)}f}{_mark(kld)}",
             f"{_percent(top1):+.1f}{_mark(top1)}",
             f"{log_perplexity:+.4f}{_mark(log_perplexity)}",
         )
@@ -71,7 +100,7 @@ def _differences(rows: Sequence[Difference]) -> Table:
 
 def _questions(rows: Sequence[Figures], compared: Sequence[Difference]) -> Table:
     n = next(len(r.answers.acc) for r in rows if r.answers)
-    table = _table("KV", "prefix", f"acc of {n}, %", "against plain", "acc_norm, %", "against plain")
+    table = _table(("KV", "prefix", f"acc of {n}, %", "against plain", "acc_norm, %", "against plain"))
     plain = {(d.a.kv_type, d.a.mode): d for d in compared if d.b.mode == "plain"}
     for r in rows:
         if r.answers is None:

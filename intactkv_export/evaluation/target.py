@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 
 from intactkv_export.errors import UsageError
 from intactkv_export.evaluation import multiple_choice
+from intactkv_export.evaluation.depths import REFERENCE_UBATCH, Depths, Way, Windows
 from intactkv_export.evaluation.metrics import Figures
 from intactkv_export.evaluation.model import Evaluated
 from intactkv_export.evaluation.modes import REFERENCE, Given
@@ -25,34 +26,54 @@ from intactkv_export.work import Progress, check_space
 class Target:
     """What the reference makes of everything that models are asked behind one prefix.
 
-    chunks: int32 [n_chunks, n_tokens]. log_probs: float32 [n_chunks, n_tokens, n_vocab], in a file. settings: of every
-    model that is compared. figures: the reference's own, its mode REFERENCE.
+    chunks: int32 [n_chunks, n_tokens]. windows: what is measured of each. log_probs: float32 [n_chunks, n_measured,
+    n_vocab], in a file. settings: of every model that is compared. figures: the reference's own, its mode REFERENCE, by
+    depth.
     """
 
     given: Given
     chunks: np.ndarray
+    windows: Windows
     items: list[multiple_choice.Item]
     log_probs: np.ndarray
     settings: dict[str, Any]
-    figures: Figures
+    figures: list[Figures]
 
-    def compare(self, model: Evaluated, name: str, kv_type: str, mode: str, report: Progress) -> Figures:
-        """The figures of a model that has begun (Evaluated.begin)."""
-        kld = np.empty(self.chunks.shape, np.float32)
-        same_top = np.empty(self.chunks.shape, bool)
-        nll = np.empty(self.chunks.shape, np.float32)
-        stage, total = f"{name} {kv_type} {mode}", len(self.chunks) + len(self.items)
+    def settings_of(self, way: Way) -> dict[str, Any]:
+        """Of a model that is compared in a certain way."""
+        ubatch = {} if way.ubatch is None else {"n_batch": way.ubatch, "n_ubatch": way.ubatch}
+        return {**self.settings, **ubatch, "tail": way.tail}
+
+    def compare(
+        self,
+        model: Evaluated,
+        name: str,
+        kv_type: str,
+        mode: str,
+        way: Way,
+        begin: Callable[[], None],
+        report: Progress,
+    ) -> Iterator[Figures]:
+        """The figures of a model, by depth. begin: gives it the prefix."""
+        measured = self.windows.measured
+        shape = len(self.chunks), int(measured.sum())
+        kld, nll, same_top = np.empty(shape, np.float32), np.empty(shape, np.float32), np.empty(shape, bool)
+        stage, total = " ".join([name, kv_type, mode, *way.words]), len(self.chunks) + len(self.items)
+        begin()
         for i, chunk in enumerate(self.chunks):
             report(stage, i, total)
-            following = np.append(chunk[1:], 0)  # what follows the last token is not known
-            for at, got in model.log_probs(chunk.tolist()):
+            if i and self.windows.behind_text:
+                begin()
+            following = np.append(chunk[1:], 0)[measured]  # what follows the last token is not known
+            for at, got in model.log_probs(chunk.tolist(), measured):
                 target = self.log_probs[i, at]
                 kld[i, at] = np.einsum("ij,ij->i", np.exp(target), target - got)
                 same_top[i, at] = target.argmax(-1) == got.argmax(-1)
                 nll[i, at] = -np.take_along_axis(got, following[at, None], 1)[:, 0]
         answers = _answers(model, self.items, lambda done: report(stage, len(self.chunks) + done, total))
         report(stage, total, total)
-        return Figures(name, kv_type, mode, kld, same_top, nll[:, :-1], answers)
+        for depth, at in self.windows.each():
+            yield Figures(name, kv_type, mode, kld[:, at], same_top[:, at], nll[:, at][:, :-1], answers, depth, way)
 
 
 def measure_target(
@@ -60,22 +81,27 @@ def measure_target(
     name: str,
     given: Given,
     chunks: Sequence[Sequence[int]],
+    depths: Depths,
     items: list[multiple_choice.Item],
     n_threads: int | None,
     folder: Path,
     report: Progress,
 ) -> Target:
-    """Ask the reference, its cache at F16. gguf, name: of the reference. folder: for the file of log probabilities.
+    """Ask the reference, its cache at F16. gguf, name: of the reference. chunks: of equal length, what is before the
+    measured tokens included. folder: for the file of log probabilities.
 
     Raises IntactKVError if the prefix does not fit the reference, or the disk is too small.
     """
     tokens = np.array(chunks, np.int32)
+    windows = Windows(depths.behind, tokens.shape[1] - depths.deepest)
+    measured = windows.measured
     longest = max([tokens.shape[1], *(item.n_tokens for item in items)])
     check_context(gguf, given.prefix, longest)
+    n_batch = REFERENCE_UBATCH if windows.behind_text else longest
     settings = {
         "n_ctx": len(given.tokens) + longest,
-        "n_batch": longest,
-        "n_ubatch": longest,
+        "n_batch": n_batch,
+        "n_ubatch": n_batch,
         "n_threads": n_threads,
         "n_threads_batch": n_threads,
         **run_settings(given.prefix, gguf),
@@ -84,18 +110,22 @@ def measure_target(
     with errors_logged():
         bindings.verify(given.prefix.data, model.llama.ctx)
     model.begin(None)
-    log_probs = _room(folder / "targets", (*tokens.shape, model.llama.n_vocab()))
+    log_probs = _room(folder / "targets", (len(tokens), int(measured.sum()), model.llama.n_vocab()))
     total = len(tokens) + len(items)
     for i, chunk in enumerate(tokens.tolist()):
         report(f"{name} reference", i, total)
-        for at, got in model.log_probs(chunk):
+        if i and windows.behind_text:
+            model.begin(None)
+        for at, got in model.log_probs(chunk, measured):
             log_probs[i, at] = got
     answers = _answers(model, items, lambda done: report(f"{name} reference", len(tokens) + done, total))
-    nll = -np.take_along_axis(log_probs[:, :-1], tokens[:, 1:, None], 2)[..., 0]
-    none = np.zeros(tokens.shape, np.float32)
-    figures = Figures(name, "f16", REFERENCE, none, none == 0, nll, answers)
+    figures, none = [], np.zeros((len(tokens), windows.n_tokens), np.float32)
+    for depth, at in windows.each():
+        following = tokens[:, depth + 1 : depth + windows.n_tokens, None]
+        nll = -np.take_along_axis(log_probs[:, at][:, :-1], following, 2)[..., 0]
+        figures.append(Figures(name, "f16", REFERENCE, none, none == 0, nll, answers, depth))
     model.llama.close()
-    return Target(given, tokens, items, log_probs, settings, figures)
+    return Target(given, tokens, windows, items, log_probs, settings, figures)
 
 
 def check_context(gguf: str | Path, prefix: Prefix, n_tokens: int) -> None:
@@ -109,14 +139,14 @@ def check_context(gguf: str | Path, prefix: Prefix, n_tokens: int) -> None:
     if isinstance(limit, int) and wanted > limit and "rope_options" not in prefix.manifest:
         raise UsageError(
             f"a text of {n_tokens} tokens behind the prefix of {len(prefix.tokens)} makes {wanted}, and {gguf} was "
-            f"trained for {limit}: give fewer --tokens, or shorter questions"
+            f"trained for {limit}: give fewer --tokens, smaller --depths, or shorter questions"
         )
 
 
 def _room(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """A float32 array in a file. Raises IntactKVError if the disk is too small for it, now instead of by a crash."""
     what = f"what the reference says of {shape[0]} texts of {shape[1]} tokens needs"
-    check_space(path.parent, 4 * prod(shape), what, "give fewer or shorter texts, or set TMPDIR")
+    check_space(path.parent, 4 * prod(shape), what, "give fewer or shorter texts, or fewer depths, or set TMPDIR")
     return np.memmap(path, np.float32, "w+", shape=shape)
 
 

@@ -21,7 +21,8 @@ _SEED = 20_240_304  # nobody calibrates with it by chance
 
 @dataclass(frozen=True)
 class Texts:
-    """n_chunks chunks of n_tokens tokens, each evaluated right behind the prefix, and questions.
+    """n_chunks chunks of n_tokens tokens, each evaluated right behind the prefix or, at depths, behind as many more
+    tokens of text, and questions.
 
     text: what is cut into chunks, tokenized without special tokens; None: Python's language reference (default_text);
     SELF: conversations that the reference writes, with a seed of their own: not those that calibration is given.
@@ -42,17 +43,25 @@ class Texts:
                 f"{self.n_chunks} chunks of {self.n_tokens} tokens measure nothing: give one or more, of two or more"
             )
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest chunk."""
-        return self.n_tokens if self.tokens is None else max(map(len, self.tokens), default=0)
+    def longest(self, n_before: int = 0) -> int:
+        """Tokens of the longest chunk, with n_before more."""
+        return n_before + self.n_tokens if self.tokens is None else max(map(len, self.tokens), default=0)
 
-    def chunks(self, work: Stages, reference: Reference, gguf: Path, prefix: Prefix) -> list[list[int]]:
+    def chunks(
+        self, work: Stages, reference: Reference, gguf: Path, prefix: Prefix, n_before: int = 0
+    ) -> list[list[int]]:
         """The chunks behind a prefix, as tokens. gguf: the reference as one, for its tokenizer.
+
+        n_before: how many more tokens each has, before those that are measured; of given tokens, they are the first.
 
         Raises IntactKVError if the text is too short, UsageError if torch is missing for SELF.
         """
         if self.tokens is not None:
+            if short := [len(chunk) for chunk in self.tokens if len(chunk) < n_before + 2]:
+                raise UsageError(
+                    f"a chunk of {short[0]} tokens has none to measure behind {n_before}: give longer ones, or "
+                    "smaller depths"
+                )
             return [list(chunk) for chunk in self.tokens]
         if self.text == SELF:
             extras.require("torch", for_="text of the reference's own", otherwise="give a text file")
@@ -64,10 +73,11 @@ class Texts:
                 prefix.data,
                 counted=True,
                 n=self.n_chunks,
-                n_tokens=self.n_tokens,
+                n_tokens=n_before + self.n_tokens,
                 seed=_SEED,
             )
-        return cut_text(gguf, default_text() if self.text is None else self.text, self.n_chunks, self.n_tokens)
+        text = default_text(whole=n_before > 0) if self.text is None else self.text
+        return cut_text(gguf, text, self.n_chunks, self.n_tokens, n_before)
 
     def items(self, gguf: Path, prefix: Prefix) -> list[multiple_choice.Item]:
         """The questions as tokens behind a prefix, by the tokenizer and the chat template of a GGUF."""

@@ -12,26 +12,34 @@ from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama import Vocabulary
 
 
-def default_text() -> str:
-    """Prose that every Python has: the language reference's topics (pydoc_data.topics), keys in order."""
+def default_text(whole: bool = False) -> str:
+    """Prose that every Python has: the language reference's topics (pydoc_data.topics), keys in order; whole: all of
+    them, about 450,000 characters, else the first 60,000."""
     from pydoc_data import topics
 
-    return "\n".join(topics.topics[key] for key in sorted(topics.topics))[:60000]
+    text = "\n".join(topics.topics[key] for key in sorted(topics.topics))
+    return text if whole else text[:60000]
 
 
-def cut_text(gguf: str | Path, text: str, n_chunks: int, n_tokens: int) -> list[list[int]]:
-    """The first n_chunks chunks of n_tokens tokens of a text, by the GGUF's tokenizer, without special tokens.
+def cut_text(gguf: str | Path, text: str, n_chunks: int, n_tokens: int, n_before: int = 0) -> list[list[int]]:
+    """The first n_chunks chunks of n_before + n_tokens tokens of a text, by the GGUF's tokenizer, without special
+    tokens.
 
     Raises IntactKVError if the text is too short.
     """
     with Vocabulary(gguf) as vocabulary:
         tokens = vocabulary.tokenize(text, special=False)
-    if len(tokens) < n_chunks * n_tokens:
+    length = n_before + n_tokens
+    if len(tokens) < n_chunks * length:
+        enough = len(tokens) // length
+        fewer = f"fewer (it is enough for {enough}) or " if enough else ""
         raise IntactKVError(
-            f"the text has {len(tokens)} tokens, {n_chunks} chunks of {n_tokens} need {n_chunks * n_tokens}: "
-            "give a longer text, or fewer or shorter chunks"
+            f"the text has {len(tokens)} tokens, {n_chunks} chunks of {length} "
+            + (f"({n_tokens} at a depth of {n_before}) " if n_before else "")
+            + f"need {n_chunks * length}: give a longer text, or {fewer}shorter chunks"
+            + (" or smaller depths" if n_before else "")
         )
-    return [tokens[i * n_tokens : (i + 1) * n_tokens] for i in range(n_chunks)]
+    return [tokens[i * length : (i + 1) * length] for i in range(n_chunks)]
 
 
 def token_hash(sequences: Sequence[Sequence[int]]) -> str:
