@@ -7,8 +7,8 @@ A cache is named by its KV type, or K,V, and the tail behind a +; the first is w
 
 Retrieval: a text of --tokens tokens of Python's language reference has five sentences "The access code of CITY is
 NUMBER." at random places of its first three quarters. After its end "The access code of CITY is" is continued greedily,
-for one of the five. A draw counts if the number follows. A model may be too small for it: then the first cache finds
-little too.
+for each of the five from the same state: five draws a text. A draw counts if the number follows. A model may be too
+small for it: then the first cache finds little too.
 
 Replies: --replies questions, each answered greedily with 200 tokens; counted are the tokens up to the first that
 differs from the first cache's reply. Writes retrieval.json.
@@ -41,16 +41,16 @@ ASKED = (
     "How does a sail work?|Why do leaves change colour?|Write a poem about winter.|What is glass made of?|"
     "Explain how a telescope works.|Describe how a river changes a valley."
 ).split("|")
+FACTS = 5  # in a text
 N_REPLY = 200
 
 
-def facts(llama: IntactLlama, n_tokens: int, rng: random.Random) -> tuple[list[int], str]:
-    """A text with five facts and the beginning of one of them at its end, as tokens; and the number to be found."""
-    cities = rng.sample(CITIES, 5)
+def facts(llama: IntactLlama, n_tokens: int, rng: random.Random) -> tuple[list[int], dict[str, str]]:
+    """A text with some facts, as tokens; and the number of each city."""
+    cities = rng.sample(CITIES, FACTS)
     numbers = [str(rng.randrange(1000, 9999)) for _ in cities]
     words = llama.tokenize(default_text().encode(), add_bos=False)
     start = rng.randrange(len(words) - n_tokens)
-    question = llama.tokenize(f"\n\nThe access code of {cities[0]} is".encode(), add_bos=False)
     text = words[start : start + n_tokens - 120]
     sentences = [
         llama.tokenize(f"\n\nThe access code of {city} is {number}.\n\n".encode(), add_bos=False)
@@ -59,12 +59,11 @@ def facts(llama: IntactLlama, n_tokens: int, rng: random.Random) -> tuple[list[i
     for at, sentence in sorted(((rng.randrange(3 * len(text) // 4), s) for s in sentences), reverse=True):
         text[at:at] = sentence
     head = llama.prefix.tokens if llama.prefix is not None else [llama.token_bos()] if llama.token_bos() >= 0 else []
-    return [*head, *text, *question], numbers[0]
+    return [*head, *text], dict(zip(cities, numbers, strict=True))
 
 
 def greedy(llama: IntactLlama, tokens: list[int], n: int) -> list[int]:
-    """n tokens that follow, the likeliest each time; none because the reply has ended."""
-    llama.reset()
+    """n tokens that follow these, the likeliest each time; none is the last because a reply ends."""
     llama.eval(tokens)
     found: list[int] = []
     for _ in range(n):
@@ -80,11 +79,18 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     llama = IntactLlama(args.model, args.prefix, kv_type, int(tail or 0), **settings)
     rng = random.Random(0)
     answers = []
-    for _ in range(args.draws):
-        tokens, number = facts(llama, args.tokens, rng)
-        answers.append((llama.detokenize(greedy(llama, tokens, 6)).decode(errors="replace").strip(), number))
+    for _ in range(args.draws // FACTS):
+        tokens, numbers = facts(llama, args.tokens, rng)
+        llama.reset()
+        llama.eval(tokens)
+        state = llama.save_state()
+        for city, number in numbers.items():
+            llama.load_state(state)
+            question = llama.tokenize(f"\n\nThe access code of {city} is".encode(), add_bos=False)
+            answers.append((llama.detokenize(greedy(llama, question, 6)).decode(errors="replace").strip(), number))
     replies = []
     for question in ASKED[: args.replies]:
+        llama.reset()
         messages = [*llama.prefix_messages, {"role": "user", "content": question}]
         replies.append(greedy(llama, llama.tokenize(prompt(llama, messages), add_bos=False, special=True), N_REPLY))
     llama.close()
@@ -127,7 +133,7 @@ def main() -> None:
         rows.append(row)
         lengths = row["same_tokens"]
         print(
-            f"{name:>16}: {row['found']} of {args.draws} found, {row['as_first']} answered as with {args.caches[0]}; "
+            f"{name:>16}: {row['found']} of {len(row['answers'])} found, {row['as_first']} answered as with {args.caches[0]}; "
             f"replies the same for {np.mean(lengths):.0f} tokens (median {np.median(lengths):.0f}), "
             f"{sum(n == N_REPLY for n in lengths)} of {len(lengths)} to the end",
             flush=True,
