@@ -131,9 +131,9 @@ def main() -> None:
         row["as_first"] = sum(a == b for a, b in zip(row["answers"], first["answers"], strict=True))
         row["same_tokens"] = [same(a, b) for a, b in zip(row["replies"], first["replies"], strict=True)]
         rows.append(row)
-        lengths = row["same_tokens"]
+        lengths, n_draws = row["same_tokens"], len(row["answers"])
         print(
-            f"{name:>16}: {row['found']} of {len(row['answers'])} found, {row['as_first']} answered as with {args.caches[0]}; "
+            f"{name:>16}: {row['found']} of {n_draws} found, {row['as_first']} answered as with {args.caches[0]}; "
             f"replies the same for {np.mean(lengths):.0f} tokens (median {np.median(lengths):.0f}), "
             f"{sum(n == N_REPLY for n in lengths)} of {len(lengths)} to the end",
             flush=True,
