@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from intactkv_export.errors import UsageError
 from intactkv_export.models import FLOATS, PROVEN, check_dtype, gguf_file
@@ -94,7 +95,7 @@ class TorchModel:
         return MixedCache(k, v, self.layout, kinds, grows, tail)
 
     def forward(
-        self, tokens: Tensor | Sequence[Sequence[int]], cache: MixedCache | None = None, hidden: bool = False
+        self, tokens: Tensor | Sequence[Sequence[int]], cache: Cache | None = None, hidden: bool = False
     ) -> Any:
         """Logits [batch, n, n_vocab], float32, of the tokens [batch, n] that follow what is in the cache.
 
@@ -113,12 +114,12 @@ class TorchModel:
         ids = torch.tensor(tokens, device=self.device)
         self.net.get_decoder()(input_ids=ids, use_cache=True, **self._behind(cache, ids))
 
-    def _behind(self, cache: MixedCache | None, ids: Tensor) -> dict[str, Any]:
-        """The net's arguments for tokens [batch, n] that follow what is in the cache."""
-        mask = (
-            {"attention_mask": attention_mask(self.net, cache, *ids.shape)} if cache is not None and cache.tail else {}
-        )
-        return {self._cache_argument: cache, **mask}
+    def _behind(self, cache: Cache | None, ids: Tensor) -> dict[str, Any]:
+        """The net's arguments for tokens [batch, n] that follow what is in the cache: a mixed one, or transformers'."""
+        arguments: dict[str, Any] = {self._cache_argument: cache}
+        if isinstance(cache, MixedCache) and cache.tail:
+            arguments["attention_mask"] = attention_mask(self.net, cache, *ids.shape)
+        return arguments
 
     @contextmanager
     def outputs_of_layers(self, take: Callable[[Tensor], None]) -> Iterator[None]:

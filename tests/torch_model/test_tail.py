@@ -8,13 +8,18 @@ from tests.support import random_models
 
 pytest.importorskip("torch", reason="the extra [convert] is not installed")
 
+from pydoc_data import topics
+
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from intactkv_export import torch_model
 from intactkv_export.errors import UsageError
 from intactkv_export.libllama import default_tail, kv_pair
+from intactkv_export.libllama.vocabulary import Vocabulary
+from intactkv_export.prefix import ikv
 from tests.support.cache_rows import random_tokens
+from tests.support.log_probs import divergence, llama_log_probs
 
 N_PREFIX = 5
 TOKENS = random_tokens(24)
@@ -144,6 +149,25 @@ def test_gradients_are_those_of_one_by_one(models, name):
     for a, b, c in zip(got, want, without, strict=True):
         assert torch.allclose(a, b, rtol=1e-2, atol=1e-3 * b.abs().max())
         assert not torch.allclose(a, c, rtol=1e-2, atol=1e-3 * b.abs().max())
+
+
+def test_it_is_llama_cpps(smol):
+    """F16 weights, one token at a time behind a prefix: as far from the F16 cache, and near to each other.
+
+    Measured, 48 tokens: 0.00251 there, 0.00253 here, 0.00039 between them; without a tail 0.047.
+    """
+    tail, kv_type = 16, "q4_0"
+    with Vocabulary(smol.reference) as vocabulary:
+        text = "\n".join(topics.topics[key] for key in sorted(topics.topics))[:2000]
+        chunk = vocabulary.tokenize(text, special=False)[:48]
+    exact = llama_log_probs(smol.reference, smol.ikv, "f16", smol.tokens, [chunk])
+    want = llama_log_probs(smol.reference, smol.ikv, kv_type, smol.tokens, [chunk], tail, 1)
+    model = torch_model.load(smol.reference)
+    with torch.no_grad():
+        cache = model.cache(*torch_model.prefix_rows(ikv.read(smol.ikv)), kv_type, grows=False, tail=tail)
+        got = torch.log_softmax(model.forward([chunk], cache), -1)
+    assert divergence(exact, got) == pytest.approx(divergence(exact, want), rel=0.15)
+    assert divergence(want, got) < 0.4 * divergence(exact, want)
 
 
 def test_default_tail():
