@@ -34,7 +34,7 @@ import intactkv_export
 from intactkv_export import extras
 from intactkv_export.engines import check_in_torch
 from intactkv_export.errors import UsageError
-from intactkv_export.libllama import kv_pair, rope_of
+from intactkv_export.libllama import default_tail, kv_pair, rope_of
 from intactkv_export.models import KEY_REFERENCE, gguf_file, identity, locate
 from intactkv_export.prefix import Prefix, check_reference, ikv, of_model, outputs
 from intactkv_export.work import Progress, atomic, peak_bytes, silent
@@ -92,6 +92,7 @@ def calibrate(
     seq_len: int | None = None,
     sequences: int = SEQUENCES,
     kv_type: str | tuple[str, str] = "q8_0",
+    tail: int | None = None,
     device: str = "cpu",
     dtype: str | None = None,
     seed: int = 0,
@@ -107,7 +108,8 @@ def calibrate(
         with a document (texts.sample); else a file (texts.read_user_file).
     objective: training.OBJECTIVES. steps, batch, seq_len: None: those of DEFAULTS. lr: training.Settings.
     sequences: how many to sample, or to take of the file at most; one in eight is held out.
-    kv_type: that the prefix will be used with, "q8_0" or a pair for K and V.
+    kv_type: that the prefix will be used with, "q8_0" or a pair for K and V. tail: how many of the newest cells will be
+        intact; None: what the type has by default (libllama.default_tail).
     device, dtype: of torch; None: float32, or elsewhere than on the CPU bfloat16 for more than 2^30 weights.
     directory: for what is on the way, kept afterwards; it may be shared by calibrations for several models of one
         reference, which then share data and targets. None: OUT.calibrating, removed at the end; one process at a time.
@@ -125,12 +127,16 @@ def calibrate(
     default = DEFAULTS.get(objective, DEFAULTS["kl"])
     given = [own if own is not None else usual for own, usual in zip((steps, batch, seq_len), default, strict=True)]
     n_steps, n_batch, n_tokens = given
-    settings = Settings(objective, n_steps, lr, n_batch, kv_pair(kv_type), seed, every=max(1, n_steps // 6))
+    pair = kv_pair(kv_type)
+    n_tail = default_tail(pair) if tail is None else tail
+    settings = Settings(objective, n_steps, lr, n_batch, pair, n_tail, seed, every=max(1, n_steps // 6))
     if min(n_batch, n_tokens) < 1 or n_steps < 0 or sequences < 2:
         raise UsageError(
             f"{n_steps} steps of {n_batch} sequences of {n_tokens} tokens, {sequences} in all: give 1 or more, and at "
             "least 2 sequences, of which one is held out"
         )
+    if n_tail < 0:
+        raise UsageError(f"a tail of {n_tail} tokens: give 0 or more")
     found, start = locate(reference, allow_requantize), of_model(model, prefix)
     check_in_torch(found, model, device, "calibration")
     if options := start.manifest.get("rope_options"):

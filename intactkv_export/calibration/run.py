@@ -133,6 +133,7 @@ def _about(
         "batch": settings.batch,
         "seq_len": source.seq_len,
         "kv_type": "/".join(dict.fromkeys(settings.kv_type)),
+        "kv_tail": settings.tail,
         "seed": settings.seed,
         "dtype": who.dtype,
         "data": {

@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from intactkv_export.calibration.data import Data, check_same
 from intactkv_export.calibration.targets import divergence
 from intactkv_export.errors import IntactKVError, UsageError
-from intactkv_export.torch_model import TorchModel, rounding
+from intactkv_export.torch_model import MixedCache, TorchModel, rounding
 from intactkv_export.work import atomic
 
 OBJECTIVES = ("kl", "mse", "kl+mse")
@@ -55,7 +55,8 @@ class Settings:
     """How to train. lr: of AdamW: its peak (_rate()), relative to each row of K and V (_scale()); for mse as in the
     paper, constant and absolute; None: see peak(). batch: sequences in a step. every: steps between evaluations.
 
-    patience: evaluations without improvement after which training ends. kv_type: of K and V behind the prefix.
+    patience: evaluations without improvement after which training ends. kv_type: of K and V behind the prefix; of
+    these cells the newest `tail` are intact.
     """
 
     objective: str = "kl"
@@ -63,6 +64,7 @@ class Settings:
     lr: float | None = None
     batch: int = 4
     kv_type: tuple[str, str] = ("q8_0", "q8_0")
+    tail: int = 0
     seed: int = 0
     every: int = 10
     patience: int = 4
@@ -244,8 +246,7 @@ def _loss(
 ) -> Tensor:
     """The objective's mean over the tokens of some sequences."""
     tokens = torch.from_numpy(data.sequences[list(index)]).long().to(student.device)
-    K, V = run.rows()
-    cache = student.cache(list(K), list(V), settings.kv_type, batch=len(index), grows=False)
+    cache = _cache(student, run.rows(), settings, len(index))
     mse = "mse" in settings.objective
     with _checkpointed(student, tokens.numel()):
         logits, outputs = student.forward(tokens, cache, hidden=True) if mse else (student.forward(tokens, cache), [])
@@ -271,10 +272,16 @@ def _held_out(student: TorchModel, rows: tuple[Tensor, Tensor], data: Data, sett
     with torch.no_grad():
         for index in _parts(range(data.n_held_out), data.sequences.shape[1]):
             tokens = torch.from_numpy(data.sequences[list(index)]).long().to(student.device)
-            cache = student.cache(list(K), list(V), settings.kv_type, batch=len(index), grows=False)
+            cache = _cache(student, rows, settings, len(index))
             targets = data.targets.of(index, student.device)
             total += float(divergence(student.forward(tokens, cache), *targets).mean()) * len(index)
     return total / data.n_held_out
+
+
+def _cache(student: TorchModel, rows: tuple[Tensor, Tensor], settings: Settings, batch: int) -> MixedCache:
+    """As the prefix will be used: these K and V intact, the rest by the settings."""
+    K, V = (list(x) for x in rows)
+    return student.cache(K, V, settings.kv_type, batch, grows=False, tail=settings.tail)
 
 
 def _storable(student: TorchModel, rows: Tensor, kind: str, kv_type: tuple[str, str]) -> bool:

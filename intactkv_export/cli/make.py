@@ -188,6 +188,14 @@ def calibrate(
     ] = None,
     sequences: Annotated[int, typer.Option("--sequences", help="To sample or read; one in eight is held out.")] = 256,
     kv_type: KvType = "q8_0",
+    kv_tail: Annotated[
+        int | None,
+        typer.Option(
+            "--kv-tail",
+            min=0,
+            help="The newest tokens that the cache will keep at F16. Default: 128 if K or V has less than 8 bits.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")] = "cpu",
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Of torch. Default: float32; over 2^30 weights on a GPU bfloat16.")
@@ -229,6 +237,7 @@ def calibrate(
             seq_len=seq_len,
             sequences=sequences,
             kv_type=kv_type,
+            tail=kv_tail,
             device=device,
             dtype=dtype,
             seed=seed,

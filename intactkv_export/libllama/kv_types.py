@@ -8,6 +8,7 @@ from intactkv_export.errors import UsageError
 KV_TYPES = {"f16": 1, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2, "bf16": 30, "iq4_nl": 20, "f32": 0}
 QUANTIZED = KV_TYPES.keys() - {"f16", "bf16", "f32"}
 EXACT = {"f16", "f32"}  # hold a prefix exactly: its cells are ordinary ones
+TAIL = 128  # tokens; see default_tail()
 
 
 def kv_pair(kv_type: str | tuple[str, str]) -> tuple[str, str]:
@@ -18,3 +19,11 @@ def kv_pair(kv_type: str | tuple[str, str]) -> tuple[str, str]:
     if len(pair) != 2 or not set(pair) <= KV_TYPES.keys():
         raise UsageError(f"kv_type={kv_type!r}: give one of {', '.join(KV_TYPES)}, or a pair of them for K and V")
     return pair[0], pair[1]
+
+
+def default_tail(pair: tuple[str, str]) -> int:
+    """How many of the newest cells stay intact unless somebody says otherwise: TAIL if K or V has less than 8 bits.
+
+    pair: of kv_pair(). There the newest cells do most of the harm; in a q8_0 cache they do little.
+    """
+    return TAIL if set(pair) & (QUANTIZED - {"q8_0"}) else 0

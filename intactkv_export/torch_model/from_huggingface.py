@@ -60,7 +60,7 @@ def window_of_its_own(hf_dir: str | Path) -> int:
         text = read_config(hf_dir).get_text_config(decoder=True)
     if text.model_type in _WINDOW_KEPT:
         return 0
-    sliding = any(_layer_type(text, il) == "sliding_attention" for il in range(text.num_hidden_layers))
+    sliding = any(layer_type(text, il) == "sliding_attention" for il in range(text.num_hidden_layers))
     return (text.sliding_window or 0) if sliding else 0
 
 
@@ -132,7 +132,7 @@ def check(text: Any, model: Mapping[str, Any], n_tokens: int, hf_dir: str) -> No
     same("RoPE type", PROVEN[text.model_type], model["rope"]["type"])
     for il in range(text.num_hidden_layers):
         layer, n_swa = layers[il]
-        kind, head_dim = _layer_type(text, il), _head_dim(text)
+        kind, head_dim = layer_type(text, il), _head_dim(text)
         rope = text.rope_parameters.get(kind, text.rope_parameters)
         same(f"n_head_kv of layer {il}", text.num_key_value_heads, layer["n_head_kv"])
         same(f"head_dim of K of layer {il}", head_dim, layer["head_dim_k"])
@@ -152,7 +152,7 @@ def check(text: Any, model: Mapping[str, Any], n_tokens: int, hf_dir: str) -> No
             )
 
 
-def _layer_type(text: Any, il: int) -> str:
+def layer_type(text: Any, il: int) -> str:
     """'full_attention' or 'sliding_attention': models without a list of them have the window everywhere."""
     types = getattr(text, "layer_types", None)
     if types:

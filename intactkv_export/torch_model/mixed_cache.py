@@ -2,6 +2,10 @@
 
 A transformers cache, so every architecture and attention implementation works on it unchanged. Gradients reach the
 prefix's K and V, and pass the rounding of the other rows straight through.
+
+With a tail, the newest rows are also there as intact cells hold them. update() then returns both versions, the rounded
+ones of all cells and behind them the intact ones of the newest, and the mask shows each query one of the two
+(tail_mask.py). A softmax over both is the softmax over the cells, whatever comes between: a cap, a scale.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from intactkv_export.errors import UsageError
+from intactkv_export.libllama import EXACT
 from intactkv_export.torch_model.rope_pairs import halves_to_neighbours, neighbours_to_halves
 from intactkv_export.torch_model.rounding import rotate, rotation, rounded, straight
 
@@ -51,25 +57,52 @@ class Layout:
 
         return states if kv_type == "f32" else straight(states, round_trip)
 
+    def as_intact(self, states: Tensor, kind: str, kv_type: str) -> Tensor:
+        """K or V as intact cells of a cache of this type return them: F16 rows, in the basis of the others."""
+
+        def round_trip(x: Tensor) -> Tensor:
+            size = rotation(kv_type, self.head_dim, kind == "V")
+            rows = rotate(self.to_rows(x.float(), kind), size)
+            return self.to_cache(rotate(rounded(rows, "f16"), size), kind).to(x.dtype)
+
+        return states if kv_type == "f32" else straight(states, round_trip)
+
 
 class MixedLayer(DynamicLayer):
     """One layer's K and V. It begins with the prefix's rows; update() rounds what is appended."""
 
-    def __init__(self, K: Tensor, V: Tensor, layout: Layout, kv_type: tuple[str, str], grows: bool) -> None:
+    def __init__(
+        self, K: Tensor, V: Tensor, layout: Layout, kv_type: tuple[str, str], grows: bool, tail: int = 0
+    ) -> None:
         super().__init__()
         self.keys, self.values = K, V
         self.dtype, self.device = K.dtype, K.device
         self.is_initialized = True
-        self._layout, self._kv_type, self._grows = layout, kv_type, grows
+        self._layout, self._kv_type, self._grows, self._tail = layout, kv_type, grows, tail
+        self._intact = K[..., :0, :], V[..., :0, :]  # of the newest tail - 1 that were appended
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """All K and V so far with these appended, each [batch, n_head_kv, n, head_dim]."""
+        """All K and V so far with these appended, each [batch, n_head_kv, n, head_dim].
+
+        With a tail, behind the n rows the newest ones again, intact: those that tail_mask.n_intact() counts.
+        """
         k = self._layout.as_cached(key_states, "K", self._kv_type[0])
         v = self._layout.as_cached(value_states, "V", self._kv_type[1])
         keys, values = torch.cat([self.keys, k], -2), torch.cat([self.values, v], -2)
         if self._grows:
             self.keys, self.values = keys, values
-        return keys, values
+        if not self._tail:
+            return keys, values
+        k, v = (
+            torch.cat([before, self._layout.as_intact(states, kind, kv_type)], -2)
+            for before, states, kind, kv_type in zip(
+                self._intact, (key_states, value_states), "KV", self._kv_type, strict=True
+            )
+        )
+        if self._grows:
+            first = max(0, k.shape[-2] - (self._tail - 1))
+            self._intact = k[..., first:, :], v[..., first:, :]
+        return torch.cat([keys, k], -2), torch.cat([values, v], -2)
 
 
 class MixedCache(Cache):
@@ -78,11 +111,25 @@ class MixedCache(Cache):
     K, V: by layer, tensors in transformers' layout [batch, n_head_kv, n_prefix, head_dim], which may require a
     gradient. kv_type: of K and of V, names of libllama.KV_TYPES. grows: keep what is appended, to go on generating;
     else every forward pass begins right behind the prefix, and can be repeated (gradient checkpointing does).
+    tail: each token sees as many of the newest cells, itself included, intact, as if tokens came one at a time; F16 and
+    F32 caches, all of whose cells are, have none. Raises UsageError if it is negative.
 
     No layer forgets what left its sliding window; the model's mask hides it.
     """
 
     def __init__(
-        self, K: Sequence[Tensor], V: Sequence[Tensor], layout: Layout, kv_type: tuple[str, str], grows: bool = True
+        self,
+        K: Sequence[Tensor],
+        V: Sequence[Tensor],
+        layout: Layout,
+        kv_type: tuple[str, str],
+        grows: bool = True,
+        tail: int = 0,
     ) -> None:
-        super().__init__(layers=[MixedLayer(k, v, layout, kv_type, grows) for k, v in zip(K, V, strict=True)])
+        if tail < 0:
+            raise UsageError(f"a tail of {tail} tokens: give 0 or more")
+        self.tail = 0 if set(kv_type) <= EXACT else tail
+        self.n_prefix = K[0].shape[-2]
+        super().__init__(
+            layers=[MixedLayer(k, v, layout, kv_type, grows, self.tail) for k, v in zip(K, V, strict=True)]
+        )

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from intactkv_export.errors import UsageError
 from intactkv_export.models import FLOATS, PROVEN, check_dtype, gguf_file
 from intactkv_export.prefix import Prefix
 from intactkv_export.torch_model import from_gguf, from_huggingface
 from intactkv_export.torch_model.mixed_cache import Layout, MixedCache
+from intactkv_export.torch_model.tail_mask import attention_mask
 
 _EAGER_ONLY = {"gemma2"}  # the soft cap of its attention
 
@@ -76,12 +78,13 @@ class TorchModel:
         kv_type: str | tuple[str, str] = "f16",
         batch: int = 1,
         grows: bool = True,
+        tail: int = 0,
     ) -> MixedCache:
         """A cache that begins with a prefix, the same one for each of `batch` sequences.
 
         K, V: by layer, llama.cpp's rows [n_prefix, n_head_kv, head_dim], K after RoPE; tensors may require a gradient.
         They stay as they are; later rows are rounded to kv_type (a name of libllama.KV_TYPES, or a pair for K and V).
-        grows: see MixedCache.
+        grows, tail: see MixedCache.
         """
         kinds = (kv_type, kv_type) if isinstance(kv_type, str) else kv_type
         place = {"device": self.device, "dtype": self.net.dtype}
@@ -89,10 +92,10 @@ class TorchModel:
             [self.to_cache(torch.as_tensor(x).to(**place), kind).expand(batch, -1, -1, -1) for x in rows]
             for rows, kind in ((K, "K"), (V, "V"))
         )
-        return MixedCache(k, v, self.layout, kinds, grows)
+        return MixedCache(k, v, self.layout, kinds, grows, tail)
 
     def forward(
-        self, tokens: Tensor | Sequence[Sequence[int]], cache: MixedCache | None = None, hidden: bool = False
+        self, tokens: Tensor | Sequence[Sequence[int]], cache: Cache | None = None, hidden: bool = False
     ) -> Any:
         """Logits [batch, n, n_vocab], float32, of the tokens [batch, n] that follow what is in the cache.
 
@@ -102,14 +105,21 @@ class TorchModel:
         ids = torch.as_tensor(tokens, device=self.device)
         outputs: list[Tensor] = []
         with self.outputs_of_layers(outputs.append) if hidden else nullcontext():
-            out = self.net(input_ids=ids, use_cache=cache is not None, **{self._cache_argument: cache})
+            out = self.net(input_ids=ids, use_cache=cache is not None, **self._behind(cache, ids))
         logits = out.logits.float()
         return (logits, outputs) if hidden else logits
 
     def decode(self, tokens: Sequence[Sequence[int]], cache: MixedCache) -> None:
         """Run the decoder layers alone: the logits of a large vocabulary would take more memory than all else."""
         ids = torch.tensor(tokens, device=self.device)
-        self.net.get_decoder()(input_ids=ids, use_cache=True, **{self._cache_argument: cache})
+        self.net.get_decoder()(input_ids=ids, use_cache=True, **self._behind(cache, ids))
+
+    def _behind(self, cache: Cache | None, ids: Tensor) -> dict[str, Any]:
+        """The net's arguments for tokens [batch, n] that follow what is in the cache: a mixed one, or transformers'."""
+        arguments: dict[str, Any] = {self._cache_argument: cache}
+        if isinstance(cache, MixedCache) and cache.tail:
+            arguments["attention_mask"] = attention_mask(self.net, cache, *ids.shape)
+        return arguments
 
     @contextmanager
     def outputs_of_layers(self, take: Callable[[Tensor], None]) -> Iterator[None]:

@@ -31,7 +31,7 @@ def rounded(x: Tensor, kv_type: str) -> Tensor:
     if kv_type in _FLOATS:
         return x.to(_FLOATS[kv_type]).float()
     block = 256 if kv_type == "q8_K" else 32
-    return _BLOCKS[kv_type](x.reshape(*x.shape[:-1], -1, block)).reshape(x.shape)
+    return _BLOCKS[kv_type](x.unflatten(-1, (-1, block))).flatten(-2)
 
 
 def straight(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -55,7 +55,7 @@ def rotate(x: Tensor, size: int) -> Tensor:
     if not size:
         return x
     matrix = _hadamard(size).to(x.device, x.dtype)
-    return (x.reshape(*x.shape[:-1], -1, size) @ matrix).reshape(x.shape)
+    return (x.unflatten(-1, (-1, size)) @ matrix).flatten(-2)
 
 
 class _Straight(torch.autograd.Function):

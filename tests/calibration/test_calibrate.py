@@ -167,6 +167,18 @@ def test_activations_computed_twice_give_the_same(task, monkeypatch):
     assert all("forward" not in vars(layer) for layer in task[0].decoder_layers)
 
 
+def test_a_tail_is_trained_with(task, monkeypatch):
+    """Of all there is: an F16 cache. Of some: in between, and the same when activations are computed twice."""
+    q4_0 = ("q4_0", "q4_0")
+    start = {tail: run(task, steps=0, kv_type=q4_0, tail=tail).before for tail in (0, 4, N_TOKENS)}
+    exact = run(task, steps=0, kv_type=("f16", "f16")).before
+    assert len({*start.values()}) == 3 and start[N_TOKENS] == pytest.approx(exact, rel=0.01)
+    kept = run(task, steps=2, kv_type=q4_0, tail=4)
+    assert kept.before == start[4]
+    monkeypatch.setattr(training, "_ACTIVATIONS", 0)
+    assert np.allclose(kept.history, run(task, steps=2, kv_type=q4_0, tail=4).history, rtol=1e-5)
+
+
 def test_several_passes_give_one_gradient(task, monkeypatch):
     one = run(task)
     monkeypatch.setattr(training, "_PASS", N_TOKENS)
@@ -335,6 +347,7 @@ def test_the_result_is_an_ordinary_prefix_file(calibrated, smol, tmp_path):
     assert all(made.manifest[key] == original.manifest[key] for key in unchanged)
     about = calibrated.manifest
     assert (about["objective"], about["data"]["kind"], about["kv_type"]) == ("kl", "self", "q8_0")
+    assert about["kv_tail"] == 0
     assert about["model"]["type"] == "Q4_0" and about["held_out"]["n_tokens"] == 2 * 32
     assert {"data", "targets", "train"} == set(calibrated.seconds) and calibrated.peak_bytes > 1e8
     embedded = ikv.embed(smol.gguf, made, tmp_path / "smol.gguf")
@@ -344,6 +357,18 @@ def test_the_result_is_an_ordinary_prefix_file(calibrated, smol, tmp_path):
     llama.close()
     line = next(line for line in map(str, inspection.report(made, None, None)) if line.startswith("calibrated"))
     assert f"kl, step {about['best_step']} of {about['steps']}" in line
+
+
+def test_the_tail_is_that_of_the_kv_type(pair, tmp_path):
+    """Unless another is given; the prefix file says which."""
+    reference, gguf, prefix = pair
+    settings = {"prefix": prefix, "kv_type": "q8_0,q4_0", "steps": 0, "seq_len": 16, "sequences": 2}
+    for tail, expected in ((None, 128), (3, 3), (0, 0)):
+        out = calibrate(reference, gguf, out=tmp_path / f"{tail}.ikv", tail=tail, **settings).out
+        made = ikv.read(out)
+        assert made.manifest["calibrated"]["kv_tail"] == expected
+        report = " ".join(" ".join(map(str, inspection.report(made, None, None))).split())
+        assert (f"with a tail of {expected}" in report) == (expected > 0)
 
 
 def refusal(pair, tmp_path, error=IntactKVError, **changes):
@@ -358,6 +383,7 @@ def refusal(pair, tmp_path, error=IntactKVError, **changes):
 def test_refuses_what_makes_no_sense(pair, models, smol, tmp_path):
     assert "'hinge'" in refusal(pair, tmp_path, UsageError, objective="hinge")
     assert "0 sequences" in refusal(pair, tmp_path, UsageError, batch=0)
+    assert "-1" in refusal(pair, tmp_path, UsageError, tail=-1)
     assert "q3_0" in refusal(pair, tmp_path, UsageError, kv_type="q3_0")
     assert "prefix" in refusal(pair, tmp_path, UsageError, model=models["qwen2"].with_suffix(".gguf"), prefix=None)
     assert "belong together" in refusal(pair, tmp_path, reference=models["qwen2"])

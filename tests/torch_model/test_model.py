@@ -25,6 +25,7 @@ from gguf.quants import dequantize
 from intactkv_export import library, torch_model
 from intactkv_export.engines import torch_engine as engine
 from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.libllama import bindings
 from intactkv_export.libllama.vocabulary import Vocabulary
 from intactkv_export.prefix import ikv
 from intactkv_export.runtime.intact_llama import KV_TYPES
@@ -136,6 +137,7 @@ def stored_rows(path, tokens, kv_type):
     p.type_k = p.type_v = KV_TYPES[kv_type]
     p.flash_attn_type = 1
     ctx = L.llama_init_from_model(llama.model, p)
+    bindings.set_tail(ctx, 0)  # the rows of intact cells would be part of the state
     llama._decode(ctx, tokens, 0)
     data = state_of(ctx)
     L.llama_free(ctx)

@@ -1,0 +1,54 @@
+"""Which cells a token sees rounded and which intact, when the newest of a cache are intact: the tail.
+
+A mixed cache with a tail returns rounded rows for all cells, and behind them intact rows for the newest. All tokens of
+a pass are computed at once, but each sees what it would if they had come one by one: itself and the tail - 1 cells
+before it intact, older ones rounded, the prefix as it is. So the mask is the model's own, over both halves, and each
+cell is visible in exactly one of them. The scores are up to twice as many as without a tail.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from intactkv_export.torch_model.from_huggingface import layer_type
+from intactkv_export.torch_model.mixed_cache import MixedCache
+
+
+def attention_mask(net: Any, cache: MixedCache, batch: int, n_new: int) -> Tensor | dict[str, Tensor]:
+    """The argument attention_mask of a transformers model for n_new tokens behind what is in the cache.
+
+    [batch, 1, n_new, rows that update() will return], bool, or for eager attention 0 and the lowest number; for a model
+    with several kinds of layers a dictionary, by kind.
+    """
+    text = net.config.get_text_config(decoder=True)
+    n_cells = cache.get_seq_length() + n_new
+    masks = {}
+    for kind in {layer_type(text, il) for il in range(text.num_hidden_layers)}:
+        window = text.sliding_window if kind == "sliding_attention" else None
+        seen = _visible(cache.n_prefix, n_cells, n_new, cache.tail, window).to(net.device)
+        if text._attn_implementation == "eager":
+            lowest = torch.finfo(net.dtype).min
+            seen = torch.zeros(seen.shape, dtype=net.dtype, device=net.device).masked_fill_(~seen, lowest)
+        masks[kind] = seen.expand(batch, 1, -1, -1)
+    return masks if len(masks) > 1 else masks.popitem()[1]
+
+
+def n_intact(n_appended: int, n_new: int, tail: int) -> int:
+    """For how many cells there are intact rows: those that the first of n_new tokens sees, and the other new ones.
+
+    n_appended: cells behind the prefix, the new ones included.
+    """
+    return min(n_appended, tail - 1 + n_new)
+
+
+def _visible(n_prefix: int, n_cells: int, n_new: int, tail: int, window: int | None) -> Tensor:
+    """bool [n_new, n_cells + n_intact]."""
+    cells = torch.arange(n_cells)
+    distance = cells[-n_new:, None] - cells
+    seen = (distance >= 0) & (distance < (window or n_cells))
+    intact = (distance < tail) & (cells >= n_prefix)
+    newest = n_cells - n_intact(n_cells - n_prefix, n_new, tail)
+    return torch.cat([seen & ~intact, (seen & intact)[:, newest:]], 1)
