@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.libllama import KV_TYPES, default_tail, kv_pair
 from intactkv_export.runtime import IntactLlama, L, Sampling, open_chat
 from tests.support.smol import Smol
 
@@ -37,6 +38,12 @@ def tokens_of(llama: IntactLlama, smol: Smol, n: int) -> list[int]:
 )
 def test_default_by_type(smol: Smol, kv_type: Any, tail: int) -> None:
     assert make(smol, kv_type).tail == tail
+
+
+@pytest.mark.parametrize("name", KV_TYPES)
+def test_library_and_python_have_one_rule(smol: Smol, name: str) -> None:
+    if "f32" not in (pair := kv_pair(name)):  # the kernel does not read it
+        assert make(smol, name).tail == default_tail(pair)
 
 
 def test_prefix_and_tail_together(smol: Smol) -> None:
