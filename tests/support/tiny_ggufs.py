@@ -1,6 +1,6 @@
 """Tiny random-weight GGUFs, written directly: structures of K that no Hugging Face class is needed for.
 
-Two layers of four heads, F32, a vocabulary of bytes. The weights keep the size of what they are given, so every
+Layers (two) of four heads, F32, a vocabulary of bytes. The weights keep the size of what they are given, so every
 layer's K and V matter to the logits and these stay small enough to compare.
 """
 
@@ -23,17 +23,18 @@ def write(
     head_dim: int = 64,
     n_rot: int | None = None,
     n_head_kv: int | Sequence[int] = 2,
+    n_layer: int = N_LAYER,
     **extra: float | bool | str,
 ) -> Path:
     """Writes a model of architecture arch: llama (norm RoPE), qwen3 (neox), glm4 (norm, any n_rot), phi3 (neox, any
     n_rot), minicpm3 (the last n_rot elements), granitehybrid (n_head_kv by layer, 0: a Mamba layer).
 
-    n_rot: elements of a head that are rotated, all by default. extra: more of the metadata, behind "ARCH.".
+    n_rot: elements of a head that are rotated, all by default. n_layer: unless n_head_kv is a list. extra: more of the metadata, behind "ARCH.".
     """
     rng = np.random.default_rng(0)
     n_rot = head_dim if n_rot is None else n_rot
     n_embd = N_HEAD * head_dim
-    heads = [n_head_kv] * N_LAYER if isinstance(n_head_kv, int) else list(n_head_kv)
+    heads = [n_head_kv] * n_layer if isinstance(n_head_kv, int) else list(n_head_kv)
     writer = gguf.GGUFWriter(path, arch)
 
     def matrix(name: str, *shape: int) -> None:
@@ -44,7 +45,7 @@ def write(
 
     writer.add_context_length(2048)
     writer.add_embedding_length(n_embd)
-    writer.add_block_count(N_LAYER)
+    writer.add_block_count(len(heads))
     writer.add_feed_forward_length(N_FF)
     writer.add_head_count(N_HEAD)
     writer.add_head_count_kv(n_head_kv)
