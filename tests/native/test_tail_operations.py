@@ -50,12 +50,12 @@ class Weights:
         pairs = (K[..., 0::2] + 1j * K[..., 1::2]) * turn
         return np.stack([pairs.real, pairs.imag], -1).reshape(K.shape)
 
-    def rows(self, cells: Sequence[Cell], kv: str) -> tuple[np.ndarray, np.ndarray]:
-        """K and V, [n, heads * head_dim], in the basis of a cache of this type."""
+    def rows(self, cells: Sequence[Cell], kv: tuple[str, str]) -> list[np.ndarray]:
+        """K and V, [n, heads * head_dim], in the basis of a cache of these types."""
         which = [cell.token - TOKENS[0] for cell in cells]
-        n_rot = 0 if kv in ("f16", "bf16") or self.head_dim % 64 else 64
         K = self.rope(self.K[which], np.array([cell.pos for cell in cells]))
-        return tuple(hadamard(x, n_rot).reshape(len(cells), -1) for x in (K, self.V[which]))
+        n_rot = [0 if kind == "f16" or self.head_dim % 64 else 64 for kind in kv]
+        return [hadamard(x, n).reshape(len(cells), -1) for x, n in zip((K, self.V[which]), n_rot, strict=True)]
 
     def prefix(self, n: int) -> tuple[list[int], bytes]:
         """n tokens and their state in an F16 cache."""
@@ -69,7 +69,8 @@ class Weights:
 
 def context(model: Any, kv: str | tuple[str, str], tail: int, **params: Any) -> Context:
     k, v = (kv, kv) if isinstance(kv, str) else kv
-    return Context(model, k, v, tail, **{"n_ctx": N_CTX, "n_batch": N_CTX, "n_ubatch": N_CTX, **params})
+    sizes = {"n_ctx": N_CTX, "n_batch": N_CTX, "n_ubatch": N_CTX, "n_threads": 1, "n_threads_batch": 1}
+    return Context(model, k, v, tail, **{**sizes, **params})
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +357,7 @@ class Machine:
             return
         shifts = np.array([[cell.n_shifts] for cell in cells])
         for found, wanted, kv, n in zip(
-            (section.K[0], section.V[0]), self.weights.rows(cells, self.kv[0]), self.kv, (shifts, 0 * shifts),
+            (section.K[0], section.V[0]), self.weights.rows(cells, self.kv), self.kv, (shifts, 0 * shifts),
             strict=True,
         ):  # fmt: skip
             rows = np.frombuffer(found.data, np.uint8).reshape(len(cells), -1)
@@ -368,7 +369,7 @@ class Machine:
         some = [cells[i] for i in which]
         if not some:
             return
-        for found, wanted, n in zip(rows, self.weights.rows(some, self.kv[0]), (shifts[which], 0), strict=True):
+        for found, wanted, n in zip(rows, self.weights.rows(some, self.kv), (shifts[which], 0), strict=True):
             if found.size:
                 assert (np.abs(found - wanted) < 4e-3 * (1 + n)).all(), seq
 
@@ -391,7 +392,8 @@ def run(machine: Machine, n_steps: int, every: int = 5) -> None:
         *((64, ("q8_0", "q8_0"), seed) for seed in range(4)),
         *((32, ("q8_0", "q8_0"), seed) for seed in range(4, 7)),
         (64, ("q4_0", "q4_0"), 7),
-        (64, ("q4_0", "q8_0"), 8),
+        (64, ("q4_0", "f16"), 8),
+        (64, ("f16", "q4_0"), 9),
     ],
 )
 def test_random_operations(

@@ -167,6 +167,12 @@ void arena::set_tail(int32_t n) {
                                         "intact cell: unset INTACTKV_ATTN, or set the tail to 0",
                 n));
     }
+    if (n > 0 && v_transposed() && !is_exact(type_v)) {
+        throw std::runtime_error(format("a tail of %d intact cells was asked for, and flash attention is off in this "
+                                        "context, its %s V cache is transposed: turn flash attention on, use F16 for V, "
+                                        "or set the tail to 0",
+                n, ggml_type_name(type_v)));
+    }
     const uint64_t n_cells = (uint64_t) kv.get_size() * kv.n_stream;
     const uint64_t n_rows_tail = n > 0 ? std::min<uint64_t>((uint64_t) n * n_seq_max + n_ubatch, n_cells) : 0;
     if (n_rows_tail < n_reserved && this->n_cells(-1) == 0) { // nothing is lost, and the memory is
@@ -174,6 +180,7 @@ void arena::set_tail(int32_t n) {
         ctxs_bufs.clear();
         kinds.clear();
         n_rows = 0;
+        gen++; // also if what follows fails
     }
     const uint32_t n_reserved_old = std::exchange(n_reserved, (uint32_t) n_rows_tail);
     try {
