@@ -2,8 +2,8 @@
 
 With one layer, the K and V of a token follow from the token and its position alone, so what every cell must hold is
 known. Two contexts do the same: one with the fused kernel, one with portable attention. After every operation they must
-have the cells that the model has, and intact for the same reasons; their logits agree; and the rows in their states, the
-intact ones and the quantized ones, are those of the tokens.
+have the cells that the model has, and intact for the same reasons; their logits agree; and the rows in their states,
+the intact ones and the quantized ones, are those of the tokens.
 """
 
 from __future__ import annotations

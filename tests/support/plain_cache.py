@@ -66,7 +66,7 @@ class PlainCache:
                 cell.kind = TAIL if self.tail else ORDINARY
 
     def _ubatches(self, batch: Sequence[Token]) -> list[list[Token]]:
-        """As llama_batch_allocr splits it: in order; or for streams, equally many of sequences that follow each other."""
+        """As llama_batch_allocr splits it: in order; for streams, equally many of sequences that follow each other."""
         if self.unified:
             return [list(batch[i : i + self.n_ubatch]) for i in range(0, len(batch), self.n_ubatch)]
         res, left = [], list(batch)

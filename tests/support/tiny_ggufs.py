@@ -29,10 +29,11 @@ def write(
     **extra: float | bool | str,
 ) -> Path:
     """Writes a model of architecture arch: llama (norm RoPE), qwen3 (neox), glm4 (norm, any n_rot), phi3 (neox, any
-    n_rot), minicpm3 (the last n_rot elements), granitehybrid (n_head_kv by layer, 0: a Mamba layer), gemma2 (every other
-    layer has a sliding window of WINDOW tokens; soft caps), gpt-oss (such layers, sinks, experts).
+    n_rot), minicpm3 (the last n_rot elements), granitehybrid (n_head_kv by layer, 0: a Mamba layer), gemma2 (every
+    other layer has a sliding window of WINDOW tokens; soft caps), gpt-oss (such layers, sinks, experts).
 
-    n_rot: elements of a head that are rotated, all by default. n_layer: unless n_head_kv is a list. extra: more of the metadata, behind "ARCH.".
+    n_rot: elements of a head that are rotated, all by default. n_layer: unless n_head_kv is a list. extra: more of the
+    metadata, behind "ARCH.".
     """
     rng = np.random.default_rng(0)
     n_rot = head_dim if n_rot is None else n_rot
