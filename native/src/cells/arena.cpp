@@ -173,7 +173,7 @@ void arena::set_tail(int32_t n) {
                                         "or set the tail to 0",
                 n, ggml_type_name(type_v)));
     }
-    const uint64_t n_cells = (uint64_t) kv.get_size() * kv.n_stream;
+    const uint64_t n_cells = (uint64_t) n_stream_cells() * n_streams();
     const uint64_t n_rows_tail = n > 0 ? std::min<uint64_t>((uint64_t) n * n_seq_max + n_ubatch, n_cells) : 0;
     if (n_rows_tail < n_reserved && this->n_cells(-1) == 0) { // nothing is lost, and the memory is
         layers.assign(layers.size(), {});
@@ -232,10 +232,6 @@ int32_t arena::row_of(uint32_t strm, uint32_t cell) const {
     return kv.v_cells[strm].ext_get(cell).intact;
 }
 
-llama_pos arena::position_of(uint32_t strm, uint32_t cell) const {
-    return kv.v_cells[strm].pos_get(cell);
-}
-
 llama_pos arena::shift_of(uint32_t strm, uint32_t cell) const {
     return kv.v_cells[strm].get_shift(cell);
 }
@@ -246,6 +242,14 @@ const std::set<std::pair<llama_pos, uint32_t>> & arena::cells_of(uint32_t strm, 
 
 bool arena::in_sequence(uint32_t strm, uint32_t cell, int32_t seq_id) const {
     return kv.v_cells[strm].seq_has(cell, seq_id);
+}
+
+uint32_t arena::n_streams() const {
+    return kv.n_stream;
+}
+
+uint32_t arena::n_stream_cells() const {
+    return kv.get_size();
 }
 
 void arena::set_row(uint32_t strm, uint32_t cell, int32_t row) {
