@@ -36,7 +36,7 @@ class Weights:
         self.head_dim = head_dim
         self.model = lowlevel.load_model(tiny_ggufs.write(path, "llama", head_dim, n_head_kv=N_KV, n_layer=1))
         ctx = context(self.model, "f32", 0)
-        ctx.decode(list(TOKENS), 0)
+        ctx.decode(TOKENS, 0)
         (section,) = states.sections(ctx.save())
         K = section.K[0].values(len(TOKENS)).reshape(len(TOKENS), N_KV, head_dim)
         self.K = self.rope(K, -np.arange(len(TOKENS)))
@@ -336,10 +336,9 @@ class Machine:
     # --- checks ---
 
     def counts(self) -> None:
-        for ctx in self.contexts:
-            for seq in range(-1, self.cache.n_seq_max):
-                found = ctx.n_intact(seq), ctx.n_tail(seq)
-                assert found == (self.cache.count(seq, [KEPT, TAIL]), self.cache.count(seq, [TAIL])), seq
+        for seq in range(-1, self.cache.n_seq_max):
+            wanted = self.cache.count(seq, [KEPT, TAIL]), self.cache.count(seq, [TAIL])
+            assert all((ctx.n_intact(seq), ctx.n_tail(seq)) == wanted for ctx in self.contexts), seq
 
     def contents(self) -> None:
         if not self.is_settled:

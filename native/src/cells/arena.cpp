@@ -168,10 +168,11 @@ void arena::set_tail(int32_t n) {
                 n));
     }
     if (n > 0 && v_transposed() && !is_exact(type_v)) {
-        throw std::runtime_error(format("a tail of %d intact cells was asked for, and flash attention is off in this "
-                                        "context, its %s V cache is transposed: turn flash attention on, use F16 for V, "
-                                        "or set the tail to 0",
-                n, ggml_type_name(type_v)));
+        throw std::runtime_error(
+                format("a tail of %d intact cells was asked for, and flash attention is off in this "
+                       "context, its %s V cache is transposed: turn flash attention on, use F16 for V, "
+                       "or set the tail to 0",
+                        n, ggml_type_name(type_v)));
     }
     const uint64_t n_cells = (uint64_t) n_stream_cells() * n_streams();
     const uint64_t n_rows_tail = n > 0 ? std::min<uint64_t>((uint64_t) n * n_seq_max + n_ubatch, n_cells) : 0;
