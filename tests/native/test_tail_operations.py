@@ -279,15 +279,14 @@ class Machine:
         for ctx in self.contexts:
             assert ctx.restore(state, seq)
         self.cache.place(seq, [Cell(token, i, {seq}, KEPT) for i, token in enumerate(tokens)])
-        for cell in self.cache.of(seq):
-            cell.kind = ORDINARY if set(self.kv) == {"f16"} else KEPT
 
     def states(self) -> None:
         """From one sequence into another of the same contexts, or into itself."""
         if not self.is_settled:  # llama.cpp saves cells that are still to be shifted or copied as they are
             return
         src, dst = self.seq_with_cells(), self.seq()
-        if not self.cache.of(src):
+        n = len(self.cache.of(src))
+        if n == 0 or n + sum(map(len, self.cache.streams)) > N_CTX:
             return
         self.log.append(f"state {src} {dst}")
         for ctx in self.contexts:
