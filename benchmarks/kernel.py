@@ -236,20 +236,31 @@ class Kernel:
         *,
         fused: bool,
         n_threads: int = 1,
-    ) -> tuple[bytes, bytes]:
+        rows: np.ndarray | None = None,
+        n_rows: int = 0,
+        with_rows: tuple[bool, bool] = (True, True),
+    ) -> tuple[bytes, ...]:
         """The bytes of a cache of n_cells, zero before, after K [n_tokens, n_head_kv, dim] and V went into cells
-        (int64 [n_tokens]): by upstream's nodes or by fused_store()."""
+        (int64 [n_tokens]): by upstream's nodes or by fused_store().
+
+        rows (int64 [n_tokens]): which of n_rows F16 rows, zero before, fused_store() writes besides, of K and of V if
+        with_rows says so; their bytes follow."""
         n_tokens, n_head_kv, dim_k = k.shape
         dim_v = v.shape[-1]
         out = [
             C.create_string_buffer(n_cells * n_head_kv * x.shape[-1] // 32 * BLOCK_BYTES[t])
             for x, t in zip((k, v), types, strict=True)
         ]
+        row_out = [
+            C.create_string_buffer(n_rows * n_head_kv * x.shape[-1] * 2) if n_rows and has else None
+            for x, has in zip((k, v), with_rows, strict=True)
+        ]
         self.lib.fused_test_store(
             int(fused), n_threads, *(TYPES[t] for t in types), dim_k, dim_v, n_head_kv, n_tokens, n_cells, *rot,
             k.ctypes.data_as(C.c_void_p), v.ctypes.data_as(C.c_void_p), cells.ctypes.data_as(C.c_void_p), *out,
+            n_rows, None if rows is None else rows.ctypes.data_as(C.c_void_p), *row_out,
         )  # fmt: skip
-        return out[0].raw, out[1].raw
+        return tuple(x.raw for x in [*out, *row_out] if x is not None)
 
     def widened(self, values: np.ndarray) -> np.ndarray:
         """float16 values as float32, by the chosen instruction set."""

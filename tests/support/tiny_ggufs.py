@@ -1,6 +1,6 @@
 """Tiny random-weight GGUFs, written directly: structures of K that no Hugging Face class is needed for.
 
-Two layers of four heads, F32, a vocabulary of bytes. The weights keep the size of what they are given, so every
+Layers (two) of four heads, F32, a vocabulary of bytes. The weights keep the size of what they are given, so every
 layer's K and V matter to the logits and these stay small enough to compare.
 """
 
@@ -14,6 +14,8 @@ import numpy as np
 
 N_FF, N_HEAD, N_LAYER, N_VOCAB = 256, 4, 2, 3 + 256
 LORA = 64  # MiniCPM3: the width through which Q, K and V go
+WINDOW = 16
+N_EXPERT = 4
 SSM = dict(conv_kernel=4, state_size=16, time_step_rank=8, group_count=1)
 
 
@@ -23,17 +25,20 @@ def write(
     head_dim: int = 64,
     n_rot: int | None = None,
     n_head_kv: int | Sequence[int] = 2,
+    n_layer: int = N_LAYER,
     **extra: float | bool | str,
 ) -> Path:
     """Writes a model of architecture arch: llama (norm RoPE), qwen3 (neox), glm4 (norm, any n_rot), phi3 (neox, any
-    n_rot), minicpm3 (the last n_rot elements), granitehybrid (n_head_kv by layer, 0: a Mamba layer).
+    n_rot), minicpm3 (the last n_rot elements), granitehybrid (n_head_kv by layer, 0: a Mamba layer), gemma2 (every
+    other layer has a sliding window of WINDOW tokens; soft caps), gpt-oss (such layers, sinks, experts).
 
-    n_rot: elements of a head that are rotated, all by default. extra: more of the metadata, behind "ARCH.".
+    n_rot: elements of a head that are rotated, all by default. n_layer: unless n_head_kv is a list. extra: more of the
+    metadata, behind "ARCH.".
     """
     rng = np.random.default_rng(0)
     n_rot = head_dim if n_rot is None else n_rot
     n_embd = N_HEAD * head_dim
-    heads = [n_head_kv] * N_LAYER if isinstance(n_head_kv, int) else list(n_head_kv)
+    heads = [n_head_kv] * n_layer if isinstance(n_head_kv, int) else list(n_head_kv)
     writer = gguf.GGUFWriter(path, arch)
 
     def matrix(name: str, *shape: int) -> None:
@@ -44,7 +49,7 @@ def write(
 
     writer.add_context_length(2048)
     writer.add_embedding_length(n_embd)
-    writer.add_block_count(N_LAYER)
+    writer.add_block_count(len(heads))
     writer.add_feed_forward_length(N_FF)
     writer.add_head_count(N_HEAD)
     writer.add_head_count_kv(n_head_kv)
@@ -56,6 +61,15 @@ def write(
     for key, value in extra.items():
         kind = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
         writer.add_key_value(f"{arch}.{key}", value, kind)
+    if arch in ("gemma2", "gpt-oss"):
+        writer.add_sliding_window(WINDOW)
+    if arch == "gemma2":
+        writer.add_attn_logit_softcapping(50.0)
+        writer.add_final_logit_softcapping(30.0)
+    if arch == "gpt-oss":
+        writer.add_expert_count(N_EXPERT)
+        writer.add_expert_used_count(2)
+        writer.add_expert_feed_forward_length(N_FF)
     if arch == "minicpm3":
         writer.add_q_lora_rank(LORA)
         writer.add_kv_lora_rank(LORA)
@@ -66,11 +80,13 @@ def write(
 
     writer.add_tensor("token_embd.weight", rng.standard_normal((N_VOCAB, n_embd), np.float32))
     norm("output_norm", n_embd)
-    matrix("output", N_VOCAB, n_embd)
+    if arch != "gemma2":
+        matrix("output", N_VOCAB, n_embd)
     for i, n_kv in enumerate(heads):
         layer = f"blk.{i}"
         norm(f"{layer}.attn_norm", n_embd)
-        norm(f"{layer}.ffn_norm", n_embd)
+        if arch != "gpt-oss":
+            norm(f"{layer}.ffn_norm", n_embd)
         if arch == "minicpm3":
             matrix(f"{layer}.attn_q_a", LORA, n_embd)
             norm(f"{layer}.attn_q_a_norm", LORA)
@@ -88,9 +104,13 @@ def write(
             _mamba(writer, layer, n_embd, rng)
         if n_kv:
             matrix(f"{layer}.attn_output", n_embd, N_HEAD * head_dim)
-        if arch == "glm4":
+        if arch in ("glm4", "gemma2", "gpt-oss"):
             norm(f"{layer}.post_attention_norm", n_embd)
+        if arch in ("glm4", "gemma2"):
             norm(f"{layer}.post_ffw_norm", n_embd)
+        if arch == "gpt-oss":
+            _experts(writer, layer, n_embd, n_kv * head_dim, rng)
+            continue
         if arch == "qwen3":
             norm(f"{layer}.attn_q_norm", head_dim)
             norm(f"{layer}.attn_k_norm", head_dim)
@@ -118,6 +138,25 @@ def _vocabulary(writer: gguf.GGUFWriter) -> None:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_add_space_prefix(False)
+
+
+def _experts(writer: gguf.GGUFWriter, layer: str, n_embd: int, n_kv: int, rng: np.random.Generator) -> None:
+    """And the biases and the sinks, which only such layers have."""
+    shapes = {
+        "ffn_gate_inp": (N_EXPERT, n_embd),
+        "ffn_gate_exps": (N_EXPERT, N_FF, n_embd),
+        "ffn_up_exps": (N_EXPERT, N_FF, n_embd),
+        "ffn_down_exps": (N_EXPERT, n_embd, N_FF),
+    }
+    biases = {"attn_q": (n_embd,), "attn_k": (n_kv,), "attn_v": (n_kv,), "attn_output": (n_embd,)}
+    biases |= {name: shape[:-1] for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+        writer.add_tensor(
+            f"{layer}.{name}.weight", rng.standard_normal(shape, np.float32) / np.float32(shape[-1] ** 0.5)
+        )
+    for name, shape in biases.items():
+        writer.add_tensor(f"{layer}.{name}.bias", 0.1 * rng.standard_normal(shape, np.float32))
+    writer.add_tensor(f"{layer}.attn_sinks.weight", rng.standard_normal(N_HEAD, np.float32))
 
 
 def _mamba(writer: gguf.GGUFWriter, layer: str, n_embd: int, rng: np.random.Generator) -> None:

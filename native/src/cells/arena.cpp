@@ -167,13 +167,21 @@ void arena::set_tail(int32_t n) {
                                         "intact cell: unset INTACTKV_ATTN, or set the tail to 0",
                 n));
     }
-    const uint64_t n_cells = (uint64_t) kv.get_size() * kv.n_stream;
+    if (n > 0 && v_transposed() && !is_exact(type_v)) {
+        throw std::runtime_error(
+                format("a tail of %d intact cells was asked for, and flash attention is off in this "
+                       "context, its %s V cache is transposed: turn flash attention on, use F16 for V, "
+                       "or set the tail to 0",
+                        n, ggml_type_name(type_v)));
+    }
+    const uint64_t n_cells = (uint64_t) n_stream_cells() * n_streams();
     const uint64_t n_rows_tail = n > 0 ? std::min<uint64_t>((uint64_t) n * n_seq_max + n_ubatch, n_cells) : 0;
     if (n_rows_tail < n_reserved && this->n_cells(-1) == 0) { // nothing is lost, and the memory is
         layers.assign(layers.size(), {});
         ctxs_bufs.clear();
         kinds.clear();
         n_rows = 0;
+        gen++; // also if what follows fails
     }
     const uint32_t n_reserved_old = std::exchange(n_reserved, (uint32_t) n_rows_tail);
     try {
@@ -225,10 +233,6 @@ int32_t arena::row_of(uint32_t strm, uint32_t cell) const {
     return kv.v_cells[strm].ext_get(cell).intact;
 }
 
-llama_pos arena::position_of(uint32_t strm, uint32_t cell) const {
-    return kv.v_cells[strm].pos_get(cell);
-}
-
 llama_pos arena::shift_of(uint32_t strm, uint32_t cell) const {
     return kv.v_cells[strm].get_shift(cell);
 }
@@ -239,6 +243,14 @@ const std::set<std::pair<llama_pos, uint32_t>> & arena::cells_of(uint32_t strm, 
 
 bool arena::in_sequence(uint32_t strm, uint32_t cell, int32_t seq_id) const {
     return kv.v_cells[strm].seq_has(cell, seq_id);
+}
+
+uint32_t arena::n_streams() const {
+    return kv.n_stream;
+}
+
+uint32_t arena::n_stream_cells() const {
+    return kv.get_size();
 }
 
 void arena::set_row(uint32_t strm, uint32_t cell, int32_t row) {

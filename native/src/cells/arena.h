@@ -110,7 +110,6 @@ public:
 
     bool empty() const { return n_rows == 0; }          // then no cell is intact
     int32_t row_of(uint32_t strm, uint32_t cell) const; // -1: ordinary
-    llama_pos position_of(uint32_t strm, uint32_t cell) const;
     llama_pos shift_of(uint32_t strm, uint32_t cell) const; // by how much seq_add() and seq_div() have moved it
 
     // f(stream, cell, row) for every intact cell
@@ -121,6 +120,8 @@ public:
     const std::set<std::pair<llama_pos, uint32_t>> & cells_of(uint32_t strm, int32_t seq_id) const;
     bool in_sequence(uint32_t strm, uint32_t cell, int32_t seq_id) const;
     uint32_t n_sequences() const { return n_seq_max; }
+    uint32_t n_streams() const;
+    uint32_t n_stream_cells() const; // in use or not
 
     row_kind kind_of(int32_t row) const { return kinds[row]; }
     bool has_tail_cells() const { return any_tail; } // false: there are none; true: there were some at the last look

@@ -5,7 +5,6 @@
 
 #include "llama-impl.h"
 
-#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <limits>
@@ -41,65 +40,36 @@ int32_t tail_asked() {
     return (int32_t) n;
 }
 
-namespace {
-
-using place = std::pair<llama_pos, uint32_t>; // of a cell in a sequence: its position, then its index
-
-// The newest cells of the sequences of each stream: as many as the tail has, besides the new ones.
-class newest {
-public:
-    newest(const arena & a, const cells_view & view) :
-        a(a) {
-        for (size_t s = 0; s < view.idxs->size(); ++s) {
-            const uint32_t strm = (*view.strm)[s];
-            for (const uint32_t cell : (*view.idxs)[s]) {
-                for (uint32_t seq_id = 0; seq_id < a.n_sequences(); ++seq_id) {
-                    if (a.in_sequence(strm, cell, seq_id)) {
-                        n_new[{ strm, seq_id }]++;
-                    }
+// By stream, the cells that are among the newest of a sequence: as many of each as the tail has, besides the new ones.
+static std::vector<std::vector<bool>> newest_cells(const arena & a, const cells_view & view) {
+    std::map<std::pair<uint32_t, uint32_t>, size_t> n_new; // of stream, sequence
+    for (size_t s = 0; s < view.idxs->size(); ++s) {
+        const uint32_t strm = (*view.strm)[s];
+        for (const uint32_t cell : (*view.idxs)[s]) {
+            for (uint32_t seq_id = 0; seq_id < a.n_sequences(); ++seq_id) {
+                if (a.in_sequence(strm, cell, seq_id)) {
+                    n_new[{ strm, seq_id }]++;
                 }
             }
         }
     }
 
-    bool has(uint32_t strm, uint32_t cell) {
+    std::vector<std::vector<bool>> res(a.n_streams(), std::vector<bool>(a.n_stream_cells()));
+    for (uint32_t strm = 0; strm < res.size(); ++strm) {
         for (uint32_t seq_id = 0; seq_id < a.n_sequences(); ++seq_id) {
-            if (!a.in_sequence(strm, cell, seq_id)) {
+            const auto & cells = a.cells_of(strm, seq_id);
+            if (cells.empty()) {
                 continue;
             }
-            const auto [it, is_first] = oldest.try_emplace({ strm, seq_id });
-            if (is_first) {
-                it->second = oldest_of(strm, seq_id);
-            }
-            if (place(a.position_of(strm, cell), cell) >= it->second) {
-                return true;
+            const auto found = n_new.find({ strm, seq_id });
+            size_t n = a.tail() + (found == n_new.end() ? 0 : found->second);
+            for (auto it = cells.rbegin(); it != cells.rend() && n > 0; ++it, --n) {
+                res[strm][it->second] = true;
             }
         }
-        return false;
     }
-
-private:
-    const arena & a;
-
-    using sequence = std::pair<uint32_t, uint32_t>; // stream, id
-    std::map<sequence, uint32_t> n_new;
-    std::map<sequence, place> oldest;
-
-    place oldest_of(uint32_t strm, uint32_t seq_id) const {
-        const auto & cells = a.cells_of(strm, seq_id);
-        const auto found = n_new.find({ strm, seq_id });
-        const size_t n = (size_t) a.tail() + (found == n_new.end() ? 0 : found->second);
-        if (n == 0) {
-            return { std::numeric_limits<llama_pos>::max(), 0 };
-        }
-        if (n >= cells.size()) {
-            return { -1, 0 };
-        }
-        return *std::next(cells.rbegin(), n - 1);
-    }
-};
-
-} // namespace
+    return res;
+}
 
 void new_cells(const cells_view & view) {
     if (view.a == nullptr || (view.a->tail() == 0 && !view.a->has_tail_cells())) {
@@ -108,13 +78,13 @@ void new_cells(const cells_view & view) {
     arena & a = *view.a;
 
     if (a.has_tail_cells()) {
-        newest kept(a, view);
+        const auto newest = newest_cells(a, view);
         bool any = false;
         a.each_intact([&](uint32_t strm, uint32_t cell, int32_t row) {
             if (a.kind_of(row) != row_kind::tail) {
                 return;
             }
-            if (kept.has(strm, cell)) {
+            if (newest[strm][cell]) {
                 any = true;
             } else {
                 a.unmark(strm, cell);
