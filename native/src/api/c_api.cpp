@@ -19,6 +19,7 @@
 #include <exception>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace intactkv {
@@ -172,13 +173,19 @@ int32_t intactkv_set_tail(llama_context * ctx, int32_t n_cells) {
         return n_cells > 0 ? fail(why) : 0;
     }
     llama_synchronize(ctx);
+    std::vector<std::pair<arena *, uint32_t>> done; // and the tail that each had
     try {
         for (llama_kv_cache * kv : caches_of(ctx)) {
-            if (kv->intact) {
-                kv->intact->set_tail(n_cells);
+            if (arena * a = kv->intact.get()) {
+                done.emplace_back(a, a->tail());
+                a->set_tail(n_cells);
             }
         }
     } catch (const std::exception & err) {
+        done.pop_back(); // this one has changed nothing
+        for (const auto & [a, before] : done) {
+            a->set_tail(before);
+        }
         return fail(err.what());
     }
     return intactkv_tail(ctx);

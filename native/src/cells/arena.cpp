@@ -175,7 +175,8 @@ void arena::set_tail(int32_t n) {
                         n, ggml_type_name(type_v)));
     }
     const uint64_t n_cells = (uint64_t) n_stream_cells() * n_streams();
-    const uint64_t n_rows_tail = n > 0 ? std::min<uint64_t>((uint64_t) n * n_seq_max + n_ubatch, n_cells) : 0;
+    const uint64_t n_new = n_ubatch + (n_seq_max > n_ubatch ? n_seq_max : 0); // each has one token at least
+    const uint64_t n_rows_tail = n > 0 ? std::min<uint64_t>((uint64_t) n * n_seq_max + n_new, n_cells) : 0;
     if (n_rows_tail < n_reserved && this->n_cells(-1) == 0) { // nothing is lost, and the memory is
         layers.assign(layers.size(), {});
         ctxs_bufs.clear();
@@ -258,6 +259,11 @@ void arena::set_row(uint32_t strm, uint32_t cell, int32_t row) {
     llama_kv_cell_ext ext = cells.ext_get(cell);
     ext.intact = row;
     cells.ext_set(cell, ext);
+}
+
+void arena::give_up_tail() {
+    n_tail = n_reserved = 0;
+    gen++;
 }
 
 void arena::mark(uint32_t strm, uint32_t cell, int32_t row, row_kind kind) {

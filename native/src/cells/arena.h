@@ -78,6 +78,9 @@ public:
     // token has to wait for memory. A cache of exact cells has no tail. Throws std::runtime_error
     void set_tail(int32_t n);
 
+    // in the middle of a batch: no tail from now on
+    void give_up_tail();
+
     //
     // layers: the arena's rows, and the cache's own tensors
     //
@@ -108,8 +111,8 @@ public:
     // rows: [n_kv*(s1 - s0 + 1)] or nullptr to only count; returns the number of intact cells
     uint32_t map_cells(uint32_t s0, uint32_t s1, uint32_t n_kv, int32_t * rows) const;
 
-    bool empty() const { return n_rows == 0; }          // then no cell is intact
-    int32_t row_of(uint32_t strm, uint32_t cell) const; // -1: ordinary
+    bool empty() const { return n_rows == 0; }              // then no cell is intact
+    int32_t row_of(uint32_t strm, uint32_t cell) const;     // -1: ordinary
     llama_pos shift_of(uint32_t strm, uint32_t cell) const; // by how much seq_add() and seq_div() have moved it
 
     // f(stream, cell, row) for every intact cell

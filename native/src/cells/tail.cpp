@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <limits>
 #include <map>
+#include <exception>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -102,7 +103,16 @@ void new_cells(const cells_view & view) {
     for (const auto & cells : *view.idxs) {
         n += cells.size();
     }
-    const std::vector<uint32_t> rows = a.take_rows(0, n);
+    std::vector<uint32_t> rows;
+    try {
+        rows = a.take_rows(0, n);
+    } catch (const std::exception & err) {
+        // only where sequences share cells and are shifted apart can it be that the rows reserved are not enough; the
+        // batch goes on, its cells are ordinary
+        LLAMA_LOG_WARN("%s: no tail from here on: %s\n", __func__, err.what());
+        a.give_up_tail();
+        return;
+    }
     size_t i = 0;
     for (size_t s = 0; s < view.idxs->size(); ++s) {
         for (const uint32_t cell : (*view.idxs)[s]) {
