@@ -110,7 +110,7 @@ struct pair_args {
     int n_pair;
 };
 
-template <int MB> inline void pair_tile(const pair_args & g, int m0) {
+template <int MB> __attribute__((noinline)) void pair_tile(const pair_args & g, int m0) {
     constexpr int VB = QK / W;
     vi acc[MB][VB];
     clear(acc);
@@ -170,7 +170,7 @@ struct idot_args {
     int n_block;
 };
 
-template <bool K_ROWS, int MB, int VB> inline void idot_tile(const idot_args & g, int m0, int n0) {
+template <bool K_ROWS, int MB, int VB> __attribute__((noinline)) void idot_tile(const idot_args & g, int m0, int n0) {
     vf c[MB][VB];
     clear(c);
     for (int b = 0; b < g.n_block; b++) {
