@@ -13,7 +13,7 @@ namespace {
 #if INTACTKV_X86 >= 3 || INTACTKV_ARM
 constexpr int MB_F = 6, VB_F = 4, MB_I = 4, VB_I = 3; // 32 registers
 #elif INTACTKV_X86 == 2
-constexpr int MB_F = 6, VB_F = 2, MB_I = 2, VB_I = 2; // 16 registers
+constexpr int MB_F = 6, VB_F = 2, MB_I = 2, VB_I = 4; // 16 registers
 #else
 constexpr int MB_F = 3, VB_F = 4, MB_I = 2, VB_I = 2;
 #endif
@@ -122,7 +122,7 @@ template <int MB> __attribute__((noinline)) void pair_tile(const pair_args & g, 
         for (int m = 0; m < MB; m++) {
             const vi am = set1(g.a[p * g.a_row + m0 + m]);
             for (int v = 0; v < VB; v++) {
-                acc[m][v] = dot2(acc[m][v], am, bv[v]);
+                acc[m][v] = now(dot2(acc[m][v], am, bv[v]));
             }
         }
     }
@@ -138,7 +138,7 @@ template <int MB> __attribute__((noinline)) void pair_tile(const pair_args & g, 
 }
 
 inline void pair_gemm(const pair_args & g, int m) {
-    constexpr int MB = INTACTKV_X86 >= 3 ? 12 : 2;
+        constexpr int MB = INTACTKV_X86 >= 3 ? 12 : 3;
     int m0 = 0;
     for (; m0 + MB <= m; m0 += MB) {
         pair_tile<MB>(g, m0);
@@ -190,7 +190,7 @@ template <bool K_ROWS, int MB, int VB> __attribute__((noinline)) void idot_tile(
             for (int m = 0; m < MB; m++) {
                 const vi am = set1(load_as<int32_t>(g.a + (m0 + m) * g.a_row + b * QK + j * 4));
                 for (int v = 0; v < VB; v++) {
-                    acc[m][v] = K_ROWS ? dot4(acc[m][v], am, bv[v]) : dot4(acc[m][v], bv[v], am);
+                    acc[m][v] = now(K_ROWS ? dot4(acc[m][v], am, bv[v]) : dot4(acc[m][v], bv[v], am));
                 }
             }
         }
@@ -220,6 +220,9 @@ template <bool K_ROWS, int MB> inline void idot_rows(const idot_args & g, int m0
     int n0 = 0;
     for (; n0 + VB_I * W <= n; n0 += VB_I * W) {
         idot_tile<K_ROWS, MB, VB_I>(g, m0, n0);
+    }
+    for (; n0 + 2 * W <= n; n0 += 2 * W) {
+        idot_tile<K_ROWS, MB, 2>(g, m0, n0);
     }
     for (; n0 < n; n0 += W) {
         idot_tile<K_ROWS, MB, 1>(g, m0, n0);

@@ -210,16 +210,6 @@ inline float max_of(vf a) {
 #endif
 }
 
-#if INTACTKV_X86 == 2 || INTACTKV_X86 == 3
-// a + b, now. Left to itself GCC puts off sums of integers, whose order does not matter: it adds eight products of each
-// accumulator at the end, and until then keeps all of them on the stack.
-inline vi add_now(vi a, vi b) {
-    a += b;
-    __asm__("" : "+v"(a));
-    return a;
-}
-#endif
-
 // acc + the dot products of 4 signed bytes of q and 4 bytes of k (with K_BIAS), in each of W lanes.
 inline vi dot4(vi acc, vi k, vi q) {
 #if INTACTKV_X86 >= 4
@@ -228,10 +218,10 @@ inline vi dot4(vi acc, vi k, vi q) {
     const __m512i s =
             _mm512_mask_sub_epi8((__m512i) q, _mm512_movepi8_mask((__m512i) k), _mm512_setzero_si512(), (__m512i) q);
     const __m512i p = _mm512_maddubs_epi16(_mm512_abs_epi8((__m512i) k), s);
-    return add_now(acc, (vi) _mm512_madd_epi16(p, _mm512_set1_epi16(1)));
+    return acc + (vi) _mm512_madd_epi16(p, _mm512_set1_epi16(1));
 #elif INTACTKV_X86 == 2
     const __m256i p = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i) k), _mm256_sign_epi8((__m256i) q, (__m256i) k));
-    return add_now(acc, (vi) _mm256_madd_epi16(p, _mm256_set1_epi16(1)));
+    return acc + (vi) _mm256_madd_epi16(p, _mm256_set1_epi16(1));
 #elif INTACTKV_ARM >= 2
     return (vi) vdotq_s32((int32x4_t) acc, (int8x16_t) k, (int8x16_t) q);
 #elif INTACTKV_ARM
@@ -252,12 +242,21 @@ inline vi dot2(vi acc, vi a, vi b) {
 #if INTACTKV_X86 >= 4
     return (vi) _mm512_dpwssd_epi32((__m512i) acc, (__m512i) a, (__m512i) b);
 #elif INTACTKV_X86 == 3
-    return add_now(acc, (vi) _mm512_madd_epi16((__m512i) a, (__m512i) b));
+    return acc + (vi) _mm512_madd_epi16((__m512i) a, (__m512i) b);
 #else
-    return add_now(acc, (vi) _mm256_madd_epi16((__m256i) a, (__m256i) b));
+    return acc + (vi) _mm256_madd_epi16((__m256i) a, (__m256i) b);
 #endif
 }
 #endif
+
+// The same sum, which is computed here. GCC puts off sums of integers, as their order does not matter: of eight products
+// of each accumulator it keeps all on the stack, and adds them at the end.
+inline vi now(vi acc) {
+#if INTACTKV_X86 == 2 || INTACTKV_X86 == 3
+    __asm__("" : "+v"(acc));
+#endif
+    return acc;
+}
 
 // 2W values of two cells, side by side as pair_dot() wants them.
 struct cell_pair {
