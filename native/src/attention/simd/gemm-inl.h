@@ -122,7 +122,8 @@ template <int MB> __attribute__((noinline)) void pair_tile(const pair_args & g, 
         for (int m = 0; m < MB; m++) {
             const vi am = set1(g.a[p * g.a_row + m0 + m]);
             for (int v = 0; v < VB; v++) {
-                acc[m][v] = now(dot2(acc[m][v], am, bv[v]));
+                acc[m][v] = dot2(acc[m][v], am, bv[v]);
+                settle(acc[m][v]);
             }
         }
     }
@@ -190,7 +191,8 @@ template <bool K_ROWS, int MB, int VB> __attribute__((noinline)) void idot_tile(
             for (int m = 0; m < MB; m++) {
                 const vi am = set1(load_as<int32_t>(g.a + (m0 + m) * g.a_row + b * QK + j * 4));
                 for (int v = 0; v < VB; v++) {
-                    acc[m][v] = now(K_ROWS ? dot4(acc[m][v], am, bv[v]) : dot4(acc[m][v], bv[v], am));
+                    acc[m][v] = K_ROWS ? dot4(acc[m][v], am, bv[v]) : dot4(acc[m][v], bv[v], am);
+                    settle(acc[m][v]);
                 }
             }
         }
