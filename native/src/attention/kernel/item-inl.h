@@ -16,7 +16,7 @@ namespace {
 
 constexpr int TILE_FLOATS = 8192;           // cells x head size of a tile
 constexpr int NARROW_MAX = W >= 8 ? 48 : 5; // rows up to which an item is narrow
-constexpr int NARROW_MAX_QUANT = W >= 8 ? 12 : 5; // the same with quantized K and V
+constexpr int NARROW_MAX_QUANT = W >= 16 ? 24 : W >= 8 ? 12 : 5; // the same, if K and V are quantized
 
 // Cells that are processed together: all intact or all ordinary.
 struct tile {
