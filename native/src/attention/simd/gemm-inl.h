@@ -139,7 +139,7 @@ template <int MB> __attribute__((noinline)) void pair_tile(const pair_args & g, 
 }
 
 inline void pair_gemm(const pair_args & g, int m) {
-        constexpr int MB = INTACTKV_X86 >= 3 ? 12 : 3;
+    constexpr int MB = INTACTKV_X86 >= 3 ? 12 : 3;
     int m0 = 0;
     for (; m0 + MB <= m; m0 += MB) {
         pair_tile<MB>(g, m0);
