@@ -89,7 +89,7 @@
 //                         is not recorded). 12, f16: x 0.95 (16 tokens at 2048), 0.81 (5 tokens, AVX2), 0.96 (16
 //                         tokens, AVX2). 96: x 0.95 (f16, 128 tokens at 512). 5 with vectors of 4: not measured
 //     NARROW_MAX_QUANT    by CPU time, at 2048. 12 with AVX2. 48: x 0.77 (q8_0, 16 tokens), 0.82 (8), 0.86 (5); 0.69
-//                         (q4_0, 16 tokens), 0.63 (q5_1); 0.84 (7B class q8_0, 8 tokens), 0.92 (4), 1.01 (5). 16: x
+//                         (q4_0, 16 tokens), 0.63 (q5_1); 0.86 (7B class q8_0, 8 tokens), 0.92 (4), 1.01 (5). 16: x
 //                         0.86 (q8_0, 5 tokens), 1.01 (7B class, 5 tokens), 0.96 (4). 0: x 0.95 (q8_0, 3 tokens).
 //                         24 with AVX-512, whose rows are padded to 16. 48 with VNNI: x 0.85 (q8_0, 16 tokens), 0.78
 //                         (q4_0), 0.88 (7B class q4_0, 8 tokens), 0.81 (Gemma q8_0, 128 tokens), 0.74 (Gemma q4_0).
@@ -104,9 +104,8 @@
 //     read ahead          one tile, to the second cache (row_list::prefetch()). None: x 0.45 (q8_0, 1 token at 8192),
 //                         0.45 (f16), 0.66 (q4_0), 0.26 (7B class q8_0). To the first: x 0.60, 0.61 (f16), 0.34 (7B
 //                         class q8_0). Other distances: not measured
-//     read ahead, wide    the same. None, by CPU time: x 0.96 (AVX2: 7B class q8_0, 128 tokens at 2048), 0.91 (MHA),
-//                         0.92 (7B class q8_0, 16 tokens, which were narrow then), 0.90 (7B class f16, 128 tokens);
-//                         VNNI: 0.95 (7B class q8_0, 128 tokens), 0.94 (7B class f16), 0.92 (f16)
+//     read ahead, wide    the same. None, by CPU time, 128 tokens at 2048: AVX2 x 1.00 (q8_0), 0.96 (7B class q8_0), 0.95
+//                         (7B class f16), 0.95 (MHA q8_0), 1.02 (MHA f16; it varied); VNNI 1.00, 0.96, 0.96, 0.93, 0.98
 //     read ahead, mask    one tile (look()). None: x 0.99 (q8_0, 128 tokens at 512 and at 4096), no more than the noise
 //     MB, VB              gemm-inl.h: as many accumulators as there are registers for. AVX2, by CPU time, 128 tokens at
 //                         2048, q8_0: MB_I, VB_I 2, 4. 2, 2: x 0.95; 4, 2: x 0.98; 2, 3: 1.00, but 1.02 with 16
