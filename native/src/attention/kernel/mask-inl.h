@@ -30,6 +30,7 @@ inline bool look(const work & w, int c, int n, uint16_t * live) {
     const int first = w.call.mask_heads > 1 ? w.it.kv_head * n_group : 0;
     const int last = w.call.mask_heads > 1 ? (w.it.kv_head + w.it.kv_heads) * n_group : 1;
     constexpr int N = FUSED_TILE / (2 * W); // vectors of a row of the mask
+    const vs unseen = vs{} + (int16_t) F16_NEG_INF;
     vs seen[N] = {}, any = {};
     for (int head = first; head < last; head++) {
         for (int i = 0; i < w.it.tokens; i++) {
@@ -45,7 +46,7 @@ inline bool look(const work & w, int c, int n, uint16_t * live) {
             }
             for (int j = 0; j < N; j++) {
                 const vs x = load_as<vs>(m + j * 2 * W);
-                seen[j] |= (vs) (x != (int16_t) F16_NEG_INF);
+                seen[j] |= (vs) (x != unseen);
                 any |= x;
             }
         }
