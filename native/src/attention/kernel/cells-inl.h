@@ -13,15 +13,6 @@
 namespace intactkv {
 namespace {
 
-// The row of cell c of the tile, for KV head h of the item.
-inline const uint8_t * k_row(const work & w, int h, int c) {
-    return w.mem.k_rows.base + h * w.mem.k_rows.head + w.mem.k_rows.offset[c];
-}
-
-inline const uint8_t * v_row(const work & w, int h, int c) {
-    return w.mem.v_rows.base + h * w.mem.v_rows.head + w.mem.v_rows.offset[c];
-}
-
 // Finds the K or V rows of the tile's cells, and those of the next tile.
 //
 // The next tile's rows are prefetched one by one while this tile is computed: memory bounds decode, and the

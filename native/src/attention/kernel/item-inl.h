@@ -14,8 +14,9 @@
 namespace intactkv {
 namespace {
 
-constexpr int TILE_FLOATS = 8192;           // cells x head size of a tile
-constexpr int NARROW_MAX = W >= 8 ? 48 : 5; // rows up to which an item is narrow
+constexpr int TILE_FLOATS = 8192;                                // cells x head size of a tile
+constexpr int NARROW_MAX = W >= 8 ? 48 : 5;                      // rows up to which an item is narrow
+constexpr int NARROW_MAX_QUANT = W >= 16 ? 24 : W >= 8 ? 12 : 5; // the same, if K and V are quantized
 
 // Cells that are processed together: all intact or all ordinary.
 struct tile {
@@ -108,7 +109,11 @@ inline item make_item(const fused_call & call, int i, int nth) {
     it.tokens = call.n_tokens - it.token < p.tokens ? call.n_tokens - it.token : p.tokens;
     it.rows = it.heads * it.tokens;
     it.rows_pad = round_up(it.rows, W);
-    it.wide = it.rows > NARROW_MAX && it.kv_heads == 1;
+    const auto is_float = [](ggml_type type) {
+        return type == GGML_TYPE_F16 || type == GGML_TYPE_BF16;
+    };
+    const bool quant = !is_float(call.k.type) && !is_float(call.v.type);
+    it.wide = it.rows > (quant ? NARROW_MAX_QUANT : NARROW_MAX) && it.kv_heads == 1;
     return it;
 }
 

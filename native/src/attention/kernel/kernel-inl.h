@@ -37,8 +37,9 @@
 //
 // NARROW AND WIDE. Two layouts, chosen per item (make_item()):
 //
-//     narrow  up to NARROW_MAX rows per KV head: decode, a few sequences, short batches; on x86 also any batch with
-//             head sizes above 192, where FUSED_FLOATS allows 48 rows at most. Scores [row][cell]. Quantized K is
+//     narrow  up to NARROW_MAX rows per KV head, NARROW_MAX_QUANT if K and V are quantized: decode, a few sequences,
+//             short batches; with F16 on x86 also any batch with head sizes above 192, where FUSED_FLOATS allows 48
+//             rows at most. Scores [row][cell]. Quantized K is
 //             transposed so that a lane is a cell: for up to SCORE_ROWS rows in registers, as it is used, else into k8
 //             once for all rows. With F16 and BF16 K a lane is a value, 4 cells at a time. V is expanded in registers,
 //             VALUE_ROWS rows at a time.
@@ -73,7 +74,8 @@
 //         [--shapes ...] [--types ...] [--depths ...] [--tokens ...]
 //
 // So these were measured, on one core of an AMD EPYC (Zen 4, AVX-512 VNNI) that others used too. "x 0.91": with the
-// other value the kernel is 0.91 times as fast, median of 9 rounds. SmolLM2-135M's shape unless another is named.
+// other value the kernel is 0.91 times as fast, median of 9 rounds. SmolLM2-135M's shape unless another is named. "By
+// CPU time": the thread's own, both kernels in turn in one process; AVX2 means that target on the same machine.
 //
 //     FUSED_TILE 64       cells of a tile. 32: x 0.91 (q8_0, 1 token at 2048), 0.76 (16 tokens), 0.91 (128 at 512)
 //     TILE_FLOATS 8192    K or V of a tile in floats, 32 KB. 4096: x 0.83 (7B class q8_0, 128 tokens at 512), 0.82
@@ -84,10 +86,15 @@
 //     FUSED_FLOATS 12288  96 rows of head size 128, see FUSED_ROWS_MAX
 //     FUSED_HEAD_MAX 512  a choice, not measured
 //     NARROW_MAX 48       set when the narrow kernels had become faster (95e50df; measured with AVX2 and AVX-512, how
-//                         is not recorded). 12: x 1.18 (q8_0, 16 tokens at 2048), 1.32 (q4_0), 0.95 (f16), 1.03 (q8_0,
-//                         5 tokens), 0.81 (7B class q8_0, 8 tokens): with VNNI, 48 rows of a quantized cache would
-//                         rather be wide. 96: x 0.83 (q8_0, 128 tokens at 512), 0.75 (q4_0), 0.95 (f16). 5 with vectors
-//                         of 4: not measured
+//                         is not recorded). 12, f16: x 0.95 (16 tokens at 2048), 0.81 (5 tokens, AVX2), 0.96 (16
+//                         tokens, AVX2). 96: x 0.95 (f16, 128 tokens at 512). 5 with vectors of 4: not measured
+//     NARROW_MAX_QUANT    by CPU time, at 2048. 12 with AVX2. 48: x 0.77 (q8_0, 16 tokens), 0.82 (8), 0.86 (5); 0.69
+//                         (q4_0, 16 tokens), 0.63 (q5_1); 0.86 (7B class q8_0, 8 tokens), 0.92 (4), 1.01 (5). 16: x
+//                         0.86 (q8_0, 5 tokens), 1.01 (7B class, 5 tokens), 0.96 (4). 0: x 0.95 (q8_0, 3 tokens).
+//                         24 with AVX-512, whose rows are padded to 16. 48 with VNNI: x 0.85 (q8_0, 16 tokens), 0.78
+//                         (q4_0), 0.88 (7B class q4_0, 8 tokens), 0.81 (Gemma q8_0, 128 tokens), 0.74 (Gemma q4_0).
+//                         12 with VNNI: x 0.96 (q8_0, 8 tokens), 1.05 (q4_0), 0.78 (7B class q8_0, 5 tokens); without
+//                         VNNI x 0.93, 1.02, 0.73. 5 with vectors of 4: not measured
 //     SCORE_ROWS 8        as accumulators and transposed vectors fit 32 registers. 1: x 1.01 (q8_0, 1 token at 2048),
 //                         0.92 (q4_0), 0.91 (7B class q8_0), 0.92 (q8_0, 2 tokens). 4 with fewer lanes: not measured
 //     VALUE_ROWS 4        2: x 0.91 (q8_0, 4 tokens at 2048), 0.85 (q4_0), 0.92 (f16). 2 with 16 registers: not
@@ -97,8 +104,16 @@
 //     read ahead          one tile, to the second cache (row_list::prefetch()). None: x 0.45 (q8_0, 1 token at 8192),
 //                         0.45 (f16), 0.66 (q4_0), 0.26 (7B class q8_0). To the first: x 0.60, 0.61 (f16), 0.34 (7B
 //                         class q8_0). Other distances: not measured
+//     read ahead, wide    the same. None, by CPU time, 128 tokens at 2048: AVX2 x 1.00 (q8_0), 0.96 (7B class q8_0), 0.95
+//                         (7B class f16), 0.95 (MHA q8_0), 1.02 (MHA f16; it varied); VNNI 1.00, 0.96, 0.96, 0.93, 0.98
 //     read ahead, mask    one tile (look()). None: x 0.99 (q8_0, 128 tokens at 512 and at 4096), no more than the noise
-//     MB, VB              gemm-inl.h: as many accumulators as there are registers for; a choice, not measured
+//     MB, VB              gemm-inl.h: as many accumulators as there are registers for. AVX2, by CPU time, 128 tokens at
+//                         2048, q8_0: MB_I, VB_I 2, 4. 2, 2: x 0.95; 4, 2: x 0.98; 2, 3: 1.00, but 1.02 with 16
+//                         tokens; 2, 6: 0.94; 1, 6: 0.92. pair_gemm() 3 rows. 2: x 0.98; 4: x 0.95. All others: a
+//                         choice, not measured
+//     settle()            sums of integers are computed where they stand. Not: x 0.84 (AVX2: q8_0, 128 tokens at 2048,
+//                         both with blocks of 2, 2 and 2 rows): GCC kept a block's products on the stack. Without VNNI
+//                         on AVX-512, 32 registers: no difference
 //     of the plan         call.cpp; SHARE_FROM: attention.cpp
 //
 // INSTRUCTION SETS. Each file of targets/ is one translation unit: it includes all headers from outside

@@ -20,31 +20,43 @@ inline const uint16_t * mask_row(const work & w, int head, int token) {
             head % w.call.mask_heads * w.call.mask_nb_head + w.it.stream % w.call.mask_streams * w.call.mask_nb_stream);
 }
 
-// Which of n cells from c on does any query of the item see? true: some mask value is not 0.
+// Which of n cells from c on does any query of the item see? true: some mask value is not 0. live: of those not 0.
 inline bool look(const work & w, int c, int n, uint16_t * live) {
-    for (int i = 0; i < FUSED_TILE; i++) {
-        live[i] = w.call.mask == nullptr;
-    }
     if (!w.call.mask) {
+        memset(live, 0xff, FUSED_TILE * sizeof(uint16_t));
         return false;
     }
     const int n_group = w.call.n_head / w.call.n_head_kv;
     const int first = w.call.mask_heads > 1 ? w.it.kv_head * n_group : 0;
     const int last = w.call.mask_heads > 1 ? (w.it.kv_head + w.it.kv_heads) * n_group : 1;
-    uint16_t any = 0;
+    constexpr int N = FUSED_TILE / (2 * W); // vectors of a row of the mask
+    const vs unseen = vs{} + (int16_t) F16_NEG_INF;
+    vs seen[N] = {}, any = {};
     for (int head = first; head < last; head++) {
         for (int i = 0; i < w.it.tokens; i++) {
             const uint16_t * m = mask_row(w, head, i) + c;
             // the rows are pages apart: the next tile's part of each would be waited for
             __builtin_prefetch(m + FUSED_TILE);
             __builtin_prefetch(m + FUSED_TILE + 32);
-            for (int j = 0; j < n; j++) {
-                live[j] |= m[j] != F16_NEG_INF;
-                any |= m[j];
+            uint16_t part[FUSED_TILE];
+            if (n < FUSED_TILE) {
+                memset(part, 0, sizeof(part));
+                memcpy(part, m, n * sizeof(uint16_t));
+                m = part;
+            }
+            for (int j = 0; j < N; j++) {
+                const vs x = load_as<vs>(m + j * 2 * W);
+                seen[j] |= (vs) (x != unseen);
+                any |= x;
             }
         }
     }
-    return any != 0;
+    memcpy(live, seen, sizeof(seen));
+    int16_t some = 0;
+    for (int j = 0; j < 2 * W; j++) {
+        some |= any[j];
+    }
+    return some != 0;
 }
 
 // From one row of mem.mask to the next.

@@ -163,9 +163,13 @@ template <ggml_type T> inline void narrow_scores_float(const work & w, int n, in
 // K in bytes [cell][dim_k], with Q's rows in lanes.
 template <ggml_type T> inline void wide_scores_quant(const work & w, int n) {
     const int n_block = w.dim_k / QK;
+    const row_list rows(w.mem.k_rows, 0, n);
     for (int c = 0; c < n; c++) {
         for (int b = 0; b < n_block; b++) {
-            const uint8_t * p = k_row(w, 0, c) + b * block<T>::bytes;
+            const uint8_t * p = rows.here[c] + b * block<T>::bytes;
+            if (new_line<T>(b)) {
+                rows.prefetch(c, b * block<T>::bytes);
+            }
             unpack<T, K_BIAS>(p, w.mem.k8 + c * w.dim_k + b * QK);
             w.mem.k_scale[c * n_block + b] = f16(p);
             if constexpr (block<T>::min) {
@@ -192,9 +196,13 @@ template <ggml_type T> inline void wide_scores_quant(const work & w, int n) {
 
 // K in floats [cell][dim_k].
 template <ggml_type T> inline void wide_scores_float(const work & w, int n) {
+    const row_list rows(w.mem.k_rows, 0, n);
     for (int c = 0; c < n; c++) {
         for (int d = 0; d < w.dim_k; d += W) {
-            store(w.mem.k + c * w.dim_k + d, values<T>(k_row(w, 0, c) + d * 2, 0));
+            if (d % 32 == 0) {
+                rows.prefetch(c, d * 2);
+            }
+            store(w.mem.k + c * w.dim_k + d, values<T>(rows.here[c] + d * 2, 0));
         }
     }
     const size_t ld = w.it.rows_pad;

@@ -172,16 +172,20 @@ template <ggml_type T> inline void narrow_values(const work & w, int n, int h) {
 // V of the tile as pairs of cells [pair][dim_v][2], 16 bits each; scale, low: [block][cell, cells_max]. Behind an odd
 // last cell comes itself once more.
 template <ggml_type T> inline void pack_v(const work & w, int n, int32_t * pairs, float * scale, float * low) {
+    const row_list rows(w.mem.v_rows, 0, round_up(n, 2));
     for (int c = 0; c < n; c += 2) {
-        const uint8_t * rows[2] = { v_row(w, 0, c), v_row(w, 0, c + 1 < n ? c + 1 : c) };
         for (int b = 0; b < w.dim_v / QK; b++) {
             const size_t offset = (size_t) (b * block<T>::bytes);
             vs v[2][BLOCK_S];
             for (int i = 0; i < 2; i++) {
-                unpack_s16<T>(rows[i] + offset, v[i]);
-                scale[b * w.cells_max + c + i] = f16(rows[i] + offset);
+                const uint8_t * p = rows.here[c + i] + offset;
+                unpack_s16<T>(p, v[i]);
+                scale[b * w.cells_max + c + i] = f16(p);
                 if constexpr (block<T>::min) {
-                    low[b * w.cells_max + c + i] = f16(rows[i] + offset + 2);
+                    low[b * w.cells_max + c + i] = f16(p + 2);
+                }
+                if (new_line<T>(b)) {
+                    rows.prefetch(c + i, offset);
                 }
             }
             int32_t * out = pairs + c / 2 * w.dim_v + b * QK;
@@ -245,10 +249,15 @@ template <ggml_type T> inline void wide_values_quant(const work & w, int n) {
 
 // V in floats [cell][dim_v].
 template <ggml_type T> inline void wide_values_float(const work & w, int n) {
+    const row_list rows(w.mem.v_rows, 0, n);
     for (int c = 0; c < n; c++) {
         if constexpr (block<T>::quant) {
             for (int d = 0; d < w.dim_v; d += QK) {
-                const uint8_t * p = v_row(w, 0, c) + d / QK * block<T>::bytes;
+                const int offset = d / QK * block<T>::bytes;
+                const uint8_t * p = rows.here[c] + offset;
+                if (new_line<T>(d / QK)) {
+                    rows.prefetch(c, offset);
+                }
                 const vf scale = set1(block_scale<T>(p));
                 const vf low = set1(block_low<T>(p));
                 for (int v = 0; v < QK / W; v++) {
@@ -257,7 +266,10 @@ template <ggml_type T> inline void wide_values_float(const work & w, int n) {
             }
         } else {
             for (int d = 0; d < w.dim_v; d += W) {
-                store(w.mem.v + c * w.dim_v + d, values<T>(v_row(w, 0, c) + d * 2, 0));
+                if (d % 32 == 0) {
+                    rows.prefetch(c, d * 2);
+                }
+                store(w.mem.v + c * w.dim_v + d, values<T>(rows.here[c] + d * 2, 0));
             }
         }
     }

@@ -13,7 +13,7 @@ namespace {
 #if INTACTKV_X86 >= 3 || INTACTKV_ARM
 constexpr int MB_F = 6, VB_F = 4, MB_I = 4, VB_I = 3; // 32 registers
 #elif INTACTKV_X86 == 2
-constexpr int MB_F = 6, VB_F = 2, MB_I = 2, VB_I = 2; // 16 registers
+constexpr int MB_F = 6, VB_F = 2, MB_I = 2, VB_I = 4; // 16 registers
 #else
 constexpr int MB_F = 3, VB_F = 4, MB_I = 2, VB_I = 2;
 #endif
@@ -110,7 +110,7 @@ struct pair_args {
     int n_pair;
 };
 
-template <int MB> inline void pair_tile(const pair_args & g, int m0) {
+template <int MB> __attribute__((noinline)) void pair_tile(const pair_args & g, int m0) {
     constexpr int VB = QK / W;
     vi acc[MB][VB];
     clear(acc);
@@ -123,6 +123,7 @@ template <int MB> inline void pair_tile(const pair_args & g, int m0) {
             const vi am = set1(g.a[p * g.a_row + m0 + m]);
             for (int v = 0; v < VB; v++) {
                 acc[m][v] = dot2(acc[m][v], am, bv[v]);
+                settle(acc[m][v]);
             }
         }
     }
@@ -138,7 +139,7 @@ template <int MB> inline void pair_tile(const pair_args & g, int m0) {
 }
 
 inline void pair_gemm(const pair_args & g, int m) {
-    constexpr int MB = INTACTKV_X86 >= 3 ? 12 : 2;
+    constexpr int MB = INTACTKV_X86 >= 3 ? 12 : 3;
     int m0 = 0;
     for (; m0 + MB <= m; m0 += MB) {
         pair_tile<MB>(g, m0);
@@ -170,7 +171,7 @@ struct idot_args {
     int n_block;
 };
 
-template <bool K_ROWS, int MB, int VB> inline void idot_tile(const idot_args & g, int m0, int n0) {
+template <bool K_ROWS, int MB, int VB> __attribute__((noinline)) void idot_tile(const idot_args & g, int m0, int n0) {
     vf c[MB][VB];
     clear(c);
     for (int b = 0; b < g.n_block; b++) {
@@ -191,6 +192,7 @@ template <bool K_ROWS, int MB, int VB> inline void idot_tile(const idot_args & g
                 const vi am = set1(load_as<int32_t>(g.a + (m0 + m) * g.a_row + b * QK + j * 4));
                 for (int v = 0; v < VB; v++) {
                     acc[m][v] = K_ROWS ? dot4(acc[m][v], am, bv[v]) : dot4(acc[m][v], bv[v], am);
+                    settle(acc[m][v]);
                 }
             }
         }
@@ -220,6 +222,9 @@ template <bool K_ROWS, int MB> inline void idot_rows(const idot_args & g, int m0
     int n0 = 0;
     for (; n0 + VB_I * W <= n; n0 += VB_I * W) {
         idot_tile<K_ROWS, MB, VB_I>(g, m0, n0);
+    }
+    for (; n0 + 2 * W <= n; n0 += 2 * W) {
+        idot_tile<K_ROWS, MB, 2>(g, m0, n0);
     }
     for (; n0 < n; n0 += W) {
         idot_tile<K_ROWS, MB, 1>(g, m0, n0);

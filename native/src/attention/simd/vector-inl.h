@@ -249,6 +249,16 @@ inline vi dot2(vi acc, vi a, vi b) {
 }
 #endif
 
+// Has the sum computed here. GCC puts off sums of integers, as their order does not matter: it keeps eight products of
+// each accumulator on the stack, and adds them at the end.
+inline void settle(vi & acc) {
+#if INTACTKV_X86 == 2 || INTACTKV_X86 == 3
+    __asm__("" : "+v"(acc));
+#else
+    (void) acc;
+#endif
+}
+
 // 2W values of two cells, side by side as pair_dot() wants them.
 struct cell_pair {
     vs a, b;
