@@ -20,9 +20,9 @@ namespace intactkv {
 namespace {
 
 constexpr int TRIED = 8;
-constexpr int TRIED_V = W < TRIED ? TRIED / W : 1;   // vectors with a lane for each of them
-constexpr int TRIED_AT = W > TRIED ? W / TRIED : 1;  // values that such a vector meets at a time
-constexpr float FIT_LEAST = 1e-20f;                  // of the largest value, or the range; F16 has no such scale: 0
+constexpr int TRIED_V = W < TRIED ? TRIED / W : 1;  // vectors with a lane for each of them
+constexpr int TRIED_AT = W > TRIED ? W / TRIED : 1; // values that such a vector meets at a time
+constexpr float FIT_LEAST = 1e-20f;                 // of the largest value, or the range; F16 has no such scale: 0
 
 // What the largest value, or the range, of a block becomes: |sums| stay below 2^24 with the largest integers.
 template <ggml_type T> constexpr float fit_one = T == GGML_TYPE_IQ4_NL ? 4096.0f : 16384.0f;
