@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from intactkv_export.errors import UsageError
 from intactkv_export.libllama import EXACT
 from intactkv_export.torch_model.rope_pairs import halves_to_neighbours, neighbours_to_halves
-from intactkv_export.torch_model.rounding import rotate, rotation, stored, straight
+from intactkv_export.torch_model.rounding import rotate, rotation, rounded, stored, straight
 
 
 @dataclass(frozen=True)
