@@ -42,7 +42,7 @@ def stored(x: Tensor, kv_type: str) -> Tensor:
     """Rows as a cache of the type holds them that fused attention serves: bit for bit. Shapes and errors: rounded()."""
     if kv_type not in _FITTED:
         return rounded(x, kv_type)
-    return _FITTED[kv_type](x.reshape(*x.shape[:-1], -1, 32)).reshape(x.shape)
+    return _FITTED[kv_type](x.unflatten(-1, (x.shape[-1] // 32, 32))).reshape(x.shape)
 
 
 def straight(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
