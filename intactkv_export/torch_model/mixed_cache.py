@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from intactkv_export.errors import UsageError
 from intactkv_export.libllama import EXACT
 from intactkv_export.torch_model.rope_pairs import halves_to_neighbours, neighbours_to_halves
-from intactkv_export.torch_model.rounding import rotate, rotation, rounded, straight
+from intactkv_export.torch_model.rounding import rotate, rotation, rounded, stored, straight
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Layout:
         def round_trip(x: Tensor) -> Tensor:
             size = rotation(kv_type, self.head_dim, kind == "V")
             rows = rotate(self.to_rows(x.float(), kind), size)
-            back = rotate(rounded(rows.flatten(-2), kv_type).view_as(rows), size)
+            back = rotate(stored(rows.flatten(-2), kv_type).view_as(rows), size)
             return self.to_cache(back, kind).to(x.dtype)
 
         return states if kv_type == "f32" else straight(states, round_trip)

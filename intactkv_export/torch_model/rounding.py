@@ -1,5 +1,8 @@
 """What llama.cpp makes of rows it rounds, in torch: those written to a KV cache, and those that meet quantized weights.
 
+stored(): as the store of fused attention does (native/src/attention/simd/fit-inl.h): blocks of 4 and 5 bits get the
+scale of the smallest error. rounded(): as ggml does, and so caches that fused attention does not serve.
+
 Each function of ggml that quantizes a row (`quantize_row_q8_0_ref`, ... of ggml-quants.c) maps 32 values, a block, to
 integers and an F16 scale. The values here are those that reading the blocks back gives, bit for bit. Two freedoms that
 ggml's other kernels take are not modelled: q8_0 with AVX rounds ties to even, and a compiler may fuse multiply and add.
@@ -11,6 +14,7 @@ Q, or the sums of V, are rotated back.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -32,6 +36,13 @@ def rounded(x: Tensor, kv_type: str) -> Tensor:
         return x.to(_FLOATS[kv_type]).float()
     block = 256 if kv_type == "q8_K" else 32
     return _BLOCKS[kv_type](x.unflatten(-1, (-1, block))).flatten(-2)
+
+
+def stored(x: Tensor, kv_type: str) -> Tensor:
+    """Rows as a cache of the type holds them that fused attention serves: bit for bit. Shapes and errors: rounded()."""
+    if kv_type not in _FITTED:
+        return rounded(x, kv_type)
+    return _FITTED[kv_type](x.unflatten(-1, (x.shape[-1] // 32, 32))).reshape(x.shape)
 
 
 def straight(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -138,6 +149,105 @@ def _nearest(x: Tensor, values: Tensor) -> Tensor:
     return torch.where(x - values[lower] < values[upper] - x, lower, upper)
 
 
+@dataclass(frozen=True)
+class _Scales:
+    """A type with a scale: its levels, and the scales tried, in units of the one that ggml takes."""
+
+    lowest: int
+    highest: int
+    tried: tuple[float, ...]
+    one: int = 16384  # what the largest value becomes, so that sums are whole numbers below 2^24: exact in any order
+    levels: tuple[int, ...] = ()  # where they are not all the integers between
+
+    def __call__(self, x: Tensor) -> Tensor:
+        low, high = x.aminmax(dim=-1, keepdim=True)
+        size = torch.maximum(high, -low)
+        side = torch.where(high > -low, -1.0, 1.0)
+        empty = ~(size >= _LEAST)
+        n = _whole(x * (self.one / size * side), -self.one, self.one)
+        best = _Best()
+        for scale in self.tried:
+            q = self._nearest(n * (_f32(-self.lowest) / (_f32(self.one) * _f32(scale))).item())
+            qx, qq = (q * n).sum(-1, keepdim=True), (q * q).sum(-1, keepdim=True)
+            best.keep(qx * qx / qq, qx / qq)
+        d = _half(torch.where(empty, 0.0, best.values[0] * (size / self.one * side)))
+        return self._nearest(x * _inverse(d)) * d
+
+    def _nearest(self, x: Tensor) -> Tensor:
+        if not self.levels:
+            return _whole(x, self.lowest, self.highest)
+        levels = torch.tensor(self.levels, dtype=torch.float32, device=x.device)
+        return levels[torch.bucketize(x, (levels[1:] + levels[:-1]) / 2, right=True)]
+
+
+@dataclass(frozen=True)
+class _Minimum:
+    """A type with a scale and a minimum. tried: what is cut off below and above, in units of the range."""
+
+    highest: int
+    tried: tuple[tuple[float, float], ...]
+    one: int = 16384
+
+    def __call__(self, x: Tensor) -> Tensor:
+        low, high = x.aminmax(dim=-1, keepdim=True)
+        size = high - low
+        empty = ~(size >= _LEAST)
+        n = _whole((x - low) * (self.one / size), -self.one, self.one)
+        sx = n.sum(-1, keepdim=True).long()
+        best = _Best()
+        for below, above in self.tried:
+            start = (_f32(below) * self.one).item()
+            step = (_f32(self.highest) / (self.one * (1 - _f32(below) - _f32(above)))).item()
+            q = _whole((n - start) * step, 0, self.highest)
+            s, qq, qx = (y.sum(-1, keepdim=True).long() for y in (q, q * q, q * n))
+            a, b = (32 * qx - sx * s).float(), (32 * qq - s * s).float()
+            best.keep(a * a / b, a / b, (sx * qq - s * qx).float() / b)
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        unit = size / self.one
+        fitted = (low.to(wide) + best.values[1].to(wide) * unit.to(wide)).float()
+        d, m = _half(torch.where(empty, 0.0, best.values[0] * unit)), _half(torch.where(empty, low, fitted))
+        return _whole((x - m) * _inverse(d), 0, self.highest) * d + m
+
+
+class _Best:
+    """The best try so far, the first of equals: how much of the squares it explains, and what was kept with it."""
+
+    def __init__(self) -> None:
+        self.gain: Tensor | None = None
+        self.values: tuple[Tensor, ...] = ()
+
+    def keep(self, gain: Tensor, *values: Tensor) -> None:
+        if self.gain is None:
+            self.gain, self.values = gain, values
+        else:
+            better = gain > self.gain
+            self.gain = torch.where(better, gain, self.gain)
+            self.values = tuple(torch.where(better, x, y) for x, y in zip(values, self.values, strict=True))
+
+
+def _whole(x: Tensor, low: float, high: float) -> Tensor:
+    return x.clamp(low, high).round()
+
+
+def _f32(x: float) -> Tensor:
+    """Constants are computed in float32 there, step by step."""
+    return torch.tensor(x, dtype=torch.float32)
+
+
+_LEAST = 1e-20  # of the largest value or the range of a block; below, the scale is 0
+_FITTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "q4_0": _Scales(-8, 7, (0.8, 0.85, 0.9, 0.95, 1.0, 1.03, 1.06, 1.1)),
+    "q5_0": _Scales(-16, 15, (0.88, 0.91, 0.94, 0.97, 1.0, 1.02, 1.04, 1.06)),
+    "iq4_nl": _Scales(-127, 113, (0.84, 0.89, 0.945, 1.0, -0.9, -0.97, -1.03, -1.1), 4096, _IQ4_NL),
+    "q4_1": _Minimum(
+        15,
+        ((0, 0), (0, 0.025), (0, 0.05), (0.025, 0), (0.025, 0.025), (0.025, 0.05), (0.05, 0), (0.05, 0.025)),
+    ),
+    "q5_1": _Minimum(
+        31,
+        ((0, 0), (-0.01, -0.01), (-0.01, 0), (-0.01, 0.01), (0, -0.01), (0, 0.01), (0.01, -0.01), (0.01, 0)),
+    ),
+}
 _FLOATS = {"f16": torch.float16, "bf16": torch.bfloat16}
 _BLOCKS: dict[str, Callable[[Tensor], Tensor]] = {
     "q8_0": _q8_0,

@@ -3,6 +3,7 @@
 //     attention_file ISA IN OUT      OUT: F32 [n_stream][n_tokens][n_head][dim_v]; if the plan splits the cells, partial
 //                                results [n_stream][n_chunk][n_tokens][n_head][maximum, sum, values of dim_v]
 //     attention_file best IN OUT     the same on the best this machine has
+//     attention_file ISA IN OUT TYPE N   N F32 values rounded to blocks of a ggml_type, as the store does
 //     attention_file ISA             exit code 0 if this machine has ISA, else 3
 //
 // IN is what benchmarks/kernel.py writes: struct header, then q, K bytes, V bytes, mask, sinks, arenas, rows.
@@ -39,8 +40,8 @@ template <typename T> std::vector<T> read(FILE * file, size_t n) {
 } // namespace
 
 int main(int argc, char ** argv) {
-    if (argc != 2 && argc != 4) {
-        fprintf(stderr, "usage: attention_file ISA [IN OUT]\n");
+    if (argc != 2 && argc != 4 && argc != 6) {
+        fprintf(stderr, "usage: attention_file ISA [IN OUT [TYPE N]]\n");
         return 2;
     }
     const bool best = strcmp(argv[1], "best") == 0; // chosen by the first call, from several threads at once
@@ -54,6 +55,16 @@ int main(int argc, char ** argv) {
     if (!in) {
         perror(argv[2]);
         return 1;
+    }
+    if (argc == 6) {
+        const auto x = read<float>(in, (size_t) atoll(argv[5]));
+        fclose(in);
+        std::vector<uint8_t> blocks(x.size() / 32 * 24); // Q5_1's are the largest of those that are fitted
+        const auto type = (ggml_type) atoi(argv[4]);
+        FILE * out = fopen(argv[3], "wb");
+        const bool done = out && intactkv::fused_chosen().narrow(type, x.data(), blocks.data(), (int64_t) x.size()) &&
+                fwrite(blocks.data(), 1, blocks.size(), out) == blocks.size();
+        return out && fclose(out) == 0 && done ? 0 : 1;
     }
     const header h = read<header>(in, 1)[0];
     const size_t cells = (size_t) h.n_stream * h.n_kv;

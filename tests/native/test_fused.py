@@ -16,9 +16,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
 
 from benchmarks import kernel as K
-from tests.support.attention_cases import NEG_INF, each_isa, error, exact, hadamard, random_case
+from tests.support.attention_cases import (
+    FITTED,
+    NEG_INF,
+    each_isa,
+    error,
+    exact,
+    hadamard,
+    random_case,
+    rows_to_round,
+    stored,
+)
 
 pytestmark = pytest.mark.skipif(K.compiler() is None, reason="no C++ compiler for the kernel's test library")
 
@@ -272,7 +284,8 @@ def test_stored_as_upstream_stores(
     kernel: K.Kernel, type_k: str, type_v: str, dims: tuple[int, int], rot: tuple[int, int]
 ):
     """Bit for bit, but for Q8_0 where upstream has vectors for it and we have none or others: ties, and the last bit
-    of the inverse scale, then decide otherwise."""
+    of the inverse scale, then decide otherwise. Blocks of 4 and 5 bits: the same for each instruction set and number of
+    threads, and nearer to the values than upstream's."""
     rng = np.random.default_rng(24)
     n_tokens, n_cells = 7, 12
     cells = rng.permutation(n_cells)[:n_tokens].astype(np.int64)
@@ -280,6 +293,7 @@ def test_stored_as_upstream_stores(
     k[0, 0] = 0
     k[1, 1, 5] = 900  # a pivot
     wanted = kernel.store(k, v, (type_k, type_v), cells, n_cells, rot, fused=False)
+    fitted = None
     for isa in each_isa(kernel):
         for n_threads in (1, 2, 5):
             made = kernel.store(k, v, (type_k, type_v), cells, n_cells, rot, fused=True, n_threads=n_threads)
@@ -288,14 +302,49 @@ def test_stored_as_upstream_stores(
                     a, b = (np.frombuffer(x, np.int8).reshape(-1, 34) for x in (have, want))
                     assert np.array_equal(a[:, :2], b[:, :2])
                     assert np.abs(a[:, 2:].astype(int) - b[:, 2:]).max() <= 1
-                elif kv_type == "iq4_nl":
-                    # upstream leaves the integers of a block of zeros to chance
-                    a, b = (np.frombuffer(x, np.uint8).reshape(-1, 18).copy() for x in (have, want))
-                    for blocks in (a, b):
-                        blocks[~blocks[:, :2].any(1)] = 0
-                    assert np.array_equal(a, b)
-                else:
+                elif kv_type not in FITTED:
                     assert have == want, f"{isa}, {n_threads} threads, {kv_type}"
+            fitted = fitted or made
+            for have, want, kv_type in zip(made, fitted, (type_k, type_v), strict=True):
+                assert kv_type not in FITTED or have == want, f"{isa}, {n_threads} threads, {kv_type}"
+    for have, want, kv_type, x, n_rot in zip(fitted, wanted, (type_k, type_v), (k, v), rot, strict=True):
+        if kv_type in FITTED:
+            rows = hadamard(x.astype(np.float64), n_rot).reshape(n_tokens, -1)
+            # but for the pivot's token: who wins a block that it ruins is chance
+            ours, upstreams = (
+                ((read(blocks, kv_type).reshape(n_cells, -1)[cells] - rows)[2:] ** 2).sum() for blocks in (have, want)
+            )
+            assert ours < 0.95 * upstreams
+
+
+def read(blocks: bytes, kv_type: str) -> np.ndarray:
+    """What the blocks hold, float64 [blocks, 32]."""
+    raw = np.frombuffer(blocks, np.uint8).reshape(-1, K.BLOCK_BYTES[kv_type])
+    return dequantize(raw, GGMLQuantizationType[kv_type.upper()]).astype(np.float64)
+
+
+@pytest.mark.parametrize("kv_type", FITTED)
+def test_scales_fit(kernel: K.Kernel, kv_type: str):
+    """The squared error of a block: 9 to 18 % less than upstream's for normal values, at most 15 % more in any block.
+
+    More, 11 %, was seen where values lie on upstream's very steps. Of a tiny block's scale F16 has only a few bits."""
+    x = rows_to_round()
+    blocks = {isa: stored(kernel, x, kv_type) for isa in each_isa(kernel)}
+    assert len(set(blocks.values())) == 1, blocks.keys()
+    values = x.reshape(-1, 32).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a minimum of 65520 or more is infinite in F16: upstream's too
+        have, want = (
+            ((read(b, kv_type) - values) ** 2).sum(1)
+            for b in (blocks.popitem()[1], stored(kernel, x, kv_type, fused=False))
+        )
+    assert np.array_equal(np.isfinite(have), np.isfinite(want))
+    top = np.abs(values).max(1)
+    normal = np.isfinite(want) & (top > 0.01)
+    assert (have <= 1.15 * want + 1e-12 * top**2)[normal].all()
+    assert (have <= 1.15 * want + 32 * (33 * 2.0**-25) ** 2)[top < 0.01].all()
+    gaussian = np.repeat(np.arange(len(x)) % 8 == 0, 2)
+    limit = {"q5_1": 0.83, "q5_0": 0.91, "q4_1": 0.82, "q4_0": 0.91, "iq4_nl": 0.92}[kv_type]
+    assert have[gaussian].sum() < limit * want[gaussian].sum()
 
 
 def test_every_f16_value_widens(kernel: K.Kernel):

@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 
 from benchmarks import kernel as K
-from tests.support.attention_cases import error, exact, hadamard, random_case
+from tests.support.attention_cases import (
+    FITTED,
+    error,
+    exact,
+    hadamard,
+    random_case,
+    rows_to_round,
+    stored,
+)
 
 CROSS = shutil.which("aarch64-linux-gnu-g++")
 QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
@@ -104,6 +112,18 @@ def test_types(program: Path, kernel: K.Kernel, kv_type: str, n_tokens: int):
 )
 def test_shapes_and_options(program: Path, kernel: K.Kernel, options: dict):
     check(program, kernel, random_case(2, **options))
+
+
+@pytest.mark.parametrize("kv_type", FITTED)
+def test_blocks_are_those_of_x86(program: Path, kernel: K.Kernel, kv_type: str):
+    x = rows_to_round()
+    want = stored(kernel, x, kv_type)
+    source, target = program.with_suffix(".in"), program.with_suffix(".out")
+    source.write_bytes(x.tobytes())
+    for isa, cpu in [("neon-dotprod", "max"), ("neon", "cortex-a53"), ("portable", "cortex-a53")]:
+        command = [QEMU, "-cpu", cpu, program, isa, source, target, K.TYPES[kv_type], x.size]
+        subprocess.run([*map(str, command)], check=True)
+        assert target.read_bytes()[: len(want)] == want, isa
 
 
 def test_extreme_integers(program: Path, kernel: K.Kernel):

@@ -12,6 +12,8 @@ ISAS = ["avx512vnni", "avx512", "avx2", "neon-dotprod", "neon", "portable"]
 
 NEG_INF = np.float16(-np.inf)
 
+FITTED = ["q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]  # types whose blocks get the scale of the smallest error
+
 
 def each_isa(kernel: K.Kernel) -> Iterator[str]:
     """Every instruction set of this machine in turn; afterwards the best is chosen again."""
@@ -137,6 +139,26 @@ def random_case(
             cells = rng.permutation(n_kv // 2)[: min(n_intact, n_kv // 2)]
             case.row_of_cell[stream, cells] = rng.permutation(n_intact)[: len(cells)]
     return case
+
+
+def rows_to_round(n: int = 2048) -> np.ndarray:
+    """float32 [n, 1, 64]: ordinary, tiny, huge, constant, empty, with one outlier, on the edges between two steps."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((n, 1, 64)).astype(np.float32)
+    x[1::8] *= 1e-7
+    x[2::8] *= 1e4
+    x[3::8] = x[3::8, :, :1]
+    x[4::8] = 0
+    x[5::8, :, 40] = 300
+    x[6::8] = np.round(x[6::8] * 8) / 2
+    x[7::8] *= 1e-30
+    return x
+
+
+def stored(kernel: K.Kernel, rows: np.ndarray, kv_type: str, fused: bool = True) -> bytes:
+    """The blocks of a cache that [n, n_head_kv, dim] rows went into, one after the other."""
+    n = len(rows)
+    return kernel.store(rows, rows[..., :32], (kv_type, "f16"), np.arange(n), n, (0, 0), fused=fused)[0]
 
 
 def error(result: np.ndarray, truth: np.ndarray) -> float:

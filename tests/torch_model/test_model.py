@@ -14,6 +14,7 @@ import struct
 import numpy as np
 import pytest
 
+from benchmarks import kernel
 from tests.support import random_models
 
 pytest.importorskip("torch", reason="the extra [convert] is not installed")
@@ -30,6 +31,7 @@ from intactkv_export.libllama.vocabulary import Vocabulary
 from intactkv_export.prefix import ikv
 from intactkv_export.runtime.intact_llama import KV_TYPES
 from intactkv_export.torch_model import mixed_cache, rounding
+from tests.support.attention_cases import FITTED, rows_to_round, stored
 from tests.support.cache_rows import Llama, random_tokens, state_of
 from tests.support.log_probs import divergence, llama_log_probs
 
@@ -107,8 +109,18 @@ def test_rotation_is_orthonormal_and_of_upstreams_size(head_dim):
         assert torch.allclose(rounding.rotate(rounding.rotate(x, size), size), x)
 
 
+@pytest.mark.skipif(kernel.compiler() is None, reason="no C++ compiler for the kernel's test library")
+@pytest.mark.parametrize("kv_type", FITTED)
+def test_rounding_is_the_stores_bit_for_bit(kv_type):
+    x = np.concatenate([rows_to_round()[:, 0], rows()])
+    blocks = stored(kernel.Kernel(kernel.build()), x[:, None], kv_type)
+    raw = np.frombuffer(blocks, np.uint8).reshape(len(x), -1)
+    want = dequantize(raw, gguf.GGMLQuantizationType(KV_TYPES[kv_type]))
+    assert np.array_equal(rounding.stored(torch.from_numpy(x), kv_type).numpy(), want, equal_nan=True)
+
+
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen2"])
-@pytest.mark.parametrize("kv_type", ["q8_0", "q5_1", "q4_0"])
+@pytest.mark.parametrize("kv_type", ["q8_0", "q5_1", "q4_0", "q4_1", "iq4_nl"])
 def test_cache_holds_the_rows_of_llama_cpps(models, name, kv_type):
     """K and V of layer 0, where both compute the same: the stored blocks, rotated, in llama.cpp's order.
 
@@ -124,7 +136,7 @@ def test_cache_holds_the_rows_of_llama_cpps(models, name, kv_type):
     for kind, want, cached in (("K", stored[0], cache.layers[0].keys), ("V", stored[1], cache.layers[0].values)):
         size = rounding.rotation(kv_type, model.head_dim, kind == "V")
         got = rounding.rotate(model.to_rows(cached, kind), size).numpy()
-        step = np.abs(want).max() / {"q8_0": 127, "q5_1": 15, "q4_0": 7}[kv_type]
+        step = np.abs(want).max() / {"q8_0": 127, "q5_1": 15, "q4_0": 7, "q4_1": 7, "iq4_nl": 7}[kv_type]
         error = np.abs(got - want.reshape(got.shape))
         assert error.max() < 1.1 * step and (error > 0.01 * step).mean() < 0.01, (kind, (error > 0.01 * step).mean())
 

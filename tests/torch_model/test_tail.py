@@ -103,7 +103,8 @@ def test_both_attentions_and_types_of_k_and_v(models, attention):
         for kv_type in ("q8_0,q4_0", "f16,iq4_nl"):
             want = one_by_one(model, K, V, kv_type, 6)
             got = model.forward([TOKENS], model.cache(K, V, kv_pair(kv_type), tail=6))
-            assert (got - want).abs().max() < 1e-5 * want.abs().max(), kv_type
+            # a fitted scale may fall to the other side of an F16 step (2^-11 of it): 1e-4 was seen
+            assert (got - want).abs().max() < 5e-4 * want.abs().max(), kv_type
 
 
 def test_no_tail_and_no_prefix(models):

@@ -1,10 +1,11 @@
-// Rows on their way into the cache: rotated by a Hadamard matrix, rounded to F16 or Q8_0.
+// Rows on their way into the cache: rotated by a Hadamard matrix, rounded to its type.
 //
 // Compiled once per instruction set, inside its anonymous namespace: see kernel/kernel-inl.h.
 
 #pragma once
 
 #include "attention/simd/blocks-inl.h"
+#include "attention/simd/fit-inl.h"
 #include "attention/simd/vector-inl.h"
 
 namespace intactkv {
@@ -86,19 +87,15 @@ inline void store_q8_0(uint8_t * p, const float * x) {
     memcpy(p, scale, sizeof(uint16_t));
     const float inv = amax != 0.0f ? 127.0f / amax : 0.0f;
     for (int i = 0; i < QK; i += W) {
-        const vi n = nearest(load(x + i) * inv);
-#if INTACTKV_X86 >= 3
-        _mm_storeu_si128((__m128i *) (p + 2 + i), _mm512_cvtepi32_epi8((__m512i) n));
-#else
-        for (int j = 0; j < W; j++) {
-            p[2 + i + j] = (uint8_t) n[j];
-        }
-#endif
+        store_u8(p + 2 + i, nearest(load(x + i) * inv));
     }
 }
 
+#endif
+
 inline bool narrow(ggml_type type, const float * x, void * out, int64_t n_values) {
     switch (type) {
+#if INTACTKV_X86 >= 2 || INTACTKV_ARM
         case GGML_TYPE_F16:
             for (int64_t i = 0; i < n_values; i += W) {
                 store_f16((uint16_t *) out + i, load(x + i));
@@ -109,14 +106,15 @@ inline bool narrow(ggml_type type, const float * x, void * out, int64_t n_values
                 store_q8_0((uint8_t *) out + i * block<GGML_TYPE_Q8_0>::bytes, x + i * QK);
             }
             return true;
+#endif
+        case GGML_TYPE_Q4_0: return narrow_fitted<GGML_TYPE_Q4_0>(x, out, n_values), true;
+        case GGML_TYPE_Q4_1: return narrow_fitted<GGML_TYPE_Q4_1>(x, out, n_values), true;
+        case GGML_TYPE_Q5_0: return narrow_fitted<GGML_TYPE_Q5_0>(x, out, n_values), true;
+        case GGML_TYPE_Q5_1: return narrow_fitted<GGML_TYPE_Q5_1>(x, out, n_values), true;
+        case GGML_TYPE_IQ4_NL: return narrow_fitted<GGML_TYPE_IQ4_NL>(x, out, n_values), true;
         default: return false;
     }
 }
-#else
-inline bool narrow(ggml_type, const float *, void *, int64_t) {
-    return false;
-}
-#endif
 
 } // namespace
 } // namespace intactkv

@@ -119,6 +119,17 @@ inline vf max(vf a, vf b) {
 #endif
 }
 
+// The smaller; b where one is not a number.
+inline vf min(vf a, vf b) {
+#if INTACTKV_X86 >= 3
+    return _mm512_min_ps(a, b);
+#elif INTACTKV_X86 == 2
+    return _mm256_min_ps(a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
 inline vf to_float(vh h) {
 #if INTACTKV_X86 >= 3
     return _mm512_cvtph_ps((__m256i) h);
@@ -158,6 +169,31 @@ inline float f16(const void * p) {
 #else
     uint16_t lanes[W] = { h };
     return load_f16(lanes)[0];
+#endif
+}
+
+// The nearest F16, ties to even.
+inline uint16_t to_f16(float x) {
+#if INTACTKV_X86 >= 2
+    return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#elif INTACTKV_ARM
+    return vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(x))), 0);
+#else
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    const uint32_t sign = bits >> 31 << 15, size = bits & 0x7fffffff;
+    if (size >= 0x47800000) { // 2^16: infinite, or not a number
+        return (uint16_t) (sign | (size > 0x7f800000 ? 0x7e00 : 0x7c00));
+    }
+    if (size < 0x38800000) { // 2^-14: no longer normal; the last bit of 1/2 is worth as much as that of the result
+        float y;
+        memcpy(&y, &size, sizeof(y));
+        y += 0.5f;
+        memcpy(&bits, &y, sizeof(bits));
+        return (uint16_t) (sign | (bits - 0x3f000000));
+    }
+    // half of the last bit, less a little where that bit is even; a carry goes to the exponent, as it should
+    return (uint16_t) (sign | ((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13));
 #endif
 }
 
@@ -326,6 +362,45 @@ inline vi nearest(vf a) {
     return vcvtnq_s32_f32(a);
 #else
     return as_int(a + ROUNDER) - ROUNDER_BITS;
+#endif
+}
+
+// The same as floats.
+inline vf whole(vf a) {
+#if INTACTKV_X86 >= 3
+    return _mm512_roundscale_ps(a, 0);
+#elif INTACTKV_X86 == 2
+    return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif INTACTKV_ARM
+    return vrndnq_f32(a);
+#else
+    return (a + ROUNDER) - ROUNDER;
+#endif
+}
+
+// The lowest byte of each lane.
+inline void store_u8(uint8_t * p, vi a) {
+#if INTACTKV_X86 >= 3
+    _mm_storeu_si128((__m128i *) p, _mm512_cvtepi32_epi8((__m512i) a));
+#else
+    for (int i = 0; i < W; i++) {
+        p[i] = (uint8_t) a[i];
+    }
+#endif
+}
+
+// Bit i: lane i is negative.
+inline uint32_t sign_bits(vi a) {
+#if INTACTKV_X86 >= 3
+    return _mm512_movepi32_mask((__m512i) a);
+#elif INTACTKV_X86 == 2
+    return (uint32_t) _mm256_movemask_ps((__m256) a);
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < W; i++) {
+        bits |= (uint32_t) (a[i] < 0) << i;
+    }
+    return bits;
 #endif
 }
 

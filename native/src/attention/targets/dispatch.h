@@ -21,8 +21,9 @@ struct fused_target {
     // F16 values to F32. n_values: a multiple of 16.
     void (*widen)(const uint16_t * x, float * out, int64_t n_values);
 
-    // F32 values to F16 or to blocks of Q8_0, as upstream rounds them on x86; false: not this type, or not here.
-    // n_values: a multiple of 16, of 32 for Q8_0.
+    // F32 values to F16 or to blocks of Q8_0, as upstream rounds them on x86; to blocks of 4 and 5 bits with the scale
+    // of the smallest error (simd/fit-inl.h), the same bits everywhere. false: not this type, or not here.
+    // n_values: a multiple of 16, of 32 for blocks.
     bool (*narrow)(ggml_type type, const float * x, void * out, int64_t n_values);
 };
 
