@@ -12,7 +12,7 @@ from intactkv_export.models import gguf_file
 from intactkv_export.prefix import ikv
 from intactkv_export.runtime.conversation import Conversation, Sampling, opening_messages
 from intactkv_export.runtime.intact_llama import IntactLlama
-from intactkv_export.runtime.kv_choice import choose_kv_types
+from intactkv_export.runtime.kv_choice import choose_kv_types, with_tail
 
 _CONTEXT = 4096  # tokens; the KV cache of more is rarely wanted on a small device
 _ROOM = 2048  # tokens behind a long prefix, to talk in
@@ -33,15 +33,18 @@ def open_chat(
 ) -> Conversation:
     """A conversation with a model, its prefix loaded when the first message is evaluated. Raises IntactKVError.
 
-    notice: is told what had to be chosen or dropped. kv_type: None: q8_0, or where a head cannot be cut into its
-    blocks the best that fits. tail: as of IntactLlama. n_ctx: None: what the model was trained for, at most 4096, or as
-    much as holds the prefix and 2048 tokens more; 0: all that it was trained for.
+    notice: is told what had to be chosen or dropped. kv_type: None: q8_0 for K and q4_0 for V with the default tail,
+    q8_0 for both where there is none, or where a head cannot be cut into their blocks the best that fits. tail: as of
+    IntactLlama. n_ctx: None: what the model was trained for, at most 4096, or as much as holds the prefix and 2048
+    tokens more; 0: all that it was trained for.
     """
     asked = None if kv_type is None else kv_pair(kv_type)  # what is misspelt needs no file to be seen
     header = gguf_file.read(gguf_file.first_part(model)).values
     pair, why = choose_kv_types(asked, header)
     if why:
         notice(why)
+    elif asked is None:
+        pair = with_tail(pair, tail)
     path = ikv.find(model) if prefix == "auto" else prefix
     n_prefix = 0 if path is None else len(ikv.read(path).tokens)
     trained = header.get(f"{header.get('general.architecture')}.context_length") or _CONTEXT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,7 +68,7 @@ def test_intact_llama_chooses_it_too(heads: dict[int, Path]) -> None:
 
 
 def test_the_best_type_that_fits_is_chosen_and_named(heads: dict[int, Path]) -> None:
-    for size, expected in ((80, "f16"), (96, "q8_0"), (112, "f16")):
+    for size, expected in ((80, "f16"), (96, "q8_0/q4_0"), (112, "f16")):
         notices: list[str] = []
         talk = open_chat(heads[size], notice=notices.append, sampling=Sampling(2, 0.0))
         assert talk.llama.prefix_stats["kv_type"] == expected
@@ -77,6 +78,24 @@ def test_the_best_type_that_fits_is_chosen_and_named(heads: dict[int, Path]) -> 
         list(talk.say("Hi"))
     with pytest.raises(UsageError, match="cannot be f16,q4_0, its heads are 80 .* give f16, bf16, f32$"):
         open_chat(heads[80], notice=print, kv_type="f16,q4_0")
+
+
+def test_v_of_four_bits_needs_the_tail(smol: Smol, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(**settings: Any) -> tuple[str, int]:
+        llama = open_chat(smol.gguf, notice=print, prefix=None, n_ctx=64, **settings).llama
+        return llama.prefix_stats["kv_type"], llama.tail
+
+    assert chosen() == chosen(tail=128) == ("q8_0/q4_0", 128)
+    assert chosen(tail=0) == ("q8_0", 0) and chosen(tail=64) == ("q8_0", 64)
+    assert chosen(kv_type="q8_0") == ("q8_0", 0)
+    monkeypatch.setenv("INTACTKV_TAIL", "0")
+    assert chosen() == ("q8_0", 0)
+    monkeypatch.setenv("INTACTKV_TAIL", "256")
+    assert chosen() == ("q8_0/q4_0", 256)
+    monkeypatch.delenv("INTACTKV_TAIL")
+    for attention in ("stock", "portable"):
+        monkeypatch.setenv("INTACTKV_ATTN", attention)
+        assert chosen() == ("q8_0", 0)
 
 
 def test_k_and_v_of_different_sizes() -> None:
