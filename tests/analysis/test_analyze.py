@@ -97,7 +97,7 @@ def test_first_tokens_of_a_prompt(smol: Smol, tmp_path: Path, capsys: pytest.Cap
         np.testing.assert_allclose(ours.K, theirs.K[:5], rtol=2e-2, atol=4e-2)  # smol.ikv: with weights at F16
 
     chat = chats.open_chat(
-        smol.gguf, prefix=tmp_path / "five.ikv", kv_type="q4_0", n_ctx=512, n_threads=2, notice=print
+        smol.gguf, prefix=tmp_path / "five.ikv", kv_type="q4_0", tail=0, n_ctx=512, n_threads=2, notice=print
     )
     chat.sampling = chats.Sampling(max_tokens=8, temperature=0)
     assert "".join(chat.say("Hi")).strip() and chat.llama.intact_cells == 5
