@@ -148,7 +148,8 @@ class IntactLlama(CompletionLlama):
 
     def _load_model(self, model_path: str, llama_kwargs: dict[str, Any]) -> None:
         type_k, type_v = (KV_TYPES[name] for name in self.kv_type)
-        if not llama_kwargs.get("n_gpu_layers"):
+        # llama.cpp ends the process where embeddings are pooled and n_ubatch is less than n_batch
+        if not (llama_kwargs.get("n_gpu_layers") or llama_kwargs.get("embedding")):
             llama_kwargs = {"n_ubatch": N_UBATCH, **llama_kwargs}
         rope = Rope().llama_kwargs  # all of it as the model says: llama_cpp's defaults overrule a model's YaRN settings
         settings = {"verbose": False, **rope, **llama_kwargs, "flash_attn": True, "type_k": type_k, "type_v": type_v}
