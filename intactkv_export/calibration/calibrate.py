@@ -34,7 +34,7 @@ import intactkv_export
 from intactkv_export import extras
 from intactkv_export.engines import check_in_torch
 from intactkv_export.errors import UsageError
-from intactkv_export.libllama import default_tail, kv_pair, rope_of
+from intactkv_export.libllama import EXACT, default_tail, kv_pair, rope_of
 from intactkv_export.models import KEY_REFERENCE, gguf_file, identity, locate
 from intactkv_export.prefix import Prefix, check_reference, ikv, of_model, outputs
 from intactkv_export.work import Progress, atomic, peak_bytes, silent
@@ -129,14 +129,15 @@ def calibrate(
     n_steps, n_batch, n_tokens = given
     pair = kv_pair(kv_type)
     n_tail = default_tail(pair) if tail is None else tail
+    if n_tail < 0:
+        raise UsageError(f"a tail of {n_tail} tokens: give 0 or more")
+    n_tail = 0 if set(pair) <= EXACT else n_tail  # such a cache has none (MixedCache); the prefix file says so
     settings = Settings(objective, n_steps, lr, n_batch, pair, n_tail, seed, every=max(1, n_steps // 6))
     if min(n_batch, n_tokens) < 1 or n_steps < 0 or sequences < 2:
         raise UsageError(
             f"{n_steps} steps of {n_batch} sequences of {n_tokens} tokens, {sequences} in all: give 1 or more, and at "
             "least 2 sequences, of which one is held out"
         )
-    if n_tail < 0:
-        raise UsageError(f"a tail of {n_tail} tokens: give 0 or more")
     found, start = locate(reference, allow_requantize), of_model(model, prefix)
     check_in_torch(found, model, device, "calibration")
     if options := start.manifest.get("rope_options"):

@@ -105,8 +105,8 @@ def evaluate(
         typer.Option(
             "--kv-tail",
             metavar="N[,N...]",
-            help="With --depths: how many of the newest tokens a quantized cache keeps intact. "
-            "Default: as the runtime does.",
+            help="With --depths: how many of the newest tokens a quantized cache keeps at F16. "
+            "Default: $INTACTKV_TAIL, or 128 if K or V has less than 8 bits, else 0.",
             show_default=False,
         ),
     ] = None,

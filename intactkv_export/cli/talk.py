@@ -51,7 +51,8 @@ def chat(
         str | None,
         typer.Option(
             "--kv-type",
-            help=f"Type of the KV cache, or K,V: {KV_TYPE_NAMES}. Default: q8_0,q4_0, or f16 where only that fits.",
+            help=f"Type of the KV cache, or K,V: {KV_TYPE_NAMES}. Default: q8_0,q4_0; q8_0 where it has no tail of "
+            "128; f16 where only that fits.",
             show_default=False,
         ),
     ] = None,
@@ -60,7 +61,8 @@ def chat(
         typer.Option(
             "--kv-tail",
             min=0,
-            help="Keep the newest N cells at F16; 0: none. Default: 128 for types under 8 bits, else 0.",
+            help="Keep the newest N tokens of a quantized cache at F16, its tail; 0: none. Default: $INTACTKV_TAIL, or "
+            "128 if K or V has less than 8 bits, else 0.",
             show_default=False,
         ),
     ] = None,
@@ -103,7 +105,7 @@ def chat(
     \b
     intactkv-export chat smol.gguf
     intactkv-export chat smol.gguf -p "What is a KV cache?" --temp 0
-    git diff | intactkv-export chat smol.gguf -p "Review this" --kv-type q8_0,q4_0 > review.txt
+    git diff | intactkv-export chat smol.gguf -p "Review this" --kv-type q4_0 > review.txt
     """
     from intactkv_export import runtime
     from intactkv_export.cli import terminal

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from intactkv_export.errors import UsageError
-from intactkv_export.libllama import EXACT, kv_pair
+from intactkv_export.libllama import EXACT, TAIL_MAX, kv_pair
 
 DECODE_BATCH = 16  # tokens at a time, at most: a reply with drafts, or replies of several sequences
 # Of the reference. Its cache is F16 whatever the ubatch: a long one differs in last bits only, and is several times
@@ -63,6 +63,8 @@ class Depths:
         ):
             if min(values, default=least) < least:
                 raise UsageError(f"a {what} of {min(values)} tokens measures nothing: give {least} or more")
+        if max(tails, default=0) > TAIL_MAX:
+            raise UsageError(f"a tail of {max(tails)} tokens is longer than any context: give {TAIL_MAX} at most")
         ubatches = dict.fromkeys([decode_batch] if ubatch is None else [decode_batch, ubatch])
         return cls(tuple(sorted(set(depths))), tuple(ubatches), tuple(dict.fromkeys(tails)) or (None,))
 

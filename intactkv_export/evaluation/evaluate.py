@@ -126,7 +126,7 @@ def _compare(
             continue
         way = replace(way, tail=evaluated.llama.tail)  # as many as it is, if it was left to the library
         for mode in (mode for mode in MODES if mode in given.data and (modes is None or mode in modes)):
-            if mode == "rounded" and kv_type in EXACT:
+            if mode == "rounded" and set(kv_pair(kv_type)) <= EXACT:
                 continue
             begin = partial(evaluated.begin, given.data[mode], rounded=mode == "rounded")
             yield from target.compare(evaluated, model.stem, kv_type, mode, way, begin, report)

@@ -9,6 +9,7 @@ KV_TYPES = {"f16": 1, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2, "bf
 QUANTIZED = KV_TYPES.keys() - {"f16", "bf16", "f32"}
 EXACT = {"f16", "f32"}  # hold a prefix exactly: its cells are ordinary ones
 TAIL = 128  # tokens; see default_tail()
+TAIL_MAX = 2**31 - 1  # of the C API's int32_t
 
 
 def kv_pair(kv_type: str | tuple[str, str]) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from intactkv_export.errors import UsageError
-from intactkv_export.libllama import kv_pair
+from intactkv_export.libllama import default_tail, kv_pair
 from intactkv_export.models import gguf_file
 from intactkv_export.prefix import ikv
 from intactkv_export.runtime.conversation import Conversation, Sampling, opening_messages
@@ -43,8 +43,7 @@ def open_chat(
     pair, why = choose_kv_types(asked, header)
     if why:
         notice(why)
-    elif asked is None:
-        pair = with_tail(pair, tail)
+    wanted = with_tail(pair, tail) if asked is None and not why else pair
     path = ikv.find(model) if prefix == "auto" else prefix
     n_prefix = 0 if path is None else len(ikv.read(path).tokens)
     trained = header.get(f"{header.get('general.architecture')}.context_length") or _CONTEXT
@@ -56,7 +55,10 @@ def open_chat(
             "leave it out"
         )
     settings = {"n_ctx": n_ctx, "n_threads": n_threads, "n_threads_batch": n_threads, **llama_kwargs}
-    llama = IntactLlama(model, path, pair, tail, **settings)
+    llama = IntactLlama(model, path, wanted, tail, **settings)
+    if wanted != pair and llama.tail < default_tail(wanted):  # no intact cells for this model, or no fused attention
+        llama.close()
+        llama = IntactLlama(model, path, pair, tail, **settings)
     talk = Conversation(llama, opening_messages(llama, system_prompt), sampling or Sampling(), notice)
     if llama.prefix is not None and not talk.begins_with_prefix():
         notice(

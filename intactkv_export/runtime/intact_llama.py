@@ -18,6 +18,7 @@ from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import (
     EXACT,
     KV_TYPES,
+    TAIL_MAX,
     Rope,
     bindings,
     compute,
@@ -67,13 +68,12 @@ class IntactLlama(CompletionLlama):
     method of Llama, since all of them evaluate through eval().
 
     Without a tail results never depend on what other sequences left in the cache, to the last bit: a sequence that
-    goes back keeps
-    whole batches only (fewer than n_ubatch tokens are computed again: 128 on a CPU unless given), because the last
-    bits of a token's result depend on how many tokens were evaluated with it. For the same reason a conversation that
-    goes on turn by turn, its replies computed token by token, can differ in these bits from the same text evaluated
-    at once after reset(); at temperature 0 that can be another word. A draft_model's guesses are batches too, and
-    those that it gets wrong are dropped without computing the rest again. Cells that a sliding window has dropped
-    (swa_full=False) are computed again, from the start of the sequence.
+    goes back keeps whole batches only (fewer than n_ubatch tokens are computed again: 128 on a CPU unless given),
+    because the last bits of a token's result depend on how many tokens were evaluated with it. For the same reason a
+    conversation that goes on turn by turn, its replies computed token by token, can differ in these bits from the same
+    text evaluated at once after reset(); at temperature 0 that can be another word. A draft_model's guesses are batches
+    too, and those that it gets wrong are dropped without computing the rest again. Cells that a sliding window has
+    dropped (swa_full=False) are computed again, from the start of the sequence.
 
     The context has n_ctx() tokens everywhere: llama.cpp rounds n_ctx up to a multiple of 256.
 
@@ -148,7 +148,8 @@ class IntactLlama(CompletionLlama):
 
     def _load_model(self, model_path: str, llama_kwargs: dict[str, Any]) -> None:
         type_k, type_v = (KV_TYPES[name] for name in self.kv_type)
-        if not llama_kwargs.get("n_gpu_layers"):
+        # llama.cpp ends the process where embeddings are pooled and n_ubatch is less than n_batch
+        if not (llama_kwargs.get("n_gpu_layers") or llama_kwargs.get("embedding")):
             llama_kwargs = {"n_ubatch": N_UBATCH, **llama_kwargs}
         rope = Rope().llama_kwargs  # all of it as the model says: llama_cpp's defaults overrule a model's YaRN settings
         settings = {"verbose": False, **rope, **llama_kwargs, "flash_attn": True, "type_k": type_k, "type_v": type_v}
@@ -427,8 +428,11 @@ class _Closed:
 
 
 def _check(llama_kwargs: dict[str, Any], tail: int | None) -> None:
-    if tail is not None and tail < 0:
-        raise UsageError(f"tail={tail}: give the number of newest cells that stay at F16, 0 for none, or leave it out")
+    if tail is not None and not (isinstance(tail, int) and 0 <= tail <= TAIL_MAX):
+        raise UsageError(
+            f"tail={tail!r}: give the number of newest cells that stay at F16, 0 for none, {TAIL_MAX} at most, or "
+            "leave it out"
+        )
     for name in ("type_k", "type_v"):
         if name in llama_kwargs:
             raise UsageError(f'{name}={llama_kwargs[name]!r}: IntactLlama takes kv_type="q8_0" or kv_type=(k, v)')

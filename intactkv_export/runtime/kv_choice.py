@@ -40,9 +40,10 @@ def best_kv_types(header: Mapping[str, Any]) -> tuple[tuple[str, str], str]:
 
 
 def with_tail(pair: tuple[str, str], tail: int | None) -> tuple[str, str]:
-    """Instead of q8_0 for K and V: q4_0 for V where the cache will have a tail that makes up for it.
+    """Instead of q8_0 for K and V: q4_0 for V where the cache should have a tail that makes up for it.
 
-    tail: how long it shall be; None: as the library does by itself (native/src/cells/tail.h, arena::set_tail).
+    tail: how long it shall be; None: as the library does by itself (native/src/cells/tail.h, arena::set_tail). Whether
+    a model can have one shows when its context is made (IntactLlama.tail).
     """
     if pair != (_BEST[0], _BEST[0]) or not library.is_patched() or os.environ.get("INTACTKV_ATTN", "") not in _FUSED:
         return pair

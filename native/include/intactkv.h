@@ -50,8 +50,10 @@ LLAMA_API int32_t intactkv_n_cells(const struct llama_context * ctx, llama_seq_i
 // The tail: the newest n_cells cells of each sequence are intact while they are among the newest, and the tokens of one
 // ubatch see each other at F16 whatever its length. 0: none. -1: the default, 128 where K or V has less than 8 bits a
 // value and the fused kernel reads the cache, else 0; so begins a context unless INTACTKV_TAIL=N says otherwise. Cells
-// that were evaluated before stay as they are, and lose their marks with the next batch if they are too many. A cache of F16 or F32 has no use for a tail and gets none.
-// Returns the tail in force, or -1: out of memory, INTACTKV_ATTN=stock, or a model that can have no intact cells.
+// that were evaluated before stay as they are, and lose their marks with the next batch if they are too many. A cache of
+// F16 or F32 has no use for a tail and gets none.
+// Returns the tail in force, or -1: out of memory, INTACTKV_ATTN=stock, flash attention off with a V that is neither F16
+// nor F32, or a model that can have no intact cells.
 LLAMA_API int32_t intactkv_set_tail(struct llama_context * ctx, int32_t n_cells);
 
 // The tail in force, 0: none.

@@ -363,8 +363,9 @@ def test_the_tail_is_that_of_the_kv_type(pair, tmp_path):
     """Unless another is given; the prefix file says which."""
     reference, gguf, prefix = pair
     settings = {"prefix": prefix, "kv_type": "q8_0,q4_0", "steps": 0, "seq_len": 16, "sequences": 2}
-    for tail, expected in ((None, 128), (3, 3), (0, 0)):
-        out = calibrate(reference, gguf, out=tmp_path / f"{tail}.ikv", tail=tail, **settings).out
+    exact = {"kv_type": "f16"}  # such a cache has none, whatever is asked for
+    for tail, expected, changes in ((None, 128, {}), (3, 3, {}), (0, 0, {}), (5, 0, exact)):
+        out = calibrate(reference, gguf, out=tmp_path / f"{tail}.ikv", tail=tail, **{**settings, **changes}).out
         made = ikv.read(out)
         assert made.manifest["calibrated"]["kv_tail"] == expected
         report = " ".join(" ".join(map(str, inspection.report(made, None, None))).split())

@@ -45,6 +45,7 @@ def test_settings() -> None:
         (([-1], None, None, ()), "a depth of -1 tokens"),
         (([8], 0, None, ()), "a longest ubatch of 0 tokens"),
         (([8], None, None, [0, -2]), "a tail of -2 tokens"),
+        (([8], None, None, [2**31]), "longer than any context: give 2147483647 at most"),
     ):
         with pytest.raises(UsageError, match=message):
             Depths.of(*settings)
@@ -174,6 +175,14 @@ def test_what_cannot_be_measured_at_a_depth(smol: Smol) -> None:
         ask(texts=Texts(1, 64, questions=[Question("Why?", ["So", "No"], 0, True)]), depths=[64])
     with pytest.raises(UsageError, match="a chunk of 40 tokens has none to measure behind 64"):
         ask(texts=Texts(tokens=[[1] * 40]), depths=[64])
+
+
+def test_no_rounded_prefix_in_a_pair_of_exact_types(smol: Smol) -> None:
+    kv_types = ["f16,f16", "f32,f16"]
+    found = evaluation.evaluate(
+        smol.reference, [smol.gguf], smol.ikv, kv_types=kv_types, modes=["rounded", "prompt"], texts=Texts(1, 8)
+    )
+    assert [(r.kv_type, r.mode) for r in found] == [(kv_type, "prompt") for kv_type in kv_types]
 
 
 def test_the_command_at_depths(smol: Smol, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from intactkv_export.runtime import Sampling, open_chat
 from intactkv_export.runtime import chat as chats
 from intactkv_export.runtime.intact_llama import IntactLlama
 from intactkv_export.runtime.kv_choice import best_kv_types, check_kv_types, head_sizes
-from tests.support import random_models
+from tests.support import random_models, tiny_ggufs
 from tests.support.lowlevel import Context, load_model
 from tests.support.smol import SYSTEM_PROMPT, Smol
 
@@ -96,6 +96,16 @@ def test_v_of_four_bits_needs_the_tail(smol: Smol, monkeypatch: pytest.MonkeyPat
     for attention in ("stock", "portable"):
         monkeypatch.setenv("INTACTKV_ATTN", attention)
         assert chosen() == ("q8_0", 0)
+
+
+def test_v_has_eight_bits_where_a_model_can_have_no_tail(tmp_path: Path) -> None:
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    hybrid = tiny_ggufs.write(
+        tmp_path / "hybrid.gguf", "granitehybrid", n_head_kv=[0, 2], chat_template=template,
+        **{"rope.scaling.finetuned": True},
+    )  # fmt: skip
+    llama = open_chat(hybrid, notice=print, n_ctx=64).llama
+    assert llama.prefix_stats["kv_type"] == "q8_0" and llama.tail == 0
 
 
 def test_k_and_v_of_different_sizes() -> None:

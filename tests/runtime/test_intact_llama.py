@@ -400,6 +400,17 @@ except IntactKVError as error:
     assert np.array_equal(got, _by_hand.__wrapped__(smol, tuple(smol.tokens + rest), "f16"))
 
 
+def test_pooled_embeddings(smol: Smol) -> None:
+    """llama.cpp ends the process where embeddings are pooled and n_ubatch is less than n_batch."""
+    code = "import sys; from intactkv_export.runtime import IntactLlama, L; "
+    code += (
+        "llama = IntactLlama(sys.argv[1], None, n_ctx=256, embedding=True, pooling_type=L.LLAMA_POOLING_TYPE_MEAN); "
+    )
+    code += "print(len(llama.embed('The sea is everything.')) == llama.n_embd())"
+    result = subprocess.run([sys.executable, "-c", code, str(smol.gguf)], capture_output=True, text=True, timeout=300)
+    assert result.stdout.split() == ["True"], result.stderr
+
+
 def test_what_is_closed_or_does_not_exist_is_refused(smol: Smol) -> None:
     """Neither may reach llama.cpp: it would read freed memory, or answer with a number."""
     llama = make(smol)

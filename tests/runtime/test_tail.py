@@ -101,8 +101,9 @@ def test_pickled_it_has_the_same_tail(smol: Smol) -> None:
 
 
 def test_what_cannot_be_had(smol: Smol, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="tail=-1: give the number of newest cells"):
-        make(smol, tail=-1)
+    for tail in (-1, 2**31, 2**32 + 5, "12", 1.5):  # the C API's int32_t would make 5 of the third
+        with pytest.raises(UsageError, match=f"tail={tail!r}: give the number of newest cells"):
+            make(smol, tail=tail)
     monkeypatch.setenv("INTACTKV_ATTN", "stock")
     with pytest.raises(IntactKVError, match="a tail of 9 intact cells .* INTACTKV_ATTN=stock reads no intact cell"):
         make(smol, tail=9)

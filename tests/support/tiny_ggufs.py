@@ -26,6 +26,7 @@ def write(
     n_rot: int | None = None,
     n_head_kv: int | Sequence[int] = 2,
     n_layer: int = N_LAYER,
+    chat_template: str | None = None,
     **extra: float | bool | str,
 ) -> Path:
     """Writes a model of architecture arch: llama (norm RoPE), qwen3 (neox), glm4 (norm, any n_rot), phi3 (neox, any
@@ -47,6 +48,8 @@ def write(
     def norm(name: str, *shape: int) -> None:
         writer.add_tensor(f"{name}.weight", np.ones(shape, np.float32))
 
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
     writer.add_context_length(2048)
     writer.add_embedding_length(n_embd)
     writer.add_block_count(len(heads))

@@ -170,7 +170,9 @@ int32_t intactkv_n_tail_cells(const llama_context * ctx, llama_seq_id seq_id) {
 int32_t intactkv_set_tail(llama_context * ctx, int32_t n_cells) {
     const std::string why = unsupported(llama_get_memory(ctx), *llama_get_model(ctx));
     if (!why.empty()) {
-        return n_cells > 0 ? fail(why) : 0;
+        return n_cells <= 0 ? 0
+                            : fail(format("a tail of %d intact cells was asked for, and %s: set the tail to 0", n_cells,
+                                      why.c_str()));
     }
     llama_synchronize(ctx);
     std::vector<std::pair<arena *, uint32_t>> done; // and the tail that each had
@@ -184,7 +186,11 @@ int32_t intactkv_set_tail(llama_context * ctx, int32_t n_cells) {
     } catch (const std::exception & err) {
         done.pop_back(); // this one has changed nothing
         for (const auto & [a, before] : done) {
-            a->set_tail(before);
+            try {
+                a->set_tail(before);
+            } catch (const std::exception &) {
+                a->give_up_tail(); // there is no memory for what it had either
+            }
         }
         return fail(err.what());
     }
