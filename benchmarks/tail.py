@@ -1,7 +1,7 @@
 """What a KV cache costs, with a tail of intact cells and without: tokens per second, bytes.
 
-    python -m benchmarks.tail MODEL.gguf [--caches q4_0 q4_0+128 q8_0,q4_0+128 q8_0 f16] [--depths 0 2048 8192]
-        [--against q4_0] [--threads 2] [--rounds 9] [--out build/benchmarks]
+    python -m benchmarks.tail MODEL.gguf [--caches q4_0 q4_0+128 q8_0,q4_0 q8_0,q4_0+128 q8_0 f16]
+        [--depths 0 2048 8192] [--against q4_0] [--threads 2] [--rounds 9] [--out build/benchmarks]
 
 A cache is named by its KV type, or K,V, and the tail behind a +. One process, one set of weights, one context a cache.
 Each is filled by itself up to a depth, the last cells of it in a batch as long as the tail. Then all decode in turn, in
@@ -79,7 +79,7 @@ def measure(api: Any, model: Any, args: argparse.Namespace) -> list[dict[str, An
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--caches", nargs="+", default=["q4_0", "q4_0+128", "q8_0,q4_0+128", "q8_0", "f16"])
+    parser.add_argument("--caches", nargs="+", default="q4_0 q4_0+128 q8_0,q4_0 q8_0,q4_0+128 q8_0 f16".split())
     parser.add_argument("--against", default="q4_0", help="the cache that ratios are to; one of --caches")
     parser.add_argument("--depths", nargs="+", type=int, default=[0, 2048, 8192])
     parser.add_argument("--threads", type=int, default=2)

@@ -131,7 +131,7 @@ def evaluate(
                 models,
                 prefix_path,
                 calibrated=calibrated,
-                kv_types=[name.replace("/", ",") for name in words(kv_type)],
+                kv_types=words(kv_type),
                 modes=None if modes is None else words(modes),
                 texts=texts,
                 n_threads=threads,

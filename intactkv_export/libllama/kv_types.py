@@ -13,8 +13,8 @@ TAIL_MAX = 2**31 - 1  # of the C API's int32_t
 
 
 def kv_pair(kv_type: str | tuple[str, str]) -> tuple[str, str]:
-    """The types of K and V: of "q8_0", of "q8_0,q4_0" (K, V), or of such a pair. Raises UsageError for others."""
-    names = kv_type.split(",") if isinstance(kv_type, str) else kv_type
+    """The types of K and V: of "q8_0", of "q8_0,q4_0" or "q8_0/q4_0", or of a pair. Raises UsageError for others."""
+    names = kv_type.replace("/", ",").split(",") if isinstance(kv_type, str) else kv_type
     pair = tuple(name.strip() for name in names)
     pair = pair * 2 if isinstance(kv_type, str) and len(pair) == 1 else pair
     if len(pair) != 2 or not set(pair) <= KV_TYPES.keys():

@@ -123,7 +123,7 @@ def test_with_intact_cells(model: Callable[..., Any], shape: tuple[str, int, int
     tokens = TOKENS[PREFIX : PREFIX + 1]
     got, right = mixed.decode(tokens, PREFIX + BY), expected.decode(tokens, PREFIX + BY)
     assert mixed.n_intact() == PREFIX
-    assert distance(got, right) < 3e-3
+    assert distance(got, right) < 4e-3  # a last bit of K can move the fitted scale of a q4_0 block by a step
     exact = there.decode(tokens, PREFIX + BY)
     wrong = context(weights, kv)
     assert wrong.restore(here.save())

@@ -215,7 +215,9 @@ class Machine:
 
     def evaluate(self, batch: list[Token]) -> None:
         fused, portable = (decode(ctx, batch) for ctx in self.contexts)
-        assert np.linalg.norm(fused - portable) < 0.03 * np.linalg.norm(portable)
+        # the two fit the scales of 4-bit blocks otherwise, and differ by that where the cells are not of the tail
+        limit = 0.2 if "q4_0" in self.kv else 0.03
+        assert np.linalg.norm(fused - portable) < limit * np.linalg.norm(portable)
         self.cache.decode(batch)
         self.is_settled = True
 

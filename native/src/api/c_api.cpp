@@ -157,14 +157,20 @@ int32_t intactkv_load_file(llama_context * ctx, const char * path, llama_seq_id 
 }
 
 int32_t intactkv_n_cells(const llama_context * ctx, llama_seq_id seq_id) {
-    // a prefix is in all caches or in none; the base cache never drops a cell of it while it is in use
-    const auto caches = caches_of(ctx);
-    return caches.empty() || !caches[0]->intact ? 0 : caches[0]->intact->n_cells(seq_id);
+    // a prefix is in all caches or in none; one without a window never drops a cell of it while it is in use
+    uint32_t res = 0;
+    for (const llama_kv_cache * kv : caches_of(ctx)) {
+        res = std::max(res, kv->intact ? kv->intact->n_cells(seq_id) : 0);
+    }
+    return res;
 }
 
 int32_t intactkv_n_tail_cells(const llama_context * ctx, llama_seq_id seq_id) {
-    const auto caches = caches_of(ctx);
-    return caches.empty() || !caches[0]->intact ? 0 : caches[0]->intact->n_tail_cells(seq_id);
+    uint32_t res = 0;
+    for (const llama_kv_cache * kv : caches_of(ctx)) {
+        res = std::max(res, kv->intact ? kv->intact->n_tail_cells(seq_id) : 0);
+    }
+    return res;
 }
 
 int32_t intactkv_set_tail(llama_context * ctx, int32_t n_cells) {
