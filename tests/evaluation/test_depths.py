@@ -190,7 +190,7 @@ def test_the_command_at_depths(smol: Smol, capsys: pytest.CaptureFixture[str]) -
     command += ["--chunks", "1", "--tokens", "16", "--threads", "2", "--kv-type", "q8_0/q4_0"]
     assert main([*command, "--depths", "32,8", "--decode-batch", "8", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["results"]
-    assert [(r["kv_type"], r["depth"], r["ubatch"]) for r in rows] == [("q8_0,q4_0", 8, 8), ("q8_0,q4_0", 32, 8)]
+    assert [(r["kv_type"], r["depth"], r["ubatch"]) for r in rows] == [("q8_0/q4_0", 8, 8), ("q8_0/q4_0", 32, 8)]
     assert main([*command, "--depths", "far"]) == 2
     assert "--depths far: give whole numbers" in capsys.readouterr().err
     assert main([*command, "--ubatch", "512"]) == 2

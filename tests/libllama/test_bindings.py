@@ -20,7 +20,7 @@ from tests.support.smol import Smol
 
 @pytest.fixture(scope="module")
 def llama(smol: Smol) -> IntactLlama:
-    return IntactLlama(smol.gguf, prefix=None, kv_type="q4_0", n_ctx=256, n_threads=2)
+    return IntactLlama(smol.gguf, prefix=None, kv_type="q4_0", tail=0, n_ctx=256, n_threads=2)
 
 
 def test_version_is_that_of_the_package() -> None:
