@@ -7,8 +7,6 @@ the input, however small, flips some of them.
 from __future__ import annotations
 
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,9 @@ import pytest
 
 from tests.support import lowlevel
 from tests.support.lowlevel import SYSTEM, Context, L, kl
-from tests.support.paths import REPO
+from tests.support.own_process import load_state, run
 
 QUANTIZED = ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "bf16"]
-
-
-@pytest.fixture(scope="module")
-def f16(model: Any) -> Any:
-    return lowlevel.load_model(model("F16"))
 
 
 @pytest.fixture(scope="module")
@@ -264,16 +257,6 @@ def test_reused_graphs_see_what_changed(f16: Any, prefix: list[int], text: list[
     assert kl(fresh.decode(text[:237], n)[-1:], one[-1]) < 1e-3
 
 
-def run(code: str, lib: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    """A process of its own, as the environment is read when a context is made and libraries are loaded once."""
-    import os
-
-    full = {**os.environ, **env, "PYTHONPATH": str(REPO)}
-    if lib:
-        full["LLAMA_CPP_LIB_PATH"] = str(lib)
-    return subprocess.run([sys.executable, "-c", code], env=full, capture_output=True, text=True, timeout=900)
-
-
 def test_attention_override(model: Any, state: bytes, tmp_path: Path) -> None:
     (tmp_path / "state").write_bytes(state)
     code = f"""
@@ -338,18 +321,6 @@ def test_stock_refuses_a_mixed_state(
     path = tmp_path / "mixed.state"
     tokens = (L.llama_token * len(prefix))(*prefix)
     assert L.llama_state_seq_save_file(ctx.ptr, str(path).encode(), 0, tokens, len(prefix))
-    code = f"""
-import ctypes
-from tests.support import lowlevel
-from tests.support.lowlevel import L
-lines = []
-keep = L.llama_log_callback(lambda level, text, data: lines.append(text.decode()))
-ctx = lowlevel.Context(lowlevel.load_model({str(model("F16"))!r}), "q8_0")
-L.llama_log_set(keep, None)
-out, n = (L.llama_token * 100)(), ctypes.c_size_t()
-ok = L.llama_state_seq_load_file(ctx.ptr, {str(path)!r}.encode(), 0, out, 100, ctypes.byref(n))
-print(bool(ok), n.value, "".join(lines).strip())
-"""
-    ours, stock = run(code), run(code, lib=stock_lib)
+    ours, stock = (load_state(model("F16"), "q8_0", path, lib) for lib in (None, stock_lib))
     assert ours.stdout.startswith(f"True {len(prefix)}"), ours.stderr
     assert stock.stdout.startswith("False") and "494b0003" in stock.stdout, stock.stdout + stock.stderr

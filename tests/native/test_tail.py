@@ -17,16 +17,11 @@ import numpy as np
 import pytest
 
 from intactkv_export.libllama import state as states
-from tests.native.test_cells import run
 from tests.support import lowlevel, tiny_ggufs
 from tests.support.lowlevel import SYSTEM, Context, L, kl
+from tests.support.own_process import load_state
 
 ATTENTION = ["fused", "portable"]
-
-
-@pytest.fixture(scope="module")
-def f16(model: Any) -> Any:
-    return lowlevel.load_model(model("F16"))
 
 
 @pytest.fixture(scope="module")
@@ -247,19 +242,7 @@ def test_stock_libraries_refuse_the_file(
     path = tmp_path / "tail.state"
     tokens = (L.llama_token * 20)(*text[:20])
     assert L.llama_state_seq_save_file(ctx.ptr, str(path).encode(), 0, tokens, 20)
-    code = f"""
-import ctypes
-from tests.support import lowlevel
-from tests.support.lowlevel import L
-lines = []
-keep = L.llama_log_callback(lambda level, text, data: lines.append(text.decode()))
-ctx = lowlevel.Context(lowlevel.load_model({str(model("F16"))!r}), "q4_0")
-L.llama_log_set(keep, None)
-out, n = (L.llama_token * 100)(), ctypes.c_size_t()
-ok = L.llama_state_seq_load_file(ctx.ptr, {str(path)!r}.encode(), 0, out, 100, ctypes.byref(n))
-print(bool(ok), n.value, "".join(lines).strip())
-"""
-    ours, stock = run(code), run(code, lib=stock_lib)
+    ours, stock = (load_state(model("F16"), "q4_0", path, lib) for lib in (None, stock_lib))
     assert ours.stdout.startswith("True 20"), ours.stderr
     assert stock.stdout.startswith("False") and "494b0003" in stock.stdout, stock.stdout + stock.stderr
 
