@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from intactkv_export import library
 from intactkv_export.errors import UsageError
 from intactkv_export.libllama import default_tail, kv_pair
 from intactkv_export.models import gguf_file
 from intactkv_export.prefix import ikv
 from intactkv_export.runtime.conversation import Conversation, Sampling, opening_messages
 from intactkv_export.runtime.intact_llama import IntactLlama
-from intactkv_export.runtime.kv_choice import choose_kv_types, with_tail
+from intactkv_export.runtime.kv_choice import BEST_PAIR, WITH_TAIL, choose_kv_types
 
 _CONTEXT = 4096  # tokens; the KV cache of more is rarely wanted on a small device
 _ROOM = 2048  # tokens behind a long prefix, to talk in
@@ -43,7 +44,8 @@ def open_chat(
     pair, why = choose_kv_types(asked, header)
     if why:
         notice(why)
-    wanted = with_tail(pair, tail) if asked is None and not why else pair
+    enough = default_tail(WITH_TAIL)
+    smaller = asked is None and pair == BEST_PAIR and library.is_patched() and (tail is None or tail >= enough)
     path = ikv.find(model) if prefix == "auto" else prefix
     n_prefix = 0 if path is None else len(ikv.read(path).tokens)
     trained = header.get(f"{header.get('general.architecture')}.context_length") or _CONTEXT
@@ -55,8 +57,8 @@ def open_chat(
             "leave it out"
         )
     settings = {"n_ctx": n_ctx, "n_threads": n_threads, "n_threads_batch": n_threads, **llama_kwargs}
-    llama = IntactLlama(model, path, wanted, tail, **settings)
-    if wanted != pair and llama.tail < default_tail(wanted):  # no intact cells for this model, or no fused attention
+    llama = IntactLlama(model, path, WITH_TAIL if smaller else pair, tail, **settings)
+    if smaller and llama.tail < enough:  # the library says so: by this model, its attention, or INTACTKV_TAIL
         llama.close()
         llama = IntactLlama(model, path, pair, tail, **settings)
     talk = Conversation(llama, opening_messages(llama, system_prompt), sampling or Sampling(), notice)

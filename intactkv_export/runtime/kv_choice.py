@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
-from intactkv_export import library
 from intactkv_export.errors import UsageError
-from intactkv_export.libllama import KV_TYPES, QUANTIZED, default_tail
+from intactkv_export.libllama import KV_TYPES, QUANTIZED
 
 # llama_init_from_model: with flash attention the head size of every layer must be a multiple of the type's block. The
 # block of all quantized types that a cache can have is 32 (QK8_0, QK5_1, QK5_0, QK4_1, QK4_0, QK4_NL of ggml-common.h).
 _BLOCK = 32
 _BEST = ("q8_0", "f16")  # the one to have, and the one that always fits
-_FUSED = ("", "fused")  # of INTACTKV_ATTN; elsewhere there is no tail unless asked for
-_WITH_TAIL = ("q8_0", "q4_0")  # as near as q8_0 for both, in three quarters of the bytes (docs/results/tail.md)
+BEST_PAIR = (_BEST[0], _BEST[0])
+WITH_TAIL = ("q8_0", "q4_0")  # with the default tail as near, in three quarters of the bytes (docs/results/tail.md)
 
 
 def choose_kv_types(asked: tuple[str, str] | None, header: Mapping[str, Any]) -> tuple[tuple[str, str], str]:
@@ -33,23 +31,10 @@ def best_kv_types(header: Mapping[str, Any]) -> tuple[tuple[str, str], str]:
     """
     sizes = head_sizes(header)
     k, v = (_BEST[0] if _fits(_BEST[0], of_one) else _BEST[1] for of_one in sizes)
-    if k == v == _BEST[0]:
+    if (k, v) == BEST_PAIR:
         return (k, v), ""
     types = k if k == v else f"{k} for K and {v} for V"
     return (k, v), f"the KV cache is {types}: {_sizes(sizes)}, and {_BEST[0]} needs a multiple of {_BLOCK}"
-
-
-def with_tail(pair: tuple[str, str], tail: int | None) -> tuple[str, str]:
-    """Instead of q8_0 for K and V: q4_0 for V where the cache should have a tail that makes up for it.
-
-    tail: how long it shall be; None: as the library does by itself (native/src/cells/tail.h, arena::set_tail). Whether
-    a model can have one shows when its context is made (IntactLlama.tail).
-    """
-    if pair != (_BEST[0], _BEST[0]) or not library.is_patched() or os.environ.get("INTACTKV_ATTN", "") not in _FUSED:
-        return pair
-    wanted = default_tail(_WITH_TAIL)
-    asked = os.environ.get("INTACTKV_TAIL") or str(wanted) if tail is None else str(tail)
-    return _WITH_TAIL if asked.isdecimal() and int(asked) >= wanted else pair
 
 
 def check_kv_types(pair: tuple[str, str], header: Mapping[str, Any]) -> None:

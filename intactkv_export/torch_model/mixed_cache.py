@@ -10,7 +10,7 @@ ones of all cells and behind them the intact ones of the newest, and the mask sh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,22 +48,20 @@ class Layout:
 
     def as_cached(self, states: Tensor, kind: str, kv_type: str) -> Tensor:
         """K or V [batch, n_head_kv, n, head_dim] as a cache of this type returns them: same shape and dtype."""
-
-        def round_trip(x: Tensor) -> Tensor:
-            size = rotation(kv_type, self.head_dim, kind == "V")
-            rows = rotate(self.to_rows(x.float(), kind), size)
-            back = rotate(stored(rows.flatten(-2), kv_type).view_as(rows), size)
-            return self.to_cache(back, kind).to(x.dtype)
-
-        return states if kv_type == "f32" else straight(states, round_trip)
+        return self._round_trip(states, kind, kv_type, lambda rows: stored(rows, kv_type))
 
     def as_intact(self, states: Tensor, kind: str, kv_type: str) -> Tensor:
         """K or V as intact cells of a cache of this type return them: F16 rows, in the basis of the others."""
+        return self._round_trip(states, kind, kv_type, lambda rows: rounded(rows, "f16"))
+
+    def _round_trip(self, states: Tensor, kind: str, kv_type: str, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+        """Through rounding(rows [..., n_head_kv * head_dim]) in the basis of such a cache; gradients pass it."""
 
         def round_trip(x: Tensor) -> Tensor:
             size = rotation(kv_type, self.head_dim, kind == "V")
             rows = rotate(self.to_rows(x.float(), kind), size)
-            return self.to_cache(rotate(rounded(rows, "f16"), size), kind).to(x.dtype)
+            back = rotate(rounding(rows.flatten(-2)).view_as(rows), size)
+            return self.to_cache(back, kind).to(x.dtype)
 
         return states if kv_type == "f32" else straight(states, round_trip)
 

@@ -94,6 +94,15 @@ static std::string check(const llama_context * ctx, const void * data, size_t si
     return "";
 }
 
+// the largest f(arena) of the caches, 0 if none can have intact cells
+template <typename F> static int32_t most_of(const llama_context * ctx, F f) {
+    uint32_t res = 0;
+    for (const llama_kv_cache * kv : caches_of(ctx)) {
+        res = std::max(res, kv->intact ? f(*kv->intact) : 0);
+    }
+    return res;
+}
+
 } // namespace intactkv
 
 using namespace intactkv;
@@ -158,19 +167,11 @@ int32_t intactkv_load_file(llama_context * ctx, const char * path, llama_seq_id 
 
 int32_t intactkv_n_cells(const llama_context * ctx, llama_seq_id seq_id) {
     // a prefix is in all caches or in none; one without a window never drops a cell of it while it is in use
-    uint32_t res = 0;
-    for (const llama_kv_cache * kv : caches_of(ctx)) {
-        res = std::max(res, kv->intact ? kv->intact->n_cells(seq_id) : 0);
-    }
-    return res;
+    return most_of(ctx, [&](const arena & a) { return a.n_cells(seq_id); });
 }
 
 int32_t intactkv_n_tail_cells(const llama_context * ctx, llama_seq_id seq_id) {
-    uint32_t res = 0;
-    for (const llama_kv_cache * kv : caches_of(ctx)) {
-        res = std::max(res, kv->intact ? kv->intact->n_tail_cells(seq_id) : 0);
-    }
-    return res;
+    return most_of(ctx, [&](const arena & a) { return a.n_cells(seq_id, true); });
 }
 
 int32_t intactkv_set_tail(llama_context * ctx, int32_t n_cells) {
@@ -204,11 +205,7 @@ int32_t intactkv_set_tail(llama_context * ctx, int32_t n_cells) {
 }
 
 int32_t intactkv_tail(const llama_context * ctx) {
-    int32_t res = 0;
-    for (const llama_kv_cache * kv : caches_of(ctx)) {
-        res = std::max(res, kv->intact ? (int32_t) kv->intact->tail() : 0);
-    }
-    return res;
+    return most_of(ctx, [](const arena & a) { return a.tail(); });
 }
 
 size_t intactkv_arena_bytes(const llama_context * ctx) {

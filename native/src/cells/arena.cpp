@@ -138,16 +138,10 @@ void arena::each_intact(const cell_fn & f) const {
     }
 }
 
-uint32_t arena::n_cells(int32_t seq_id) const {
-    uint32_t res = 0;
-    each_intact([&](uint32_t s, uint32_t i, int32_t) { res += seq_id < 0 || kv.v_cells[s].seq_has(i, seq_id); });
-    return res;
-}
-
-uint32_t arena::n_tail_cells(int32_t seq_id) const {
+uint32_t arena::n_cells(int32_t seq_id, bool tail_only) const {
     uint32_t res = 0;
     each_intact([&](uint32_t s, uint32_t i, int32_t row) {
-        res += kinds[row] == row_kind::tail && (seq_id < 0 || kv.v_cells[s].seq_has(i, seq_id));
+        res += (!tail_only || kinds[row] == row_kind::tail) && (seq_id < 0 || kv.v_cells[s].seq_has(i, seq_id));
     });
     return res;
 }

@@ -53,9 +53,8 @@ public:
     // Throws std::runtime_error if INTACTKV_ATTN or INTACTKV_TAIL cannot be had
     arena(llama_kv_cache & kv, const llama_cparams & cparams);
 
-    // number of intact cells of a sequence (-1: of all), and of those the tail's
-    uint32_t n_cells(int32_t seq_id) const;
-    uint32_t n_tail_cells(int32_t seq_id) const;
+    // number of intact cells of a sequence (-1: of all), or of those that are the tail's
+    uint32_t n_cells(int32_t seq_id, bool tail_only = false) const;
     size_t n_bytes() const;
     void add_memory(std::map<ggml_backend_buffer_type_t, size_t> & breakdown) const;
 

@@ -7,9 +7,9 @@
 
 #include <cerrno>
 #include <cstdlib>
+#include <exception>
 #include <limits>
 #include <map>
-#include <exception>
 #include <stdexcept>
 #include <utility>
 #include <vector>

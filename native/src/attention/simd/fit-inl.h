@@ -177,6 +177,17 @@ template <ggml_type T> inline void store_codes(uint8_t * p, const vi * n) {
     }
 }
 
+// The first of the largest: of how much of the squares each scale explains.
+inline int best_of(const float * gain) {
+    int best = 0;
+    float most = -1.0f;
+    for (int i = 0; i < TRIED; i++) {
+        best = gain[i] > most ? i : best;
+        most = gain[i] > most ? gain[i] : most;
+    }
+    return best;
+}
+
 template <ggml_type T> inline void store_fitted(uint8_t * p, const float * x) {
     vf top = load(x), bottom = -top;
     for (int i = W; i < QK; i += W) {
@@ -203,32 +214,26 @@ template <ggml_type T> inline void store_fitted(uint8_t * p, const float * x) {
         fit_sums sums;
         sum_tries<T>(whole_x, sums);
         const float unit = size / fit_one<T> * side;
-        int best = 0;
-        float most = -1.0f;
+        float gain[TRIED];
         if constexpr (block<T>::min) {
             const int32_t sx = (int32_t) sum(sum_x);
             int32_t a[TRIED], b[TRIED];
-            float gain[TRIED];
             for (int i = 0; i < TRIED; i++) {
                 const int32_t q = (int32_t) sums.q[i];
                 a[i] = QK * (int32_t) sums.qx[i] - sx * q;
                 b[i] = QK * (int32_t) sums.qq[i] - q * q;
                 gain[i] = (float) a[i] * (float) a[i] / (float) b[i];
             }
-            for (int i = 0; i < TRIED; i++) {
-                best = gain[i] > most ? i : best;
-                most = gain[i] > most ? gain[i] : most;
-            }
+            const int best = best_of(gain);
             d = (float) a[best] / (float) b[best] * unit;
             const int64_t c = (int64_t) sx * (int64_t) sums.qq[best] - (int64_t) sums.q[best] * (int64_t) sums.qx[best];
             // the product of two F32 is exact in double: fused with the sum or not, the result is the same
             m = (float) ((double) low + (double) ((float) c / (float) b[best]) * (double) unit);
         } else {
             for (int i = 0; i < TRIED; i++) {
-                const float gain = sums.qx[i] * sums.qx[i] / sums.qq[i];
-                best = gain > most ? i : best;
-                most = gain > most ? gain : most;
+                gain[i] = sums.qx[i] * sums.qx[i] / sums.qq[i];
             }
+            const int best = best_of(gain);
             d = sums.qx[best] / sums.qq[best] * unit;
         }
     }
