@@ -1,52 +1,107 @@
-"""The sequences that a calibration trains on: sampled or read once, kept, and found again after an interruption."""
+"""The texts that a calibration trains on, and what the reference says after each of their tokens.
+
+Texts are of one length, or of two: half of the tokens in texts of SHORT tokens, half in texts of seq_len. What is
+gained on short texts alone fades behind long ones. They are kept in parts, each a file with texts of one length and
+their targets, so that an interruption costs one part. Where the reference writes the texts, its targets are what it
+says while it writes.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from intactkv_export.calibration import targets
+from intactkv_export.calibration.targets import Targets
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import Vocabulary
 from intactkv_export.models import gguf_file
-from intactkv_export.texts import read_user_file, sample
+from intactkv_export.texts import Growing, batch_size, begin, read_user_file, token_hash, write
 from intactkv_export.work import Steps, atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from intactkv_export.calibration.targets import Targets
     from intactkv_export.prefix import Prefix
     from intactkv_export.torch_model import TorchModel
+
+SHORT = 256  # tokens in a short text
+_HELD_OUT = 8  # one of so many texts of a length is not trained on
+_PART = 16  # texts in a file, where they are read
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where sequences come from. data: "self" or a file; at most `sequences` of seq_len tokens each."""
+    """Where texts come from. data: "self" or a file; at most `sequences` of them, the longest of seq_len tokens.
+
+    mixed: half of the tokens in short ones. all_targets: of all texts; else of those that are held out.
+    """
 
     data: str
     sequences: int
     seq_len: int
     seed: int
+    mixed: bool = True
+    all_targets: bool = True
+
+    def lengths(self) -> list[tuple[int, int]]:
+        """(how many texts, of how many tokens), short ones first."""
+        ratio = self.seq_len // SHORT
+        if not self.mixed or ratio < 2:
+            return [(self.sequences, self.seq_len)]
+        n_long = max(2, round(self.sequences / (1 + ratio)))
+        n_short = self.sequences - n_long
+        return [(n_short, SHORT), (n_long, self.seq_len)] if n_short >= 2 else [(self.sequences, self.seq_len)]
+
+
+@dataclass(frozen=True)
+class Text:
+    """tokens: int32 [n], which follow the prefix. targets: of each token; None: not asked for."""
+
+    tokens: np.ndarray
+    targets: Targets | None
 
 
 @dataclass(frozen=True)
 class Data:
-    """Token sequences, integers [n, n_tokens], that follow the prefix; the first n_held_out are not trained on.
+    """Texts, those of one length in a row. held_out: indices of those that are not trained on."""
 
-    targets: of all of them; for objective mse those of the held-out ones are enough.
-    """
+    texts: list[Text]
+    held_out: list[int]
 
-    sequences: np.ndarray
-    targets: Targets
-    n_held_out: int
+    @classmethod
+    def of(cls, groups: Sequence[Sequence[Text]]) -> Data:
+        """groups: of one length each; of every one some are held out."""
+        held_out: list[int] = []
+        first = 0
+        for group in groups:
+            held_out += range(first, first + max(1, len(group) // _HELD_OUT))
+            first += len(group)
+        return cls([text for group in groups for text in group], held_out)
+
+    @property
+    def trained(self) -> list[int]:
+        return [i for i in range(len(self.texts)) if i not in set(self.held_out)]
+
+    def n_tokens(self, index: Sequence[int]) -> int:
+        return sum(len(self.texts[i].tokens) for i in index)
+
+    def by_length(self, index: Sequence[int]) -> dict[int, list[int]]:
+        """The same indices by the length of their texts, in the order of texts."""
+        found: dict[int, list[int]] = {}
+        for i in index:
+            found.setdefault(len(self.texts[i].tokens), []).append(i)
+        return found
+
+    def sha256(self) -> str:
+        return token_hash([text.tokens.tolist() for text in self.texts])
 
 
 def same_source(directory: Path, source: Source, prefix: Prefix, dtype: str) -> None:
-    """Note in a directory what its sequences are of. Raises UsageError if they are there already, of other settings."""
+    """Note in a directory what its texts are of. Raises UsageError if they are there already, of other settings."""
     path = directory / "data.json"
     about = {
         **asdict(source),
@@ -61,46 +116,140 @@ def same_source(directory: Path, source: Source, prefix: Prefix, dtype: str) -> 
         file.write(json.dumps(about).encode())
 
 
-def write_sequences(
-    path: Path, source: Source, prefix: Prefix, model: Path, reference: Callable[[], TorchModel], steps: Steps
-) -> None:
-    """Sample or read the sequences. model: the GGUF whose tokenizer and template are used. reference: gives the model
-    that writes the texts. steps counts tokens."""
-    with atomic.output(path) as file:
-        np.save(file, np.asarray(_texts(source, prefix, model, reference, steps), np.int32))
+def gather(
+    directory: Path, source: Source, prefix: Prefix, model: Path, reference: Callable[[], TorchModel], steps: Steps
+) -> Data:
+    """The texts and their targets: made, or found in the directory.
 
-
-def read_sequences(path: Path, source: Source) -> np.ndarray:
-    """int32 [at most source.sequences, seq_len]. Raises IntactKVError if there are too few to hold one out."""
-    found = np.load(path)
-    if len(found) < 2:
-        raise IntactKVError(
-            f"{source.data} gives one sequence of {source.seq_len} tokens, and one is held out: give more text, or a "
-            "smaller --seq-len"
-        )
-    return found
-
-
-def _texts(
-    source: Source, prefix: Prefix, model: Path, reference: Callable[[], TorchModel], steps: Steps
-) -> list[list[int]]:
+    model: the GGUF whose tokenizer and template are used. reference: gives the model that writes the texts and says
+    what follows; called when a part is missing. steps counts tokens. Raises IntactKVError if there are too few texts to
+    hold one out.
+    """
     template = gguf_file.read(model).values.get("tokenizer.chat_template")
     with Vocabulary(model) as vocabulary:
-        if source.data == "self":
-            return sample(
-                reference(),
-                prefix,
-                vocabulary,
-                template,
-                n=source.sequences,
-                n_tokens=source.seq_len,
-                seed=source.seed,
-                documents=True,
-                progress=steps,
+        kind = _Writing if source.data == "self" else _Reading
+        work = kind(source, prefix, vocabulary, template, reference, steps)
+        groups = [list(_kept(directory, number, group)) for number, group in enumerate(work.groups())]
+    if min(map(len, groups)) < 2:
+        raise IntactKVError(
+            f"{source.data} gives one text of {source.seq_len} tokens, and one is held out: give more text, or a "
+            "smaller --seq-len"
+        )
+    return Data.of(groups)
+
+
+Part = tuple[np.ndarray, Targets]  # int32 [n, n_tokens]; of the first of them
+
+
+def _kept(directory: Path, group: int, parts: Sequence[Callable[[], Part]]) -> Iterator[Text]:
+    """The texts of a group's parts, each made once and kept in a file."""
+    for number, make in enumerate(parts):
+        path = directory / f"texts-{group}-{number:06d}.npz"
+        if path.is_file():
+            with np.load(path) as found:
+                tokens, wanted = found["tokens"], Targets(found["ids"], found["log_p"], found["log_rest"])
+        else:
+            tokens, wanted = make()
+            with atomic.output(path) as file:
+                np.savez(file, tokens=tokens, ids=wanted.ids, log_p=wanted.log_p, log_rest=wanted.log_rest)
+        for i, row in enumerate(tokens):
+            yield Text(row, wanted[i] if i < len(wanted) else None)
+
+
+@dataclass
+class _Work:
+    """Parts of texts that are still to be made."""
+
+    source: Source
+    prefix: Prefix
+    vocabulary: Vocabulary
+    template: str | None
+    reference: Callable[[], TorchModel]
+    steps: Steps
+
+    def groups(self) -> Iterator[list[Callable[[], Part]]]:
+        raise NotImplementedError
+
+    def _with_targets(self, first: int, size: int, n: int) -> int:
+        """How many texts of a part have targets: of n texts of the group, it has `size` from the first one."""
+        return size if self.source.all_targets else min(size, max(0, max(1, n // _HELD_OUT) - first))
+
+
+class _Writing(_Work):
+    """Texts that the reference writes."""
+
+    def groups(self) -> Iterator[list[Callable[[], Part]]]:
+        lengths, done = self.source.lengths(), 0
+        total = sum(n * n_tokens for n, n_tokens in lengths)
+        for n, n_tokens in lengths:
+            seed = self.source.seed + done  # groups and parts differ
+            texts = begin(self.prefix, self.vocabulary, self.template, n=n, seed=seed, documents=True)
+            size = batch_size(self.prefix, len(self.prefix.tokens) + n_tokens)
+            parts = []
+            for first in range(0, n, size):
+                some = texts[first : first + size]
+                wanted = self._with_targets(first, len(some), n)
+                parts.append(self._part(some, n_tokens, seed + first, wanted, (done + first * n_tokens, total)))
+            done += n * n_tokens
+            yield parts
+
+    def _part(
+        self, texts: list[Growing], n_tokens: int, seed: int, n_targets: int, counted: tuple[int, int]
+    ) -> Callable[[], Part]:
+        done, total = counted
+
+        def make() -> Part:
+            said: list[Targets] = []
+            write(
+                self.reference(),
+                self.prefix,
+                self.vocabulary,
+                texts,
+                n_tokens=n_tokens,
+                seed=seed,
+                observe=lambda _, logits: said.append(targets.of_logits(logits[:n_targets])),
+                written=lambda n: self.steps(done + n * len(texts), total),
             )
-        texts = read_user_file(source.data, prefix, vocabulary, template, n_tokens=source.seq_len)
-    order = np.random.default_rng(source.seed).permutation(len(texts))[: source.sequences]
-    return [texts[i] for i in order]
+            tokens = np.array([text.tokens for text in texts], np.int32)
+            return tokens, Targets(*(np.stack([getattr(x, name) for x in said], 1) for name in _FIELDS))
+
+        return make
+
+
+class _Reading(_Work):
+    """Texts of a file."""
+
+    def groups(self) -> Iterator[list[Callable[[], Part]]]:
+        chosen = []
+        for number, (n, n_tokens) in enumerate(self.source.lengths()):
+            found = read_user_file(self.source.data, self.prefix, self.vocabulary, self.template, n_tokens=n_tokens)
+            order = np.random.default_rng(self.source.seed + number).permutation(len(found))[:n]
+            chosen.append([found[i] for i in order])
+        done, total = 0, sum(len(texts) * len(texts[0]) for texts in chosen)
+        for texts in chosen:
+            parts = []
+            for first in range(0, len(texts), _PART):
+                some = texts[first : first + _PART]
+                parts.append(self._part(some, self._with_targets(first, len(some), len(texts)), (done, total)))
+                done += len(some) * len(some[0])
+            yield parts
+
+    def _part(self, texts: list[list[int]], n_targets: int, counted: tuple[int, int]) -> Callable[[], Part]:
+        done, total = counted
+
+        def make() -> Part:
+            made = targets.make(
+                self.reference(),
+                self.prefix.tokens,
+                texts[: max(1, n_targets)],
+                progress=lambda n: self.steps(done + n * len(texts[0]), total),
+            )
+            return np.array(texts, np.int32), made[:n_targets]
+
+        return make
+
+
+_FIELDS = ("ids", "log_p", "log_rest")
 
 
 def check_same(directory: Path, kept: dict[str, Any], about: dict[str, Any]) -> None:

@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from intactkv_export import torch_model
-from intactkv_export.calibration import targets, training
-from intactkv_export.calibration.data import Data, Source, read_sequences, same_source, write_sequences
+from intactkv_export.calibration import training
+from intactkv_export.calibration.data import Data, Source, gather, same_source
 from intactkv_export.models import Reference, gguf_file, identity, locate
 from intactkv_export.prefix import Prefix, ikv
-from intactkv_export.texts import token_hash
 from intactkv_export.work import Progress
-
-_HELD_OUT = 8  # one of so many sequences is not trained on
 
 
 @dataclass
@@ -59,7 +56,7 @@ class _Phase(Protocol):
 
 
 class _Loaded:
-    """The reference in memory, from the first call to close(): the phases before training may each need it."""
+    """The reference in memory, from the first call to close()."""
 
     def __init__(self, who: Participants) -> None:
         self._who = who
@@ -78,7 +75,7 @@ class _Loaded:
 def train(who: Participants, settings: training.Settings, source: Source) -> tuple[training.Result, dict[str, Any]]:
     """All phases: the trained prefix, and the manifest's field "calibrated"."""
     reference, mse = _Loaded(who), "mse" in settings.objective
-    data = _data(who, settings, source, reference)
+    data = _data(who, source, reference)
     if not mse:
         reference.close()  # before the student comes
     weights = locate(who.model, allow_requantize=True)
@@ -100,19 +97,11 @@ def train(who: Participants, settings: training.Settings, source: Source) -> tup
     return trained, _about(who, settings, source, data, trained, weights, sha256)
 
 
-def _data(who: Participants, settings: training.Settings, source: Source, reference: _Loaded) -> Data:
-    """The sequences, and what the reference says of them."""
-    path = who.directory / "sequences.npy"
+def _data(who: Participants, source: Source, reference: _Loaded) -> Data:
+    """The texts, and what the reference says of them."""
     same_source(who.directory, source, who.prefix, who.dtype)
-    if not path.is_file():
-        with who.phase("data") as tell:
-            write_sequences(path, source, who.prefix, who.model, reference, tell)
-    tokens = read_sequences(path, source)
-    n_held_out = max(1, len(tokens) // _HELD_OUT)
-    needed = tokens[:n_held_out] if settings.objective == "mse" else tokens
-    with who.phase("targets") as tell:
-        wanted = targets.make(reference, who.prefix.tokens, needed.tolist(), directory=who.directory, progress=tell)
-    return Data(tokens, wanted, n_held_out)
+    with who.phase("texts") as tell:
+        return gather(who.directory, source, who.prefix, who.model, reference, tell)
 
 
 def _about(
@@ -124,7 +113,6 @@ def _about(
     weights: Reference,
     sha256: str,
 ) -> dict[str, Any]:
-    n_trained = len(data.sequences) - data.n_held_out
     return {
         "objective": settings.objective,
         "steps": trained.steps,
@@ -138,9 +126,9 @@ def _about(
         "dtype": who.dtype,
         "data": {
             "kind": "self" if source.data == "self" else Path(source.data).name,
-            "sha256": token_hash(data.sequences.tolist()),
-            "n_sequences": n_trained,
-            "n_tokens": n_trained * source.seq_len,
+            "sha256": data.sha256(),
+            "n_sequences": len(data.trained),
+            "n_tokens": data.n_tokens(data.trained),
         },
         "model": {
             "name": who.model.name,
@@ -151,6 +139,12 @@ def _about(
         "held_out": {
             "before": trained.before,
             "after": trained.after,
-            "n_tokens": data.n_held_out * source.seq_len,
+            "n_tokens": data.n_tokens(data.held_out),
+            "by_depth": [
+                {"depth": depth, "before": before, "after": after}
+                for depth, before, after in zip(
+                    training.DEPTHS, trained.depths[0], trained.depths[trained.best_step], strict=False
+                )
+            ],
         },
     }

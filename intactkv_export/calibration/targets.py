@@ -4,74 +4,81 @@ The top_k largest log-probabilities and the logarithm of the mass of all others 
 another model from the reference over {top_k tokens, all others}. That is a lower bound of the KL divergence (data
 processing inequality), and the gradient of a lower bound that is tight where the reference has its mass.
 
-For each token 8 * top_k + 4 bytes: 2 kB for 256 of them, 134 MB for 256 sequences of 256 tokens.
+For each token 8 * top_k + 4 bytes: 2 kB for 256 of them, 134 MB for 65,536 tokens of text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from intactkv_export.work import Steps, atomic
-
 if TYPE_CHECKING:
     from intactkv_export.torch_model import TorchModel
 
 TOP_K = 256
-_PART = 16  # sequences in a file
 _PASS = 2048  # tokens in one forward pass, prefixes included
 
 
 @dataclass(frozen=True)
 class Targets:
-    """For n sequences of n_tokens tokens. ids: int32 [n, n_tokens, top_k]; log_p: float32, their log-probabilities;
-    log_rest: float32 [n, n_tokens], of all other tokens together, -inf if there are none."""
+    """For some texts of n_tokens tokens, [n] of them or one. ids: int32 [n, n_tokens, top_k]; log_p: float32, their
+    log-probabilities; log_rest: float32 [n, n_tokens], of all other tokens together, -inf if there are none."""
 
     ids: np.ndarray
     log_p: np.ndarray
     log_rest: np.ndarray
 
-    def of(self, index: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of some sequences, as tensors: arguments of divergence()."""
-        chosen = (x[list(index)] for x in (self.ids, self.log_p, self.log_rest))
-        ids, log_p, log_rest = (torch.from_numpy(x).to(device) for x in chosen)
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int | slice) -> Targets:
+        return Targets(self.ids[index], self.log_p[index], self.log_rest[index])
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Arguments of divergence()."""
+        ids, log_p, log_rest = (torch.from_numpy(x).to(device) for x in (self.ids, self.log_p, self.log_rest))
         return ids.long(), log_p, log_rest
 
 
+def stack(targets: Sequence[Targets]) -> Targets:
+    """Those of single texts of one length, together."""
+    return Targets(*(np.stack([getattr(x, name) for x in targets]) for name in ("ids", "log_p", "log_rest")))
+
+
+def of_logits(logits: Tensor, top_k: int = TOP_K) -> Targets:
+    """What the reference's logits say, float32 [..., n_vocab]."""
+    total = torch.logsumexp(logits, -1, keepdim=True)
+    top, ids = logits.topk(min(top_k, logits.shape[-1]))
+    log_rest = torch.logsumexp(logits.scatter(-1, ids, -torch.inf), -1) - total[..., 0]
+    return Targets(*(x.cpu().numpy() for x in (ids.int(), top - total, log_rest)))
+
+
 def make(
-    reference: Callable[[], TorchModel],
+    reference: TorchModel,
     prefix: Sequence[int],
-    sequences: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
     *,
     top_k: int = TOP_K,
-    directory: Path | None = None,
-    progress: Steps | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Targets:
-    """The reference's targets for sequences of one length that follow the tokens of a prefix.
+    """The reference's targets for texts of one length that follow the tokens of a prefix.
 
-    reference: gives the model, called when a part is missing. directory: where finished parts are kept, and found again
-    by the next process with the same arguments; None: only in memory. progress(done, total) counts sequences.
+    progress(n): told how many texts are done.
     """
+    step = max(1, _PASS // (len(prefix) + len(texts[0])))
     parts = []
-    for start in range(0, len(sequences), _PART):
-        path = None if directory is None else directory / f"targets-{start:06d}.npz"
-        if path is not None and path.is_file():
-            with np.load(path) as found:
-                parts.append((found["ids"], found["log_p"], found["log_rest"]))
-        else:
-            parts.append(_part(reference(), prefix, sequences[start : start + _PART], top_k))
-            if path is not None:
-                with atomic.output(path) as file:
-                    np.savez(file, ids=parts[-1][0], log_p=parts[-1][1], log_rest=parts[-1][2])
-        if progress is not None:
-            progress(min(start + _PART, len(sequences)), len(sequences))
-    return Targets(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    with torch.inference_mode():
+        for start in range(0, len(texts), step):
+            whole = [[*prefix, *text] for text in texts[start : start + step]]
+            parts.append(of_logits(reference.forward(whole)[:, len(prefix) :], top_k))
+            if progress is not None:
+                progress(min(start + step, len(texts)))
+    return Targets(*(np.concatenate([getattr(x, name) for x in parts]) for name in ("ids", "log_p", "log_rest")))
 
 
 def divergence(logits: Tensor, ids: Tensor, log_p: Tensor, log_rest: Tensor) -> Tensor:
@@ -87,21 +94,3 @@ def divergence(logits: Tensor, ids: Tensor, log_p: Tensor, log_rest: Tensor) -> 
     p_rest = log_rest.exp()
     rest = torch.where(p_rest > 0, p_rest * (log_rest - log_q_rest), torch.zeros_like(p_rest))
     return (log_p.exp() * (log_p - log_q)).sum(-1) + rest
-
-
-def _part(
-    reference: TorchModel, prefix: Sequence[int], sequences: Sequence[Sequence[int]], top_k: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    n_prefix = len(prefix)
-    step = max(1, _PASS // (n_prefix + len(sequences[0])))
-    columns: list[tuple[np.ndarray, ...]] = []
-    with torch.inference_mode():
-        for start in range(0, len(sequences), step):
-            texts = [[*prefix, *sequence] for sequence in sequences[start : start + step]]
-            logits = reference.forward(texts)[:, n_prefix:]
-            log_p = logits - torch.logsumexp(logits, -1, keepdim=True)
-            top, ids = log_p.topk(min(top_k, log_p.shape[-1]))
-            log_rest = torch.logsumexp(log_p.scatter(-1, ids, -torch.inf), -1)
-            columns.append(tuple(x.cpu().numpy() for x in (ids.int(), top, log_rest)))
-    ids, top, log_rest = (np.concatenate(column) for column in zip(*columns, strict=True))
-    return ids, top, log_rest

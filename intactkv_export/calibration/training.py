@@ -7,8 +7,11 @@ rounded to the KV type. Objectives:
     mse  what the paper minimizes (arXiv 2403.01241, "IntactKV as trainable parameters"): for each decoder layer half
          the mean squared error of its output against the reference's, summed over the layers
 
-Held-out sequences decide: the prefix that diverges least on them, after rounding to F16, is the result. The prefix that
-training began with is one of the candidates, so on those sequences the result is never worse.
+Held-out texts decide: the prefix that diverges least on them, after rounding to F16, is the result. The prefix that
+training began with is one of the candidates, so on those texts the result is never worse.
+
+A long text passes in pieces, each behind the cells that the pieces before it left, which have no gradient: what a piece
+says is traced back to the prefix and to its own cells. So memory does not grow with the text.
 
 Needs torch and transformers, not llama.cpp.
 """
@@ -32,7 +35,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from intactkv_export.calibration.data import Data, check_same
-from intactkv_export.calibration.targets import divergence
+from intactkv_export.calibration.targets import divergence, stack
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.torch_model import MixedCache, TorchModel, rounding
 from intactkv_export.work import atomic
@@ -44,7 +47,9 @@ _COARSE = 0.04  # nats a token: a model that diverges less takes proportionally 
 _CLIP = 0.3  # norm of the gradient, as in the paper
 _WARM_UP = 5  # steps
 _SAVE = 30  # seconds between two savings of the state, besides those after evaluations
-_PASS = 1024  # tokens in one forward pass of training
+_PIECE = 256  # tokens of a text in one forward pass
+_PASS = 1024  # tokens of all texts in one forward pass
+DEPTHS = (0, 256, 1024, 4096)  # tokens of a text, from which on the held-out divergence is told apart
 _ACTIVATIONS = 6 << 30  # bytes of activations from which they are computed twice instead of kept
 
 Rows = list[np.ndarray]  # by layer, [n_prefix, n_head_kv, head_dim]
@@ -53,7 +58,8 @@ Rows = list[np.ndarray]  # by layer, [n_prefix, n_head_kv, head_dim]
 @dataclass(frozen=True)
 class Settings:
     """How to train. lr: of AdamW: its peak (_rate()), relative to each row of K and V (_scale()); for mse as in the
-    paper, constant and absolute; None: see peak(). batch: sequences in a step. every: steps between evaluations.
+    paper, constant and absolute; None: see peak(). batch: of the shortest texts in a step; of longer ones as many as
+    have as many tokens. every: steps between evaluations.
 
     patience: evaluations without improvement after which training ends. kv_type: of K and V behind the prefix; of
     these cells the newest `tail` are intact.
@@ -78,7 +84,8 @@ class Settings:
 class Result:
     """K, V: float16. best_step: after which step they were taken, 0: they are the uncalibrated ones.
 
-    history: (step, held-out divergence) of each evaluation. steps: how many were made.
+    history: (step, held-out divergence) of each evaluation. steps: how many were made. depths: step -> the divergence
+    at each of DEPTHS that the held-out texts reach, of the first and the best evaluation.
     """
 
     K: Rows
@@ -86,6 +93,7 @@ class Result:
     best_step: int
     steps: int
     history: list[tuple[int, float]]
+    depths: dict[int, list[float]]
 
     @property
     def before(self) -> float:
@@ -118,16 +126,16 @@ def train(
 
     Raises UsageError if the state is of another training, IntactKVError if a gradient is not finite.
     """
-    about = {**asdict(settings), "identity": identity, "sequences": _hash(data.sequences), "prefix": _hash(K, V)}
+    about = {**asdict(settings), "identity": identity, "sequences": data.sha256(), "prefix": _hash(K, V)}
     about = json.loads(json.dumps(about))
     run = _Training.start(student, K, V, settings)
     if state is not None and state.is_file():
         run.restore(state, about)
-    order = _order(range(data.n_held_out, len(data.sequences)), settings)
+    order = _order(data, settings)
     saved = time.monotonic()
     while True:
         if run.evaluated < run.step and (run.step % settings.every == 0 or run.step >= settings.steps):
-            run.candidate(_held_out(student, run.rounded(), data, settings))
+            run.candidate(*_held_out(student, run.rounded(), data, settings))
             saved = -math.inf
         if state is not None and time.monotonic() - saved > _SAVE:
             run.save(state, about)
@@ -140,9 +148,9 @@ def train(
         run.optimizer.zero_grad()
         for group in run.optimizer.param_groups:
             group["lr"] = peak(settings, run.history[0][1]) * _rate(run.step, settings)
-        for part in _parts(index, data.sequences.shape[1]):
-            loss = _loss(student, run, data, part, settings, reference, prefix)
-            (loss * len(part) / len(index)).backward()
+        for part in _parts(data, index, settings):
+            for loss in _losses(student, run, data, part, settings, reference, prefix):
+                (loss * len(part) / len(index)).backward()
         norm = torch.nn.utils.clip_grad_norm_(run.parameters, _CLIP)
         if not torch.isfinite(norm):
             raise IntactKVError(
@@ -166,6 +174,7 @@ class _Training:
     evaluated: int = -1  # the last step after which there was an evaluation
     best_step: int = 0
     history: list[tuple[int, float]] = field(default_factory=list)
+    depths: dict[int, list[float]] = field(default_factory=dict)
 
     @classmethod
     def start(cls, student: TorchModel, K: Rows, V: Rows, settings: Settings) -> _Training:
@@ -193,18 +202,22 @@ class _Training:
         """Evaluations since the best one."""
         return sum(step > self.best_step for step, _ in self.history)
 
-    def candidate(self, divergence: float) -> None:
+    def candidate(self, divergence: float, by_depth: list[float]) -> None:
         """Take note of the held-out divergence of the current K and V."""
         self.history.append((self.step, divergence))
         self.evaluated = self.step
+        if self.step == 0:
+            self.depths[0] = by_depth
         if divergence < dict(self.history)[self.best_step]:
+            self.depths.pop(self.best_step if self.best_step else -1, None)
+            self.depths[self.step] = by_depth
             self.best_step = self.step
             k, v = self.rounded()
             self.best = k.cpu(), v.cpu()
 
     def result(self) -> Result:
         K, V = (list(x.numpy()) for x in self.best)
-        return Result(K, V, self.best_step, self.step, self.history)
+        return Result(K, V, self.best_step, self.step, self.history, self.depths)
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
         with atomic.output(path) as file:
@@ -219,6 +232,7 @@ class _Training:
                     "evaluated": self.evaluated,
                     "best_step": self.best_step,
                     "history": self.history,
+                    "depths": self.depths,
                 },
                 file,
             )
@@ -233,9 +247,10 @@ class _Training:
         self.best = tuple(x.cpu() for x in kept["best"])
         self.step, self.evaluated = kept["step"], kept["evaluated"]
         self.best_step, self.history = kept["best_step"], [(step, value) for step, value in kept["history"]]
+        self.depths = kept["depths"]
 
 
-def _loss(
+def _losses(
     student: TorchModel,
     run: _Training,
     data: Data,
@@ -243,45 +258,72 @@ def _loss(
     settings: Settings,
     reference: TorchModel | None,
     prefix: Sequence[int],
-) -> Tensor:
-    """The objective's mean over the tokens of some sequences."""
-    tokens = torch.from_numpy(data.sequences[list(index)]).long().to(student.device)
-    cache = _cache(student, run.rows(), settings, len(index))
+) -> Iterator[Tensor]:
+    """The objective over some texts of one length: a part of it for each piece, of which their sum is the mean over the
+    tokens. The caller goes backward from one before it asks for the next."""
+    tokens = _tokens(student, data, index)
+    n = tokens.shape[1]
     mse = "mse" in settings.objective
-    with _checkpointed(student, tokens.numel()):
-        logits, outputs = student.forward(tokens, cache, hidden=True) if mse else (student.forward(tokens, cache), [])
-    loss = torch.zeros((), device=student.device)
-    if "kl" in settings.objective:
-        loss = loss + divergence(logits, *data.targets.of(index, student.device)).mean()
-    if mse:
-        assert reference is not None  # the caller's part of the contract
-        whole = torch.cat([torch.tensor([list(prefix)] * len(index), device=student.device).long(), tokens], 1)
-        with torch.no_grad():
-            _, wanted = reference.forward(whole.to(reference.device), hidden=True)
-        for output, want in zip(outputs, wanted, strict=True):
-            loss = loss + 0.5 * (output.float() - want[:, len(prefix) :].to(output).float()).pow(2).mean()
-    return loss
+    cache = None
+    for at in _pieces(n, settings):
+        cache = _cache(student, run.rows(), settings, len(index), cache)
+        piece = tokens[:, at]
+        with _checkpointed(student, piece.numel()):
+            logits, outputs = student.forward(piece, cache, hidden=True) if mse else (student.forward(piece, cache), [])
+        loss = torch.zeros((), device=student.device)
+        if "kl" in settings.objective:
+            loss = loss + _divergence(logits, data, index, at).sum() / tokens.numel()
+        if mse:
+            assert reference is not None  # the caller's part of the contract
+            whole = torch.cat([torch.tensor([list(prefix)] * len(index), device=student.device).long(), tokens], 1)
+            with torch.no_grad():
+                _, wanted = reference.forward(whole.to(reference.device), hidden=True)
+            for output, want in zip(outputs, wanted, strict=True):
+                loss = loss + 0.5 * (output.float() - want[:, len(prefix) :].to(output).float()).pow(2).mean()
+        yield loss
 
 
-def _held_out(student: TorchModel, rows: tuple[Tensor, Tensor], data: Data, settings: Settings) -> float:
-    """Mean divergence on the held-out sequences; infinite if a cache could not hold these rows."""
+def _held_out(
+    student: TorchModel, rows: tuple[Tensor, Tensor], data: Data, settings: Settings
+) -> tuple[float, list[float]]:
+    """Mean divergence over the tokens of the held-out texts, and by DEPTHS; infinite if a cache could not hold these
+    rows."""
     K, V = rows
+    longest = max(len(data.texts[i].tokens) for i in data.held_out)
+    depths = [depth for depth in DEPTHS if depth < longest]
     if not all(_storable(student, x, kind, settings.kv_type) for x, kind in ((K, "K"), (V, "V"))):
-        return float("inf")
-    total = 0.0
+        return float("inf"), [float("inf")] * len(depths)
+    totals, counts = np.zeros(len(depths)), np.zeros(len(depths))
     with torch.no_grad():
-        for index in _parts(range(data.n_held_out), data.sequences.shape[1]):
-            tokens = torch.from_numpy(data.sequences[list(index)]).long().to(student.device)
-            cache = _cache(student, rows, settings, len(index))
-            targets = data.targets.of(index, student.device)
-            total += float(divergence(student.forward(tokens, cache), *targets).mean()) * len(index)
-    return total / data.n_held_out
+        for group in data.by_length(data.held_out).values():
+            for index in _parts(data, group, settings):
+                tokens, cache = _tokens(student, data, index), None
+                for at in _pieces(tokens.shape[1], settings):
+                    cache = _cache(student, rows, settings, len(index), cache)
+                    found = _divergence(student.forward(tokens[:, at], cache), data, index, at)
+                    bins = np.searchsorted(depths, np.arange(at.start, at.stop), "right") - 1
+                    totals += np.bincount(bins, found.double().sum(0).cpu().numpy(), len(depths))
+                    counts += np.bincount(bins, minlength=len(depths)) * len(index)
+    return float(totals.sum() / counts.sum()), (totals / counts).tolist()
 
 
-def _cache(student: TorchModel, rows: tuple[Tensor, Tensor], settings: Settings, batch: int) -> MixedCache:
-    """As the prefix will be used: these K and V intact, the rest by the settings."""
+def _tokens(student: TorchModel, data: Data, index: Sequence[int]) -> Tensor:
+    """[len(index), n], of texts of one length."""
+    return torch.from_numpy(np.stack([data.texts[i].tokens for i in index])).long().to(student.device)
+
+
+def _divergence(logits: Tensor, data: Data, index: Sequence[int], at: slice) -> Tensor:
+    """By token, of a piece of some texts."""
+    wanted = stack([data.texts[i].targets[at] for i in index])  # type: ignore[index]
+    return divergence(logits, *wanted.tensors(logits.device))
+
+
+def _cache(
+    student: TorchModel, rows: tuple[Tensor, Tensor], settings: Settings, batch: int, after: MixedCache | None
+) -> MixedCache:
+    """As the prefix will be used: these K and V intact, the rest by the settings. after: of the piece before."""
     K, V = (list(x) for x in rows)
-    return student.cache(K, V, settings.kv_type, batch, grows=False, tail=settings.tail)
+    return student.cache(K, V, settings.kv_type, batch, grows=False, tail=settings.tail, after=after)
 
 
 def _storable(student: TorchModel, rows: Tensor, kind: str, kv_type: tuple[str, str]) -> bool:
@@ -318,23 +360,46 @@ def _rate(step: int, settings: Settings) -> float:
     return min(1.0, (step + 1) / (_WARM_UP + 1), 2 * (1 - step / settings.steps))
 
 
-def _order(index: range, settings: Settings) -> Callable[[int], list[int]]:
-    """Which sequences a step trains on: epoch after epoch, each in an order of its own that the seed decides."""
+def _order(data: Data, settings: Settings) -> Callable[[int], list[int]]:
+    """Which texts a step trains on, all of one length: epoch after epoch, each in an order of its own that the seed
+    decides. Steps have about as many tokens whatever the length."""
+    groups = data.by_length(data.trained)
+    shortest = min(groups)
+    sizes = {n_tokens: max(1, settings.batch * shortest // n_tokens) for n_tokens in groups}
+    n_steps = {n_tokens: -(-len(index) // sizes[n_tokens]) for n_tokens, index in groups.items()}
 
-    def epoch(number: int) -> list[int]:
+    def epoch(number: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
-        return [index[i] for i in torch.randperm(len(index), generator=generator).tolist()]
+        steps = []
+        for n_tokens, index in groups.items():
+            order = [index[i] for i in torch.randperm(len(index), generator=generator).tolist()]
+            order = (order * 2)[: n_steps[n_tokens] * sizes[n_tokens]]  # the last step is filled with the first texts
+            steps += [order[start : start + sizes[n_tokens]] for start in range(0, len(order), sizes[n_tokens])]
+        return [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
+
+    a_epoch = sum(n_steps.values())
+    kept: dict[int, list[list[int]]] = {}
 
     def batch(step: int) -> list[int]:
-        first = step * settings.batch
-        return [epoch(i // len(index))[i % len(index)] for i in range(first, first + settings.batch)]
+        number = step // a_epoch
+        if number not in kept:
+            kept.clear()
+            kept[number] = epoch(number)
+        return kept[number][step % a_epoch]
 
     return batch
 
 
-def _parts(index: Sequence[int], n_tokens: int) -> Iterator[Sequence[int]]:
-    """As many sequences at a time as go into one forward pass."""
-    n = max(1, _PASS // n_tokens)
+def _pieces(n_tokens: int, settings: Settings) -> Iterator[slice]:
+    """Where the pieces of a text are that pass one after another; for mse the layers' outputs are compared at once."""
+    size = n_tokens if "mse" in settings.objective else _PIECE
+    return (slice(start, min(start + size, n_tokens)) for start in range(0, n_tokens, size))
+
+
+def _parts(data: Data, index: Sequence[int], settings: Settings) -> Iterator[Sequence[int]]:
+    """As many texts of one length at a time as go into one forward pass."""
+    piece = next(_pieces(len(data.texts[index[0]].tokens), settings))
+    n = max(1, _PASS // (piece.stop - piece.start))
     return (index[start : start + n] for start in range(0, len(index), n))
 
 

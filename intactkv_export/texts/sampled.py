@@ -6,18 +6,15 @@ the model's own chat template. All sequences of a batch grow by a token at a tim
 
 from __future__ import annotations
 
-import random
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from intactkv_export.libllama import Vocabulary
 from intactkv_export.models import gguf_file
 from intactkv_export.prefix import Prefix, ikv
-from intactkv_export.texts.seeds import FOLLOW_UPS, OPENINGS, QUESTIONS
-from intactkv_export.texts.turns import Turns
+from intactkv_export.texts.beginnings import begin
+from intactkv_export.texts.growing import Growing
 from intactkv_export.work import Steps
 
 if TYPE_CHECKING:
@@ -41,38 +38,63 @@ def sample(
     documents: bool = False,
     progress: Steps | None = None,
 ) -> list[list[int]]:
-    """n conversations of n_tokens tokens behind the prefix, sampled by the model (the reference) itself.
+    """n texts of n_tokens tokens behind the prefix, sampled by the model (the reference) itself.
 
     The first message is one of QUESTIONS; each reply is sampled; the next message is one of FOLLOW_UPS or, every
-    second time, written by the model too, as in Magpie (arXiv 2406.08464). documents: every second conversation begins
-    with a document instead, one of OPENINGS that the model continues. The same for a seed on one device.
-    progress(done, total) counts tokens.
+    second time, written by the model too, as in Magpie (arXiv 2406.08464). documents: beginnings.begin(). The same for
+    a seed on one device. progress(done, total) counts tokens.
+    """
+    texts = begin(prefix, vocabulary, chat_template, n=n, seed=seed, documents=documents)
+    at_a_time = batch_size(prefix, len(prefix.tokens) + n_tokens)
+    for start in range(0, n, at_a_time):
+        batch = texts[start : start + at_a_time]
+
+        def tell(done: int, start: int = start, size: int = len(batch)) -> None:
+            if progress is not None:
+                progress(start * n_tokens + done * size, n * n_tokens)
+
+        write(model, prefix, vocabulary, batch, n_tokens=n_tokens, seed=seed + start, written=tell)
+    return [text.tokens for text in texts]
+
+
+def batch_size(prefix: Prefix, n_tokens: int) -> int:
+    """How many texts of n_tokens tokens are sampled at a time: what their K and V, float32, leave room for."""
+    a_token = sum(4 * rows[0].size for layer in prefix.layers for rows in (layer.K, layer.V))
+    return min(_BATCH, max(1, _CACHE // (n_tokens * a_token)))
+
+
+def write(
+    model: TorchModel,
+    prefix: Prefix,
+    vocabulary: Vocabulary,
+    texts: Sequence[Growing],
+    *,
+    n_tokens: int,
+    seed: int,
+    observe: Callable[[int, Any], None] | None = None,
+    written: Callable[[int], None] | None = None,
+) -> None:
+    """Let texts grow side by side until each has n_tokens tokens.
+
+    observe(i, logits): told, after the i-th token of each, what the model says of the next: [len(texts), n_vocab].
+    written: told how many tokens each has.
     """
     import torch
 
-    turns = Turns(prefix, vocabulary, chat_template)
-    choose = random.Random(seed)
-    questions, openings = _spread(QUESTIONS, n, choose), _spread(OPENINGS, n, choose)
-    rows = [
-        _Row(turns, random.Random(choose.random()), deque(turns.opening(opening)), user=True)
-        if documents and i % 2
-        else _Row(turns, random.Random(choose.random()), deque(turns.first(question)))
-        for i, (question, opening) in enumerate(zip(questions, openings, strict=True))
-    ]
-    ends = {token for token in range(model.n_vocab) if vocabulary.ends_reply(token)}
+    ends = torch.zeros(model.n_vocab, dtype=torch.bool)
+    ends[[token for token in range(model.n_vocab) if vocabulary.ends_reply(token)]] = True
     generator = torch.Generator().manual_seed(seed)
-    at_a_time = _batch(model, len(prefix.tokens) + n_tokens)
-    for start in range(0, n, at_a_time):
-        batch = rows[start : start + at_a_time]
-        logits = _Logits(model, prefix.tokens, len(batch))
-        for i in range(n_tokens):
-            drawn = _draw(logits.last, generator).tolist()
-            column = [row.take(token, token in ends) for row, token in zip(batch, drawn, strict=True)]
-            if i + 1 < n_tokens:
-                logits.advance([[token] for token in column])
-            if progress is not None:
-                progress(start * n_tokens + (i + 1) * len(batch), n * n_tokens)
-    return [row.tokens for row in rows]
+    logits = _Logits(model, prefix.tokens, len(texts))
+    for i in range(n_tokens):
+        drawn = _draw(logits.last, generator).cpu()
+        pairs = zip(texts, drawn.tolist(), ends[drawn].tolist(), strict=True)
+        column = [text.take(token, its_end) for text, token, its_end in pairs]
+        if observe is not None or i + 1 < n_tokens:
+            logits.advance([[token] for token in column])
+        if observe is not None:
+            observe(i, logits.last)
+        if written is not None:
+            written(i + 1)
 
 
 def sample_from(
@@ -94,48 +116,6 @@ def sample_from(
     with Vocabulary(gguf) as vocabulary:
         behind = ikv.read(prefix)
         return sample(model, behind, vocabulary, template, n=n, n_tokens=n_tokens, seed=seed, progress=progress)
-
-
-def _spread(texts: Sequence[str], n: int, choose: random.Random) -> list[str]:
-    """n of the texts in a random order, each as often as the others, give or take one."""
-    chosen: list[str] = []
-    while len(chosen) < n:
-        chosen += choose.sample(texts, len(texts))
-    return chosen[:n]
-
-
-def _batch(model: TorchModel, n_tokens: int) -> int:
-    """How many sequences of n_tokens tokens are sampled at a time: as many as the memory for their K and V allows."""
-    token = 2 * model.n_layer * model.n_head_kv * model.head_dim * model.net.dtype.itemsize
-    return min(_BATCH, max(1, _CACHE // (n_tokens * token)))
-
-
-@dataclass
-class _Row:
-    """A conversation that is being written. forced: tokens that come next whatever the model says."""
-
-    turns: Turns
-    choose: random.Random
-    forced: deque[int]
-    tokens: list[int] = field(default_factory=list)
-    user: bool = False  # the model writes the user's turn
-    n_turns: int = 0
-
-    def take(self, drawn: int, ends: bool) -> int:
-        """The next token: a forced one, or the one that was drawn, unless it ends the turn."""
-        if not self.forced and (ends or (self.user and drawn == self.turns.to_reply[0])):
-            self.forced.extend(self._between())
-        token = self.forced.popleft() if self.forced else drawn
-        self.tokens.append(token)
-        return token
-
-    def _between(self) -> list[int]:
-        if self.user:
-            self.user = False
-            return self.turns.to_reply
-        self.n_turns += 1
-        self.user = self.n_turns % 2 == 0
-        return self.turns.to_user if self.user else self.turns.next(self.choose.choice(FOLLOW_UPS))
 
 
 class _Logits:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from intactkv_export.errors import IntactKVError
+from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import Vocabulary
 from intactkv_export.prefix import Prefix, Template
 
@@ -14,12 +14,15 @@ _MARKS = ("MARK-1-KRAM", "MARK-2-KRAM", "MARK-3-KRAM")  # stand for messages, to
 class Turns:
     """How the model marks turns, behind a prefix: what follows the prefix, what ends one turn and begins the next.
 
-    chat_template: the model's; None: it has none. Raises UsageError if the template cannot render the conversation.
+    chat_template: the model's; None: it has none. system_prompt: of a conversation behind a prefix of the first token;
+    None: the prefix's. Raises UsageError if the template cannot render the conversation.
     """
 
-    def __init__(self, prefix: Prefix, vocabulary: Vocabulary, chat_template: str | None) -> None:
+    def __init__(
+        self, prefix: Prefix, vocabulary: Vocabulary, chat_template: str | None, system_prompt: str | None = None
+    ) -> None:
         self._prefix, self._vocabulary = prefix, vocabulary
-        self._system = prefix.messages[0]["content"] if prefix.messages else None
+        self._system = prefix.messages[0]["content"] if prefix.messages else system_prompt
         self._template: Template | None = None
         head, to_user, to_reply = "", "\n\n", "\n\n"
         if chat_template:
@@ -42,6 +45,22 @@ class Turns:
     def next(self, text: str) -> list[int]:
         """From the end of a reply to the beginning of the reply to the next message."""
         return self._tokens(self._to_user + text + self._to_reply)
+
+    def written_prompt(self, opening: str, text: str, reply: bool) -> tuple[list[int], list[int]] | None:
+        """Behind a prefix of the first token, a system prompt that the model goes on with, and a user's first message:
+        (from the end of the prefix to the end of the opening, from the end of the system prompt to the end of the text,
+        or to the beginning of the reply). None: the template has no place for a system prompt."""
+        assert self._template is not None  # the caller's part of the contract
+        try:
+            whole = self._template.conversation(_MARKS[0], _MARKS[1], _MARKS[2])
+        except UsageError:
+            return None
+        head, found, rest = whole.partition(_MARKS[0])
+        if not found:
+            return None
+        between = rest.split(_MARKS[1], 1)[0]
+        after = self._tokens(between + text + (self._to_reply if reply else ""))
+        return self._behind_prefix(head + opening), after
 
     def whole(self, messages: Sequence[str]) -> list[int]:
         """A conversation, user and assistant in turns, from the end of the prefix to where the next user begins."""

@@ -11,6 +11,7 @@ ones of all cells and behind them the intact ones of the newest, and the mask sh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,7 @@ class MixedLayer(DynamicLayer):
         self.is_initialized = True
         self._layout, self._kv_type, self._grows, self._tail = layout, kv_type, grows, tail
         self._intact = K[..., :0, :], V[..., :0, :]  # of the newest tail - 1 that were appended
+        self._passed: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # after the last update()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """All K and V so far with these appended, each [batch, n_head_kv, n, head_dim].
@@ -87,9 +89,8 @@ class MixedLayer(DynamicLayer):
         k = self._layout.as_cached(key_states, "K", self._kv_type[0])
         v = self._layout.as_cached(value_states, "V", self._kv_type[1])
         keys, values = torch.cat([self.keys, k], -2), torch.cat([self.values, v], -2)
-        if self._grows:
-            self.keys, self.values = keys, values
         if not self._tail:
+            self._note((keys, values), self._intact)
             return keys, values
         k, v = (
             torch.cat([before, self._layout.as_intact(states, kind, kv_type)], -2)
@@ -97,10 +98,24 @@ class MixedLayer(DynamicLayer):
                 self._intact, (key_states, value_states), "KV", self._kv_type, strict=True
             )
         )
-        if self._grows:
-            first = max(0, k.shape[-2] - (self._tail - 1))
-            self._intact = k[..., first:, :], v[..., first:, :]
+        first = max(0, k.shape[-2] - (self._tail - 1))
+        self._note((keys, values), (k[..., first:, :], v[..., first:, :]))
         return torch.cat([keys, k], -2), torch.cat([values, v], -2)
+
+    def _note(self, rows: tuple[Tensor, Tensor], intact: tuple[Tensor, Tensor]) -> None:
+        if self._grows:
+            (self.keys, self.values), self._intact = rows, intact
+        else:
+            self._passed = tuple(x.detach() for x in rows), tuple(x.detach() for x in intact)
+
+    def followed(self, K: Tensor, V: Tensor) -> MixedLayer:
+        """A layer of these prefix rows, as many as this one's, that goes on where the last pass ended."""
+        assert self._passed is not None  # the caller's part of the contract
+        rows, intact = self._passed
+        keys, values = (torch.cat([new, x[..., new.shape[-2] :, :]], -2) for new, x in zip((K, V), rows, strict=True))
+        after = MixedLayer(keys, values, self._layout, self._kv_type, self._grows, self._tail)
+        after._intact = intact
+        return after
 
 
 class MixedCache(Cache):
@@ -108,7 +123,8 @@ class MixedCache(Cache):
 
     K, V: by layer, tensors in transformers' layout [batch, n_head_kv, n_prefix, head_dim], which may require a
     gradient. kv_type: of K and of V, names of libllama.KV_TYPES. grows: keep what is appended, to go on generating;
-    else every forward pass begins right behind the prefix, and can be repeated (gradient checkpointing does).
+    else every forward pass begins where the cache does, and can be repeated (gradient checkpointing does); followed()
+    is the cache that goes on behind it.
     tail: each token sees as many of the newest cells, itself included, intact, as if tokens came one at a time; F16 and
     F32 caches, all of whose cells are, have none. Raises UsageError if it is negative.
 
@@ -131,3 +147,13 @@ class MixedCache(Cache):
         super().__init__(
             layers=[MixedLayer(k, v, layout, kv_type, grows, self.tail) for k, v in zip(K, V, strict=True)]
         )
+
+    def followed(self, K: Sequence[Tensor], V: Sequence[Tensor]) -> MixedCache:
+        """What a cache that does not grow would be after its last forward pass, behind other rows of the prefix.
+
+        K, V: as many rows as before, with their own gradient; the cells of the pass have none. So a long text is
+        trained on piece by piece, in the memory of one.
+        """
+        after = copy(self)
+        after.layers = [layer.followed(k, v) for layer, k, v in zip(self.layers, K, V, strict=True)]
+        return after

@@ -79,12 +79,13 @@ class TorchModel:
         batch: int = 1,
         grows: bool = True,
         tail: int = 0,
+        after: MixedCache | None = None,
     ) -> MixedCache:
         """A cache that begins with a prefix, the same one for each of `batch` sequences.
 
         K, V: by layer, llama.cpp's rows [n_prefix, n_head_kv, head_dim], K after RoPE; tensors may require a gradient.
         They stay as they are; later rows are rounded to kv_type (a name of libllama.KV_TYPES, or a pair for K and V).
-        grows, tail: see MixedCache.
+        grows, tail: see MixedCache. after: one whose last pass this one follows (MixedCache.followed).
         """
         kinds = (kv_type, kv_type) if isinstance(kv_type, str) else kv_type
         place = {"device": self.device, "dtype": self.net.dtype}
@@ -92,7 +93,7 @@ class TorchModel:
             [self.to_cache(torch.as_tensor(x).to(**place), kind).expand(batch, -1, -1, -1) for x in rows]
             for rows, kind in ((K, "K"), (V, "V"))
         )
-        return MixedCache(k, v, self.layout, kinds, grows, tail)
+        return MixedCache(k, v, self.layout, kinds, grows, tail) if after is None else after.followed(k, v)
 
     def forward(
         self, tokens: Tensor | Sequence[Sequence[int]], cache: Cache | None = None, hidden: bool = False

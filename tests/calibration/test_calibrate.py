@@ -25,7 +25,7 @@ from gguf import GGUFReader
 from intactkv_export import torch_model
 from intactkv_export.calibration import targets, training
 from intactkv_export.calibration.calibrate import _dtype, calibrate
-from intactkv_export.calibration.data import Data
+from intactkv_export.calibration.data import Data, Text
 from intactkv_export.calibration.training import Settings
 from intactkv_export.conversion import convert
 from intactkv_export.errors import IntactKVError, UsageError
@@ -54,11 +54,12 @@ def task(pair):
     prefix = ikv.read(path)
     reference = torch_model.load(directory)
     sequences = np.random.default_rng(1).integers(6, 490, (12, N_TOKENS)).astype(np.int32)
-    wanted = targets.make(lambda: reference, prefix.tokens, sequences.tolist(), top_k=64)
+    wanted = targets.make(reference, prefix.tokens, sequences.tolist(), top_k=64)
+    texts = [Text(tokens, wanted[i]) for i, tokens in enumerate(sequences)]
     return (
         torch_model.load(gguf),
         *torch_model.prefix_rows(prefix),
-        Data(sequences, wanted, 3),
+        Data(texts, [0, 1, 2]),
         reference,
         prefix.tokens,
     )
@@ -68,6 +69,14 @@ def run(task, state=None, progress=None, **settings):
     model, K, V, data, reference, prefix = task
     chosen = Settings(**{"steps": 8, "every": 2, "batch": 3, **settings})
     return training.train(model, K, V, data, chosen, reference=reference, prefix=prefix, state=state, progress=progress)
+
+
+def tokens(data, index):
+    return np.stack([data.texts[i].tokens for i in index]).tolist()
+
+
+def wanted(data, index):
+    return targets.stack([data.texts[i].targets for i in index]).tensors(torch.device("cpu"))
 
 
 def test_divergence_of_everything_is_the_kl_divergence():
@@ -98,29 +107,11 @@ def test_divergence_has_the_gradient_of_finite_differences():
 def test_targets_are_the_references(task):
     _, _, _, data, reference, prefix = task
     with torch.no_grad():
-        logits = reference.forward([[*prefix, *data.sequences[4]]])[0, len(prefix) :]
-    log_p = torch.log_softmax(logits, -1).numpy()
-    assert np.allclose(np.take_along_axis(log_p, data.targets.ids[4], -1), data.targets.log_p[4], atol=1e-4)
-    mass = np.exp(data.targets.log_p).sum(-1) + np.exp(data.targets.log_rest)
+        logits = reference.forward([[*prefix, *data.texts[4].tokens]])[0, len(prefix) :]
+    log_p, wanted = torch.log_softmax(logits, -1).numpy(), data.texts[4].targets
+    assert np.allclose(np.take_along_axis(log_p, wanted.ids, -1), wanted.log_p, atol=1e-4)
+    mass = np.exp(wanted.log_p).sum(-1) + np.exp(wanted.log_rest)
     assert np.allclose(mass, 1, atol=1e-5)
-
-
-def test_targets_go_on_where_they_were(task, tmp_path, monkeypatch):
-    _, _, _, data, reference, prefix = task
-    monkeypatch.setattr(targets, "_PART", 5)
-    calls = []
-
-    def model():
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return reference
-
-    with pytest.raises(KeyboardInterrupt):
-        targets.make(model, prefix, data.sequences.tolist(), top_k=64, directory=tmp_path)
-    whole = targets.make(model, prefix, data.sequences.tolist(), top_k=64, directory=tmp_path)
-    assert len(calls) == 4  # two parts, the interruption, the last part
-    assert np.array_equal(whole.ids, data.targets.ids) and np.allclose(whole.log_p, data.targets.log_p, atol=1e-5)
 
 
 @pytest.mark.parametrize("objective", training.OBJECTIVES)
@@ -136,8 +127,8 @@ def test_held_out_is_what_the_result_gives(task):
     model, _, _, data, _, _ = task
     result = run(task, lr=3e-2)
     with torch.no_grad():
-        logits = model.forward(data.sequences[:3].tolist(), model.cache(result.K, result.V, "q8_0", batch=3))
-    again = float(targets.divergence(logits, *data.targets.of(range(3), model.device)).mean())
+        logits = model.forward(tokens(data, range(3)), model.cache(result.K, result.V, "q8_0", batch=3))
+    again = float(targets.divergence(logits, *wanted(data, range(3))).mean())
     assert again == pytest.approx(result.after, rel=1e-5)
 
 
@@ -204,7 +195,7 @@ def test_a_model_that_is_close_takes_small_steps():
 def test_a_step_is_relative_to_the_row(task, monkeypatch, objective):
     """AdamW's first step moves each value by lr times 1/6 times the row's root mean square; for mse by lr."""
     better = itertools.count(0, -1)
-    monkeypatch.setattr(training, "_held_out", lambda *_: next(better))
+    monkeypatch.setattr(training, "_held_out", lambda *_: (next(better), []))
     result = run(task, objective=objective, steps=1, lr=0.1)
     for before, after in ((task[1], result.K), (task[2], result.V)):
         before, after = (np.stack(x).astype(np.float32) for x in (before, after))
@@ -256,8 +247,8 @@ def test_training_needs_no_llama_cpp(pair):
         "from intactkv_export.prefix import ikv\n"
         "directory, gguf, path = sys.argv[1:]\n"
         "prefix, sequences = ikv.read(path), np.arange(64).reshape(4, 16) + 6\n"
-        "wanted = targets.make(lambda: torch_model.load(directory), prefix.tokens, sequences.tolist())\n"
-        "made = data.Data(sequences, wanted, 1)\n"
+        "wanted = targets.make(torch_model.load(directory), prefix.tokens, sequences.tolist())\n"
+        "made = data.Data([data.Text(tokens, wanted[i]) for i, tokens in enumerate(sequences)], [0])\n"
         "settings = training.Settings(steps=1)\n"
         "training.train(torch_model.load(gguf), *torch_model.prefix_rows(prefix), made, settings)\n"
     )
@@ -349,7 +340,7 @@ def test_the_result_is_an_ordinary_prefix_file(calibrated, smol, tmp_path):
     assert (about["objective"], about["data"]["kind"], about["kv_type"]) == ("kl", "self", "q8_0")
     assert about["kv_tail"] == 0
     assert about["model"]["type"] == "Q4_0" and about["held_out"]["n_tokens"] == 2 * 32
-    assert {"data", "targets", "train"} == set(calibrated.seconds) and calibrated.peak_bytes > 1e8
+    assert {"texts", "train"} == set(calibrated.seconds) and calibrated.peak_bytes > 1e8
     embedded = ikv.embed(smol.gguf, made, tmp_path / "smol.gguf")
     llama = IntactLlama(embedded, n_ctx=64)
     llama.eval([*made.tokens, 100])
