@@ -80,7 +80,7 @@ def rope_types(config: Any) -> set[str]:
 
 
 def _same_experts(model_type: str, text: Mapping[str, Any]) -> bool:
-    """Whether llama.cpp computes layers as their configuration says: each has experts, weighed as it does, no clipping."""
+    """Whether llama.cpp computes layers as their configuration says: all of experts, weighed as it does, unclipped."""
     return (
         bool(text.get("norm_topk_prob")) == NORMALIZED.get(model_type, bool(text.get("norm_topk_prob")))
         and not text.get("mlp_only_layers")

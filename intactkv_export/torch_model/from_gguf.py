@@ -67,8 +67,9 @@ def load(
 ) -> Any:
     """A causal language model of transformers with the GGUF's weights, in evaluation mode, on the device.
 
-    rope_factors: see from_huggingface.fix_longrope(). round_activations: to 8 bits before they meet quantized weights, as llama.cpp's CPU backend does
-    (vec_dot_type of type_traits_cpu in ggml-cpu.c); gradients pass that straight through.
+    round_activations: to 8 bits before they meet quantized weights, as llama.cpp's CPU backend does
+    (vec_dot_type of type_traits_cpu in ggml-cpu.c); gradients pass that straight through. rope_factors: see
+    from_huggingface.fix_longrope().
 
     Raises IntactKVError if the GGUF is damaged or incomplete, or the architecture, RoPE scaling or a tensor type is
     not among those that are proven.
@@ -166,7 +167,12 @@ class _Model:
             return {name: self.get(key) for name, key in keys.items()}
         if self.arch == "phi3":
             rotary = self.get("rope.dimension_count", head_dim) / head_dim
-            return {"sliding_window": None, "partial_rotary_factor": rotary}
+            n_ctx_orig = self.rope().get("original_max_position_embeddings", self.get("context_length"))
+            return {
+                "sliding_window": None,
+                "partial_rotary_factor": rotary,
+                "original_max_position_embeddings": n_ctx_orig,  # the class has a default, and prefers it to the RoPE's
+            }
         if self.arch == "qwen2":
             return {"sliding_window": None, "use_sliding_window": False}
         if self.get("expert_count", 0):
@@ -192,7 +198,7 @@ class _Model:
         return {}
 
     def _experts(self) -> dict[str, Any]:
-        """Of a mixture of experts. Whether the weights of those chosen add up to 1 is a constant of llama.cpp's code."""
+        """Of a mixture of experts. Whether the weights of those chosen add up to 1 is not in the header."""
         n_ff, n_used = self.get("feed_forward_length"), self.get("expert_used_count")
         return {
             "num_local_experts" if self.arch == "llama" else "num_experts": self.get("expert_count"),
