@@ -148,7 +148,8 @@ def shortest(
     """The shortest beginning of a prompt that does for each of the quantized models what all of it does.
 
     engine: that will compute the prefix. models: by name; returned with the curve that each was judged by
-    (smallest_flat()), behind a q8_0 cache, on questions of our own. Raises IntactKVError if a model cannot be run in torch.
+    (smallest_flat()), behind a q8_0 cache, on questions of our own. Raises IntactKVError if a model cannot be run in
+    torch.
     """
     first = next(iter(models.values()))
     factors = longrope_factors(work, engine, first, made)

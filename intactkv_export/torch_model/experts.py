@@ -8,7 +8,6 @@ product, falls back there in some versions to one whose backward pass works out 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,7 +53,7 @@ def forward_rounded(module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> 
     chosen, weights: [n_tokens, n_used], the experts of each token and what their outputs are multiplied by.
     round_inputs: two functions of a tensor, before gate and up, and before down.
     """
-    first, last = _rounding(module)
+    first, last = module.round_inputs
     out = torch.zeros_like(x)
     x = first(x)
     for expert in chosen.unique().tolist():
@@ -63,7 +62,3 @@ def forward_rounded(module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> 
         y = linear(last(module.act_fn(gate) * up), module.down_proj[expert])
         out = out.index_add(0, token, (y * weights[token, place, None]).to(out.dtype))
     return out
-
-
-def _rounding(module: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    return module.round_inputs  # type: ignore[no-any-return]

@@ -11,7 +11,6 @@ from intactkv_export import library
 from intactkv_export.calibration import calibrate
 from intactkv_export.conversion import convert, prefix
 from intactkv_export.errors import IntactKVError, UsageError
-from intactkv_export.models import gguf_file
 from intactkv_export.prefix import ikv
 from tests.support import random_models
 from tests.support.smol import Smol
@@ -24,7 +23,7 @@ LONG = "You are a very helpful assistant, and this is a prompt of more than sixt
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("torch")
     root = tmp_path_factory.mktemp("tiny")
-    for name in ("ministral3", "mistral-window", "phi3-longrope"):
+    for name in ("ministral3", "mistral-window"):
         random_models.build(name, root / name)
     return root
 
@@ -66,19 +65,6 @@ def test_a_model_that_cannot_be_trained_with(tiny: Path, tmp_path: Path) -> None
         seen, error = stages(reference=path, out=tmp_path / "x", **settings)
         assert error is not None and "architecture 'mistral3'" in str(error) and str(path) in str(error)
         assert seen == ["read vocabulary"] and list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("n_ctx", [0, 1024])
-def test_tokens_are_chosen_with_the_factors_of_the_context(tiny: Path, tmp_path: Path, n_ctx: int) -> None:
-    """LongRoPE: those that the prefix will have."""
-    made = convert(
-        tiny / "phi3-longrope", tmp_path / "x", quant="Q8_0", system_prompt=LONG, prefix_tokens="auto", n_ctx=n_ctx
-    )
-    assert "describe model" in [stage.name for stage in made.stages] and made.curves
-    long = gguf_file.longrope(tmp_path / "x.gguf")
-    assert long is not None
-    factors = ikv.read(made.prefix).manifest["model"]["rope"]["factors"]
-    assert (factors == long.sha256) == (n_ctx == 1024)
 
 
 def test_a_prompt_longer_than_a_window_that_llama_cpp_ignores(tiny: Path, tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ import torch
 
 from intactkv_export import torch_model
 from intactkv_export.conversion import prefix as make_prefix
+from intactkv_export.conversion.intact_tokens import shortest
+from intactkv_export.engines import Engine
 from intactkv_export.errors import IntactKVError
-from intactkv_export.models import gguf_file
-from intactkv_export.prefix import ikv
+from intactkv_export.models import gguf_file, locate
+from intactkv_export.prefix import ikv, prompt_for
 from tests.support import random_models
 from tests.support.cache_rows import Llama, random_tokens
 from tests.support.log_probs import llama_log_probs
@@ -58,6 +60,28 @@ def test_a_short_text_behind_a_prefix_with_long_factors(models, tmp_path):
         assert (got - want).abs().max() < 1e-2
         assert (log_probs(file, [*made.tokens, *text], factors, len(made.tokens)) - want).abs().max() < 1e-2
         assert (log_probs(file, [*made.tokens, *text], None, len(made.tokens)) - want).abs().max() > 0.1  # the short
+
+
+class Here:
+    """Stages of a conversion in this process."""
+
+    def run(self, name, function, *arguments, counted=False, **settings):
+        return function(*arguments, **({"progress": lambda done, total: None} if counted else {}), **settings)
+
+
+@pytest.mark.parametrize("n_ctx", [0, 1024])
+def test_tokens_are_chosen_with_the_factors_that_the_prefix_will_have(models, monkeypatch, n_ctx):
+    """--prefix-tokens auto: both models in torch, before there is a prefix."""
+    path = models["phi3-longrope"].with_suffix(".gguf")
+    loaded, load = [], torch_model.load
+    monkeypatch.setattr(torch_model, "load", lambda *a, **k: loaded.append(k["rope_factors"]) or load(*a, **k))
+    engine = Engine("auto", None, "cpu", None, 1, n_ctx)
+    prompt, curves = shortest(
+        Here(), engine, locate(models["phi3-longrope"]), {"F32": path}, prompt_for(path, "Be brief.", False, "auto")
+    )
+    factors = Llama(path).rows([1], n_ctx=n_ctx or 512)[0]["rope"]["factors"]
+    assert loaded == [factors, factors] and (factors == gguf_file.longrope(path).sha256) == (n_ctx == 1024)
+    assert len(prompt.tokens) == curves["F32"].chosen
 
 
 def test_factors_of_another_model(models):
