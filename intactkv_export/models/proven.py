@@ -82,7 +82,7 @@ def rope_types(config: Any) -> set[str]:
 def _same_experts(model_type: str, text: Mapping[str, Any]) -> bool:
     """Whether llama.cpp computes layers as their configuration says: all of experts, weighed as it does, unclipped."""
     return (
-        bool(text.get("norm_topk_prob")) == NORMALIZED.get(model_type, bool(text.get("norm_topk_prob")))
+        (model_type not in NORMALIZED or bool(text.get("norm_topk_prob")) == NORMALIZED[model_type])
         and not text.get("mlp_only_layers")
         and text.get("decoder_sparse_step") in (None, 1)
         and text.get("clip_qkv") is None

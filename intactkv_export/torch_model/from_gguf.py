@@ -116,15 +116,25 @@ class _Model:
                 f"read from a GGUF, only {', '.join(_MODEL_TYPES)}, and with experts {', '.join(_WITH_EXPERTS)}: "
                 f"{_INSTEAD}"
             )
-        if self.arch != "phi3" and (_SHORT in self.tensors or self.get("rope.scaling.attn_factor", 1.0) != 1.0):
-            raise IntactKVError(
-                f"{path} of architecture {self.arch!r} scales its RoPE as LongRoPE does, which torch reads from a GGUF "
-                f"of architecture 'phi3' only: {_INSTEAD}"
-            )
+        self._check_longrope()
         scale = self.get("expert_weights_scale", 1.0)
         if scale not in (0.0, 1.0):
             raise IntactKVError(
                 f"{path} multiplies what its experts give by {scale}, which torch cannot read from a GGUF: {_INSTEAD}"
+            )
+
+    def _check_longrope(self) -> None:
+        factors = {_LONG, _SHORT} & self.tensors.keys()
+        scaled = self.get("rope.scaling.attn_factor", 1.0) != 1.0
+        if self.arch != "phi3" and (factors or scaled):
+            raise IntactKVError(
+                f"{self.path} of architecture {self.arch!r} scales its RoPE as LongRoPE does, which torch reads from a "
+                f"GGUF of architecture 'phi3' only: {_INSTEAD}"
+            )
+        if self.tensors and (len(factors) == 1 or (scaled and not factors)):  # a header alone has no tensors
+            raise IntactKVError(
+                f"{self.path} has LongRoPE and not both of {_LONG} and {_SHORT}, from which torch reads it from a GGUF: "
+                "convert the model again"
             )
 
     def get(self, key: str, default: Any = None) -> Any:

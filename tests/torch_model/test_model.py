@@ -183,6 +183,7 @@ def test_a_gguf_is_the_model_it_was_converted_from(models, name):
         ("llama-gqa", {"general.architecture": "grok"}, "architecture 'grok', which"),
         ("mixtral", {"general.architecture": "qwen3", "qwen3.expert_count": 4}, "architecture 'qwen3' with experts"),
         ("llama-gqa", {"llama.rope.scaling.attn_factor": 2}, "LongRoPE does, which torch reads .* 'phi3' only"),
+        ("phi3", {"phi3.rope.scaling.attn_factor": 2}, "not both of rope_factors_long.weight and"),
         ("mixtral", {"llama.expert_weights_scale": 2}, "multiplies what its experts give by 2"),
         ("llama-gqa", {"llama.rope.scaling.type": "ntk"}, "RoPE scaling 'ntk'"),
     ],
