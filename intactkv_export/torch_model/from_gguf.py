@@ -133,7 +133,7 @@ class _Model:
             )
         if self.tensors and (len(factors) == 1 or (scaled and not factors)):  # a header alone has no tensors
             raise IntactKVError(
-                f"{self.path} has LongRoPE and not both of {_LONG} and {_SHORT}, from which torch reads it from a GGUF: "
+                f"{self.path} has LongRoPE and not both of {_LONG} and {_SHORT}, which torch needs from a GGUF: "
                 "convert the model again"
             )
 
