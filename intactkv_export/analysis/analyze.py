@@ -123,7 +123,7 @@ def _measure(
         "reference in torch",
         measurements.of_reference,
         found.path,
-        given.tokens,
+        given.source,
         short_chunks,
         pieces,
         device,

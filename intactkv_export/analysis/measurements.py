@@ -26,7 +26,7 @@ _BINS = 16  # of positions
 
 def of_reference(
     path: Path,
-    tokens: Sequence[int],
+    source: Path,
     chunks: Sequence[Sequence[int]],
     pieces: Sequence[str],
     device: str,
@@ -35,7 +35,7 @@ def of_reference(
 ) -> dict[str, dict[str, Any]]:
     """Data of the figures "magnitudes" and "attention".
 
-    tokens: the prefix; chunks: texts behind it; pieces: the text of each token of the prefix and the first chunk.
+    source: of the prefix; chunks: texts behind it; pieces: the text of each token of the prefix and the first chunk.
     What of_quantized() compares with is written to `out`. Raises IntactKVError if torch cannot load the model.
     """
     import torch
@@ -43,7 +43,9 @@ def of_reference(
     from intactkv_export import torch_model
     from intactkv_export.torch_model import layers
 
-    model = torch_model.load(path, device=device, attention="eager")
+    given = ikv.read(source)
+    tokens, factors = given.tokens, torch_model.prefix_factors(given)
+    model = torch_model.load(path, device=device, attention="eager", rope_factors=factors)
     progress(1, 4)
     outputs, cache = layers.alone(model, tokens, chunks)
     rows = {"K": [layer.keys.cpu() for layer in cache.layers], "V": [layer.values.cpu() for layer in cache.layers]}
@@ -79,7 +81,7 @@ def of_quantized(
     from intactkv_export.torch_model import layers
 
     given, theirs = ikv.read(source), torch.load(expected, mmap=True)
-    model = torch_model.load(gguf, device=device)
+    model = torch_model.load(gguf, device=device, rope_factors=torch_model.prefix_factors(given))
     kv: dict[str, dict[str, Any]] = {where: {"K": {}, "V": {}} for where in ("prefix", "text")}
     K, V = theirs["prefix"]
     tokens = given.tokens

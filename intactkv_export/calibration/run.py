@@ -34,7 +34,8 @@ class Participants:
     def load(self, path: Path) -> torch_model.TorchModel:
         """A model in torch, found to mean the same rows as the prefix's. Raises IntactKVError."""
         self.report(f"load {path.name}", 0, 0)
-        model = torch_model.load(path, device=self.device, dtype=self.dtype)
+        factors = torch_model.prefix_factors(self.prefix)
+        model = torch_model.load(path, device=self.device, dtype=self.dtype, rope_factors=factors)
         text = model.net.config.get_text_config(decoder=True)
         torch_model.from_huggingface.check(text, self.prefix.manifest["model"], len(self.prefix.tokens), str(path))
         return model

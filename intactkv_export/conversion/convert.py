@@ -116,7 +116,7 @@ def convert(
         curves: dict[str, Curve] = {}
         if prefix_tokens == "auto":
             models = {name: made.path for name, made in quantized.items()}
-            prompt, curves = shortest(work, plan.reference, models, prompt, device)
+            prompt, curves = shortest(work, settings, plan.reference, models, prompt)
         prefix = compute(work, settings, plan.reference, gguf, prompt, sha256)
         prefixes = _prefixes(work, plan, quantized, prefix, calibrate, device)
         finished = _finish(work, plan, quantized, prefixes, sha256, embed)

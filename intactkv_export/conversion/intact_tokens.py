@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from intactkv_export.engines import Engine, longrope_factors
 from intactkv_export.libllama import Vocabulary
 from intactkv_export.models import Reference
 from intactkv_export.prefix import Prompt, first_tokens
@@ -105,20 +106,23 @@ def for_prompt(
     chunks: Sequence[Sequence[int]],
     kv_type: str,
     device: str,
+    rope_factors: str | None,
     progress: Steps,
 ) -> Curve:
     """The curve of a prefix and a quantized model. chunks: texts of one length that may stand behind the prefix.
+
+    rope_factors: of torch_model.load().
 
     Raises IntactKVError if a model cannot be loaded in torch.
     """
     from intactkv_export import torch_model
     from intactkv_export.torch_model import layers
 
-    model = torch_model.load(reference, device=device)
+    model = torch_model.load(reference, device=device, rope_factors=rope_factors)
     expected, cache = layers.alone(model, tokens, chunks)
     K, V = layers.cached_rows(model, cache, len(tokens))
     del model, cache
-    model = torch_model.load(gguf, device=device)
+    model = torch_model.load(gguf, device=device, rope_factors=rope_factors)
 
     def error(n: int) -> list[float]:
         return layers.errors(layers.with_intact(model, tokens, chunks, K, V, n, kv_type)[0], expected)
@@ -139,21 +143,24 @@ def counted(progress: Steps, n_tokens: int) -> Callable[[], None]:
 
 
 def shortest(
-    work: Stages, reference: Reference, models: Mapping[str, Path], made: Prompt, device: str
+    work: Stages, engine: Engine, reference: Reference, models: Mapping[str, Path], made: Prompt
 ) -> tuple[Prompt, dict[str, Curve]]:
     """The shortest beginning of a prompt that does for each of the quantized models what all of it does.
 
-    models: by name; returned with the curve that each was judged by (smallest_flat()), behind a q8_0 cache, on
-    questions of our own. Raises IntactKVError if a model cannot be run in torch.
+    engine: that will compute the prefix. models: by name; returned with the curve that each was judged by
+    (smallest_flat()), behind a q8_0 cache, on questions of our own. Raises IntactKVError if a model cannot be run in
+    torch.
     """
-    with Vocabulary(next(iter(models.values()))) as vocabulary:
+    first = next(iter(models.values()))
+    factors = longrope_factors(work, engine, first, made)
+    with Vocabulary(first) as vocabulary:
         apart = len(QUESTIONS) // N_CHUNKS
         starts = (vocabulary.tokenize("\n".join(QUESTIONS[i * apart :]), False) for i in range(N_CHUNKS))
         chunks = [tokens[:N_TOKENS] for tokens in starts]
         curves = {
             name: work.run(
-                f"choose tokens {name}", for_prompt, reference.path, path, made.tokens, chunks, "q8_0", device,
-                counted=True,
+                f"choose tokens {name}", for_prompt, reference.path, path, made.tokens, chunks, "q8_0", engine.device,
+                factors, counted=True,
             )
             for name, path in models.items()
         }  # fmt: skip

@@ -71,7 +71,7 @@ def prefix(
         check_same_reference(str(model), header.values.get(KEY_REFERENCE), str(found.path), sha256)
         curves: dict[str, Curve] = {}
         if prefix_tokens == "auto":
-            prompt, curves = shortest(work, found, {model.name: model}, prompt, device)
+            prompt, curves = shortest(work, settings, found, {model.name: model}, prompt)
         gguf = weights.reference_gguf(work, found) if computed_by == "llama" else None
         new = compute(work, settings, found, gguf, prompt, sha256, reader=model)
         ikv.write(directory / target.name, new.data)

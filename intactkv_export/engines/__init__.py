@@ -5,6 +5,6 @@ n_head_kv, head_dim]} in llama.cpp's layout, computed in float32 and rounded onc
 """
 
 from intactkv_export.engines.choose import check_device, check_in_torch, choose
-from intactkv_export.engines.compute import Engine, compute
+from intactkv_export.engines.compute import Engine, compute, longrope_factors
 
-__all__ = ["Engine", "check_device", "check_in_torch", "choose", "compute"]
+__all__ = ["Engine", "check_device", "check_in_torch", "choose", "compute", "longrope_factors"]

@@ -9,7 +9,7 @@ from typing import Any
 from intactkv_export import extras
 from intactkv_export.errors import IntactKVError, UsageError, first_line
 from intactkv_export.libllama import Rope
-from intactkv_export.models import Reference, rope_types, supports
+from intactkv_export.models import Reference, supports
 
 NAMES = ("auto", "llama", "torch")
 
@@ -58,8 +58,6 @@ def check_in_torch(reference: Reference, gguf: Path, device: str, for_: str) -> 
     from intactkv_export.torch_model import from_gguf
 
     from_gguf.check_header(gguf, reference.path)
-    if not reference.is_gguf and "longrope" in rope_types(_config(reference)):
-        raise IntactKVError(f"{for_} cannot run {reference.path}: torch reads no GGUF with LongRoPE factors")
     if not reference.is_gguf and choose("auto", reference) != "torch":
         raise IntactKVError(f"{for_} needs the reference in torch, and {_why_not_torch(reference, None, 0)}")
 

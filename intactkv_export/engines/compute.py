@@ -12,7 +12,7 @@ from intactkv_export.engines import llama_engine, torch_engine
 from intactkv_export.engines.choose import check_device, choose
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import KV, Rope
-from intactkv_export.models import Reference, check_dtype, weights
+from intactkv_export.models import Reference, check_dtype, gguf_file, weights
 from intactkv_export.prefix import Prefix, Prompt, ikv
 from intactkv_export.work import Stages
 
@@ -90,6 +90,18 @@ def compute(
     if engine.rope:  # what whoever uses the prefix has to set too
         manifest["rope_options"] = engine.rope.given
     return ikv.read(ikv.build(model, prompt.tokens, K, V, manifest))
+
+
+def longrope_factors(work: Stages, engine: Engine, gguf: Path, prompt: Prompt) -> str | None:
+    """The LongRoPE factors that compute() will use for a prompt, as the prefix's manifest will have them.
+
+    gguf: the model that will read the prefix. None: it has none.
+    """
+    if gguf_file.longrope(gguf) is None:
+        return None
+    model = work.run("describe model", llama_engine.describe, gguf, _n_ctx(engine, prompt), engine.rope)
+    factors: str = model["rope"]["factors"]
+    return factors
 
 
 def _with_torch(

@@ -12,7 +12,6 @@ Everything is computed in float32 (or the dtype asked for) and rounded to float1
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,7 @@ def compute_float32(
         )
     if model is not None:
         from_huggingface.check(text, model, len(tokens), str(hf_dir))
-    _fix_longrope(text, model, len(tokens), str(hf_dir))
+    from_huggingface.fix_longrope(text, _longrope(text, model, len(tokens)), hf_dir)
 
     with from_huggingface.quiet():
         net = from_huggingface.load(hf_dir, config, device, dtype, offload_dir, max_memory)
@@ -129,22 +128,14 @@ def compute_float32(
     return K, V
 
 
-def _fix_longrope(text: Any, model: Mapping[str, Any] | None, n_tokens: int, hf_dir: str) -> None:
-    """Both sets of LongRoPE factors become the one that llama.cpp uses (no `model`: the one for n_tokens)."""
+def _longrope(text: Any, model: Mapping[str, Any] | None, n_tokens: int) -> str | None:
+    """The LongRoPE factors that llama.cpp uses (no `model`: in a context of n_tokens); None: it has none."""
     rope = text.rope_parameters
     if rope.get("rope_type") != "longrope":
-        return
-    if model is None:
-        name = "long_factor" if n_tokens > rope["original_max_position_embeddings"] else "short_factor"
-    else:
-        sha256 = {
-            n: hashlib.sha256(np.asarray(rope[n], "<f4").tobytes()).hexdigest() for n in ("short_factor", "long_factor")
-        }
-        wanted = model["rope"]["factors"]
-        name = next((n for n, digest in sha256.items() if digest == wanted), "")
-        if not name:
-            raise IntactKVError(
-                f"the LongRoPE factors of the GGUF (SHA-256 {wanted}) are neither the short nor the long "
-                f"ones of {hf_dir} ({', '.join(sha256.values())}): use the GGUF made from this checkpoint"
-            )
-    rope["short_factor"] = rope["long_factor"] = list(rope[name])
+        return None
+    if model is not None:
+        return str(model["rope"]["factors"])
+    from intactkv_export.torch_model import from_huggingface
+
+    name = "long_factor" if n_tokens > rope["original_max_position_embeddings"] else "short_factor"
+    return from_huggingface.longrope_hash(rope[name])

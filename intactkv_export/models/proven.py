@@ -22,7 +22,13 @@ PROVEN: dict[str, str] = {
     "gemma2": "neox",
     "gemma3_text": "neox",
     "phi3": "neox",
+    "qwen2_moe": "neox",
+    "qwen3_moe": "neox",
+    "olmoe": "neox",
 }
+# Whether the weights of the experts that a token takes add up to 1, where config.json may say so (norm_topk_prob, false
+# if it does not): llama.cpp has it in its code, one way for each architecture
+NORMALIZED = {"qwen2_moe": False, "qwen3_moe": True, "olmoe": False}
 _WRAPPED = {"gemma3": "gemma3_text"}  # multimodal model_type -> its text model: the prefix is text
 _ROPE_SCALING = {
     "llama": {"default", "linear", "llama3", "yarn"},
@@ -30,6 +36,7 @@ _ROPE_SCALING = {
     "qwen3": {"default", "yarn"},
     "gemma3_text": {"default", "linear"},
     "phi3": {"default", "longrope"},
+    "qwen3_moe": {"default", "yarn"},
 }
 # Settings of a RoPE scaling that upstream's converter drops or llama.cpp combines in another way
 _ROPE_UNPROVEN = (
@@ -47,8 +54,8 @@ _ROPE_FIXED = {"beta_fast": 32.0, "beta_slow": 1.0}
 def supports(config: Any) -> bool:
     """Whether the K/V layout of a model is proven. config: a transformers configuration, or config.json's dictionary.
 
-    False for other architectures, for RoPE scalings not proven for the architecture, and for checkpoints that
-    transformers would run quantized.
+    False for other architectures, for RoPE scalings not proven for the architecture, for experts that llama.cpp would
+    choose or weigh in another way, and for checkpoints that transformers would run quantized.
     """
     full = config if isinstance(config, Mapping) else config.to_dict()
     text = full.get("text_config") or full
@@ -59,6 +66,7 @@ def supports(config: Any) -> bool:
     each = _ropes(text)
     return (
         rope_types(config) <= _ROPE_SCALING.get(model_type, {"default"})
+        and _same_experts(model_type, text)
         and not full.get("quantization_config")
         and not any(r.get(key) is not None for r in each for key in _ROPE_UNPROVEN)
         and all(r.get(key) in (None, value) for r in each for key, value in _ROPE_FIXED.items())
@@ -69,6 +77,16 @@ def rope_types(config: Any) -> set[str]:
     """The kinds of RoPE scaling that a model's layers have, "default" for none. config: as of supports()."""
     full = config if isinstance(config, Mapping) else config.to_dict()
     return {r.get("rope_type", r.get("type", "default")) for r in _ropes(full.get("text_config") or full)}
+
+
+def _same_experts(model_type: str, text: Mapping[str, Any]) -> bool:
+    """Whether llama.cpp computes layers as their configuration says: all of experts, weighed as it does, unclipped."""
+    return (
+        (model_type not in NORMALIZED or bool(text.get("norm_topk_prob")) == NORMALIZED[model_type])
+        and not text.get("mlp_only_layers")
+        and text.get("decoder_sparse_step") in (None, 1)
+        and text.get("clip_qkv") is None
+    )
 
 
 def _ropes(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:

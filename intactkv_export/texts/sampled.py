@@ -112,9 +112,9 @@ def sample_from(
     from intactkv_export import torch_model
 
     template = gguf_file.read(gguf).values.get("tokenizer.chat_template")
-    model = torch_model.load(reference, device=device)
+    behind = ikv.read(prefix)
+    model = torch_model.load(reference, device=device, rope_factors=torch_model.prefix_factors(behind))
     with Vocabulary(gguf) as vocabulary:
-        behind = ikv.read(prefix)
         return sample(model, behind, vocabulary, template, n=n, n_tokens=n_tokens, seed=seed, progress=progress)
 
 

@@ -5,7 +5,7 @@ Imported inside functions only: it loads torch and transformers.
 
 from intactkv_export.torch_model import from_gguf, from_huggingface, layers, rope_pairs, rounding
 from intactkv_export.torch_model.mixed_cache import Layout, MixedCache
-from intactkv_export.torch_model.model import TorchModel, load, prefix_rows
+from intactkv_export.torch_model.model import TorchModel, load, prefix_factors, prefix_rows
 
 __all__ = [
     "Layout",
@@ -15,6 +15,7 @@ __all__ = [
     "from_huggingface",
     "layers",
     "load",
+    "prefix_factors",
     "prefix_rows",
     "rope_pairs",
     "rounding",

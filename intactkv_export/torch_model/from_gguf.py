@@ -8,6 +8,7 @@ converted from (tests/torch_model/test_model.py); the rest is refused.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property, partial
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -20,7 +21,9 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from intactkv_export.errors import IntactKVError
-from intactkv_export.models import PROVEN, gguf_file
+from intactkv_export.models import NORMALIZED, PROVEN, gguf_file
+from intactkv_export.torch_model import experts
+from intactkv_export.torch_model.from_huggingface import fix_longrope
 from intactkv_export.torch_model.rope_pairs import neighbours_to_halves
 from intactkv_export.torch_model.rounding import rounded, straight
 
@@ -36,9 +39,11 @@ _MODEL_TYPES = {
     "gemma3": "gemma3_text",
     "phi3": "phi3",
 }
+_WITH_EXPERTS = {"llama": "mixtral", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "olmoe": "olmoe"}
 # Type of a matrix -> what activations are rounded to before it; q8_K for all others
 _ACTIVATIONS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _ACTIVATIONS |= dict.fromkeys(("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "MXFP4"), "q8_0")
+_LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"  # LongRoPE's, float32 [n_rot/2]
 _INSTEAD = (
     "a reference can be given as a Hugging Face directory, a quantized model of this kind not yet be trained with"
 )
@@ -52,11 +57,19 @@ def check_header(path: str | Path, name: str | Path | None = None) -> None:
     _Model(Path(name or path), [gguf_file.read(file) for file in gguf_file.shards(path)]).rope()
 
 
-def load(path: str | Path, device: str, dtype: str, attention: str, round_activations: bool = False) -> Any:
+def load(
+    path: str | Path,
+    device: str,
+    dtype: str,
+    attention: str,
+    round_activations: bool = False,
+    rope_factors: str | None = None,
+) -> Any:
     """A causal language model of transformers with the GGUF's weights, in evaluation mode, on the device.
 
     round_activations: to 8 bits before they meet quantized weights, as llama.cpp's CPU backend does
-    (vec_dot_type of type_traits_cpu in ggml-cpu.c); gradients pass that straight through.
+    (vec_dot_type of type_traits_cpu in ggml-cpu.c); gradients pass that straight through. rope_factors: see
+    from_huggingface.fix_longrope().
 
     Raises IntactKVError if the GGUF is damaged or incomplete, or the architecture, RoPE scaling or a tensor type is
     not among those that are proven.
@@ -66,9 +79,11 @@ def load(path: str | Path, device: str, dtype: str, attention: str, round_activa
 
     model = _Model(Path(path), [gguf_file.read(file) for file in gguf_file.shards(path)])
     config = AutoConfig.for_model(**model.config())
+    fix_longrope(config, rope_factors, path)
     attention = "eager" if config.model_type == "gemma2" else attention
     with init_empty_weights(include_buffers=False):
         net = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
+    experts.set_up(net, device, round_activations)
     weights = dict(model.weights(list(net.state_dict()), net.dtype, device))
     net.load_state_dict(weights, strict=False, assign=True)
     net.tie_weights()
@@ -77,9 +92,9 @@ def load(path: str | Path, device: str, dtype: str, attention: str, round_activa
         raise IntactKVError(
             f"{path} lacks {len(missing)} of the model's tensors, the first is {missing[0]!r}: convert the model again"
         )
-    if model.rope_factors is not None:
+    if model.llama3_factors is not None:
         rotary = net.get_decoder().rotary_emb
-        rotary.inv_freq = rotary.inv_freq / model.rope_factors
+        rotary.inv_freq = rotary.inv_freq / model.llama3_factors
     if round_activations:
         model.round_activations(net)
     return net.eval().to(device)
@@ -89,19 +104,38 @@ class _Model:
     """The files of one GGUF model."""
 
     def __init__(self, path: Path, files: list[gguf_file.Gguf]) -> None:
-        self.path = path
+        self.path, self.file = path, files[0].path
         self.values = files[0].values
         self.tensors = {tensor.name: (file.path, tensor) for file in files for tensor in file.tensors}
         self.arch = str(self.values.get("general.architecture"))
-        self.model_type = _MODEL_TYPES.get(self.arch)
-        if self.model_type is None or f"{self.arch}.expert_count" in self.values:
+        with_experts = bool(self.values.get(f"{self.arch}.expert_count"))
+        self.model_type = (_WITH_EXPERTS if with_experts else _MODEL_TYPES).get(self.arch)
+        if self.model_type is None:
             raise IntactKVError(
-                f"{path} is of architecture {self.arch!r}{'' if self.model_type is None else ' with experts'}, which "
-                f"torch cannot read from a GGUF, only {', '.join(_MODEL_TYPES)}: {_INSTEAD}"
+                f"{path} is of architecture {self.arch!r}{' with experts' if with_experts else ''}, which torch cannot "
+                f"read from a GGUF, only {', '.join(_MODEL_TYPES)}, and with experts {', '.join(_WITH_EXPERTS)}: "
+                f"{_INSTEAD}"
             )
-        factor = self.values.get(f"{self.arch}.rope.scaling.attn_factor", 1.0)
-        if "rope_factors_short.weight" in self.tensors or factor != 1.0:
-            raise IntactKVError(f"{path} has LongRoPE factors, which torch cannot read from a GGUF: {_INSTEAD}")
+        self._check_longrope()
+        scale = self.get("expert_weights_scale", 1.0)
+        if scale not in (0.0, 1.0):
+            raise IntactKVError(
+                f"{path} multiplies what its experts give by {scale}, which torch cannot read from a GGUF: {_INSTEAD}"
+            )
+
+    def _check_longrope(self) -> None:
+        factors = {_LONG, _SHORT} & self.tensors.keys()
+        scaled = self.get("rope.scaling.attn_factor", 1.0) != 1.0
+        if self.arch != "phi3" and (factors or scaled):
+            raise IntactKVError(
+                f"{self.path} of architecture {self.arch!r} scales its RoPE as LongRoPE does, which torch reads from a "
+                f"GGUF of architecture 'phi3' only: {_INSTEAD}"
+            )
+        if self.tensors and (len(factors) == 1 or (scaled and not factors)):  # a header alone has no tensors
+            raise IntactKVError(
+                f"{self.path} has LongRoPE and not both of {_LONG} and {_SHORT}, which torch needs from a GGUF: "
+                "convert the model again"
+            )
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value of the header, below the architecture's name."""
@@ -143,9 +177,16 @@ class _Model:
             return {name: self.get(key) for name, key in keys.items()}
         if self.arch == "phi3":
             rotary = self.get("rope.dimension_count", head_dim) / head_dim
-            return {"sliding_window": None, "partial_rotary_factor": rotary}
+            n_ctx_orig = self.rope().get("original_max_position_embeddings", self.get("context_length"))
+            return {
+                "sliding_window": None,
+                "partial_rotary_factor": rotary,
+                "original_max_position_embeddings": n_ctx_orig,  # the class has a default, and prefers it to the RoPE's
+            }
         if self.arch == "qwen2":
             return {"sliding_window": None, "use_sliding_window": False}
+        if self.get("expert_count", 0):
+            return self._experts()
         if self.arch == "gemma2":
             return {
                 "attn_logit_softcapping": self.get("attn_logit_softcapping", 50.0),
@@ -166,9 +207,31 @@ class _Model:
             }
         return {}
 
+    def _experts(self) -> dict[str, Any]:
+        """Of a mixture of experts. Whether the weights of those chosen add up to 1 is not in the header."""
+        n_ff, n_used = self.get("feed_forward_length"), self.get("expert_used_count")
+        return {
+            "num_local_experts" if self.arch == "llama" else "num_experts": self.get("expert_count"),
+            "num_experts_per_tok": n_used,
+            "norm_topk_prob": NORMALIZED.get(str(self.model_type), True),
+            "moe_intermediate_size": self.get("expert_feed_forward_length", n_ff // n_used),
+            "shared_expert_intermediate_size": self.get("expert_shared_feed_forward_length", n_ff),
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "qkv_bias": "blk.0.attn_q.bias" in self.tensors,
+        }
+
     def rope(self) -> dict[str, Any]:
         """rope_parameters of transformers."""
         base = {"rope_theta": self.get("rope.freq_base", 1e4)}
+        if long := gguf_file.longrope(self.file):
+            return base | {
+                "rope_type": "longrope",
+                "short_factor": self._dequantized(_SHORT).tolist(),
+                "long_factor": self._dequantized(_LONG).tolist(),
+                "original_max_position_embeddings": long.n_ctx_orig,
+                "attention_factor": self.get("rope.scaling.attn_factor", 1.0),
+            }
         kind = self.get("rope.scaling.type", "none")
         if kind == "none":
             return base | {"rope_type": "default"}
@@ -182,7 +245,7 @@ class _Model:
         return base
 
     @property
-    def rope_factors(self) -> Tensor | None:
+    def llama3_factors(self) -> Tensor | None:
         """What divides each RoPE frequency, [n_rot/2]: Llama 3's scaling, worked out by the converter."""
         name = "rope_freqs.weight"
         return torch.from_numpy(self._dequantized(name)) if name in self.tensors else None
@@ -190,25 +253,52 @@ class _Model:
     def weights(self, names: list[str], dtype: torch.dtype, device: str) -> Iterator[tuple[str, Tensor]]:
         """Each of the transformers model's tensors that the GGUF has."""
         for name in names:
-            own = self._own_name(name)
-            if own in self.tensors:
-                weight = self._in_order(name, self._dequantized(own))
+            own = self._own_names(name)
+            if not all(x in self.tensors for x in own):
+                continue
+            if experts.is_stacked(name):
+                yield name, self._stacked(own, dtype, device)
+            else:
+                weight = self._in_order(name, self._dequantized(own[0]))
                 yield name, torch.from_numpy(np.ascontiguousarray(weight)).to(device, dtype)
+
+    def _stacked(self, names: list[str], dtype: torch.dtype, device: str) -> Tensor:
+        """Matrices of all experts, those of each one above the other, [n_expert, rows, columns].
+
+        One at a time: a layer's experts may be most of what the memory holds.
+        """
+        shapes = [self.tensors[name][1].shape for name in names]  # columns, rows, experts
+        n_rows = [shape[1] for shape in shapes]
+        out = torch.empty(shapes[0][2], sum(n_rows), shapes[0][0], dtype=dtype, device=device)
+        for i in range(len(out)):
+            for part, name in zip(out[i].split(n_rows), names, strict=True):
+                part.copy_(torch.from_numpy(self._dequantized(name, i)))
+        return out
 
     def round_activations(self, net: Any) -> None:
         """Before each matrix of the net, round what comes in as ggml does for that matrix's type."""
         for name, module in net.named_modules():
             if isinstance(module, torch.nn.Linear):
-                own = self._own_name(f"{name}.weight")
-                _, tensor = self.tensors[own if own in self.tensors else "token_embd.weight"]  # tied
-                kind = _ACTIVATIONS.get(self._kind(tensor).name, "q8_K")
+                (own,) = self._own_names(f"{name}.weight")
+                kind = self._activations(own if own in self.tensors else "token_embd.weight")  # tied
                 module.register_forward_pre_hook(lambda _, x, kind=kind: (_rounded(x[0], kind),))
+            elif experts.are(module):
+                first, last = (self._activations(self._own_names(f"{name}.{x}")[0]) for x in experts.PARTS)
+                module.round_inputs = partial(_rounded, kind=first), partial(_rounded, kind=last)
 
-    def _own_name(self, name: str) -> str | None:
-        """The GGUF's name of a tensor of transformers; None if it has none."""
+    def _activations(self, name: str) -> str:
+        """What activations are rounded to before they meet a matrix."""
+        return _ACTIVATIONS.get(self._kind(self.tensors[name][1]).name, "q8_K")
+
+    def _own_names(self, name: str) -> list[str]:
+        """The GGUF's name of a tensor of transformers, several of one that holds several; "" if it has none."""
+        parts = experts.parts(name) if experts.is_stacked(name) else [name]
+        return [self._names.get_name(part, try_suffixes=(".weight", ".bias")) or "" for part in parts]
+
+    @cached_property
+    def _names(self) -> gguf.TensorNameMap:
         arch = next(key for key, own in gguf.MODEL_ARCH_NAMES.items() if own == self.arch)
-        names = gguf.get_tensor_name_map(arch, self.get("block_count"))
-        return names.get_name(name, try_suffixes=(".weight", ".bias"))
+        return gguf.get_tensor_name_map(arch, self.get("block_count"))
 
     def _in_order(self, name: str, weight: np.ndarray) -> np.ndarray:
         """Undo what upstream's converter does to a tensor of transformers."""
@@ -218,21 +308,21 @@ class _Model:
         if heads and PROVEN[str(self.model_type)] == "norm":
             by_head = weight.reshape(self.get(heads), -1, weight.size // len(weight)).swapaxes(1, 2)
             return neighbours_to_halves(by_head).swapaxes(1, 2).reshape(weight.shape)
-        return weight
+        return weight.reshape(1, -1) if name.endswith("shared_expert_gate.weight") else weight
 
-    def _dequantized(self, name: str) -> np.ndarray:
-        """float32, slowest dimension first."""
+    def _dequantized(self, name: str, index: int | None = None) -> np.ndarray:
+        """float32, slowest dimension first. index: along that dimension; None: all of the tensor."""
         path, tensor = self.tensors[name]
         kind = self._kind(tensor)
         block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
-        size = prod(tensor.shape) // block * n_bytes
-        raw = np.fromfile(path, np.uint8, size, offset=tensor.offset)
+        shape = tensor.shape if index is None else tensor.shape[:-1]
+        size = prod(shape) // block * n_bytes
+        at = tensor.offset + (index or 0) * size
+        raw = np.fromfile(path, np.uint8, size, offset=at)
         if len(raw) < size:
-            raise IntactKVError(
-                f"{path} is cut off inside {name}, {size} bytes from byte {tensor.offset}: get it again"
-            )
+            raise IntactKVError(f"{path} is cut off inside {name}, {size} bytes from byte {at}: get it again")
         try:
-            return dequantize(raw.reshape(*reversed(tensor.shape[1:]), -1), kind).astype(np.float32, copy=False)
+            return dequantize(raw.reshape(*reversed(shape[1:]), -1), kind).astype(np.float32, copy=False)
         except NotImplementedError as error:
             raise self._unknown(tensor) from error
 

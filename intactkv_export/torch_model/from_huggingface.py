@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,31 @@ def check(text: Any, model: Mapping[str, Any], n_tokens: int, hf_dir: str) -> No
                 f"layer {il} has a sliding window of {window} tokens in {hf_dir} but {n_swa} in the GGUF "
                 f"(0: none), and the prefix has {n_tokens} tokens: shorten it or use the llama engine"
             )
+
+
+def fix_longrope(text: Any, factors: str | None, path: str | Path) -> None:
+    """Both sets of LongRoPE factors become one, as a context of llama.cpp has one set for all positions.
+
+    transformers, left alone, changes from the short to the long ones with the length of a text. text: a configuration,
+    before its model is made. factors: SHA-256 of those to use, as a model description has it; None: both stay, as they
+    do for a model without LongRoPE. Raises IntactKVError if the model has no such factors.
+    """
+    rope = text.rope_parameters
+    if factors is None or rope.get("rope_type") != "longrope":
+        return
+    hashes = {name: longrope_hash(rope[name]) for name in ("short_factor", "long_factor")}
+    name = next((name for name, digest in hashes.items() if digest == factors), None)
+    if name is None:
+        raise IntactKVError(
+            f"the LongRoPE factors of the GGUF (SHA-256 {factors}) are neither the short nor the long "
+            f"ones of {path} ({', '.join(hashes.values())}): use the GGUF made from this checkpoint"
+        )
+    rope["short_factor"] = rope["long_factor"] = list(rope[name])
+
+
+def longrope_hash(factors: Sequence[float]) -> str:
+    """As a model description has it: of the bytes that a GGUF holds."""
+    return hashlib.sha256(struct.pack(f"<{len(factors)}f", *factors)).hexdigest()
 
 
 def layer_type(text: Any, il: int) -> str:

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from intactkv_export.errors import UsageError
 from intactkv_export.models import FLOATS, PROVEN, check_dtype, gguf_file
 from intactkv_export.prefix import Prefix
-from intactkv_export.torch_model import from_gguf, from_huggingface
+from intactkv_export.torch_model import experts, from_gguf, from_huggingface
 from intactkv_export.torch_model.mixed_cache import Layout, MixedCache
 from intactkv_export.torch_model.tail_mask import attention_mask
 
@@ -144,31 +144,42 @@ def load(
     dtype: str = "float32",
     attention: str = "sdpa",
     round_activations: bool = False,
+    rope_factors: str | None = None,
 ) -> TorchModel:
     """A Hugging Face directory, or a GGUF of any type that gguf-py can dequantize.
 
     device: "cpu", "cuda", "cuda:1", "mps". dtype: of weights and arithmetic, "float32", "float16" or "bfloat16".
     attention: "sdpa", or "eager" (what Gemma 2 gets in any case). round_activations: of a GGUF, see from_gguf.load().
+    rope_factors: those that a LongRoPE model has at every position, see from_huggingface.fix_longrope(); a prefix's
+    manifest names them (prefix_factors()).
 
     Raises UsageError for an unknown dtype or attention, IntactKVError if the architecture is not proven
-    (models/proven.py) or the weights cannot be loaded.
+    (models/proven.py), the weights cannot be loaded, or the LongRoPE factors are not the model's.
     """
     check_dtype(dtype, FLOATS)
     if attention not in ("sdpa", "eager"):
         raise UsageError(f"attention {attention!r} is unknown: give sdpa or eager")
     with from_huggingface.quiet():
         if gguf_file.is_gguf(Path(path)):
-            net = from_gguf.load(path, device, dtype, attention, round_activations)
+            net = from_gguf.load(path, device, dtype, attention, round_activations, rope_factors)
         else:
             config = from_huggingface.read_config(path)
             if config.get_text_config(decoder=True).model_type in _EAGER_ONLY:
                 attention = "eager"
+            from_huggingface.fix_longrope(config.get_text_config(decoder=True), rope_factors, path)
             net = from_huggingface.load(path, config, device, dtype, attention=attention)
+            experts.set_up(net, device, rounds=False)
     net.requires_grad_(False)
     text = net.config.get_text_config(decoder=True)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     layout = Layout(text.num_key_value_heads, head_dim, PROVEN[text.model_type] == "norm")
     return TorchModel(net.eval(), text.num_hidden_layers, text.vocab_size, layout)
+
+
+def prefix_factors(prefix: Prefix) -> str | None:
+    """The RoPE factors that a prefix was computed with: argument rope_factors of load()."""
+    factors: str | None = prefix.manifest["model"]["rope"]["factors"]
+    return factors
 
 
 def prefix_rows(prefix: Prefix) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -233,10 +233,23 @@ def test_every_proven_architecture_is_tested(models):
             "model_type": "qwen2",
             "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.2},
         },
+        {"model_type": "qwen3_moe"},  # transformers' default: the chosen experts' weights need not add up to 1
+        {"model_type": "qwen3_moe", "norm_topk_prob": True, "mlp_only_layers": [0]},
+        {"model_type": "qwen2_moe", "norm_topk_prob": True},
+        {"model_type": "qwen2_moe", "decoder_sparse_step": 2},
+        {"model_type": "olmoe", "clip_qkv": 8.0},
     ],
 )
 def test_what_is_not_proven(config):
     assert not supports(config)
+
+
+def test_experts_that_llama_cpp_weighs_as_the_configuration_says():
+    assert supports(
+        {"model_type": "qwen3_moe", "norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1}
+    )
+    assert supports({"model_type": "qwen2_moe", "norm_topk_prob": False})
+    assert supports({"model_type": "olmoe", "clip_qkv": None})
 
 
 def test_older_spelling_of_the_rope_settings():

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import torch
 
+from intactkv_export.prefix import ikv, run_settings
 from intactkv_export.runtime.intact_llama import IntactLlama
 
 
@@ -19,6 +20,8 @@ def llama_log_probs(path, prefix_path, kv_type, prefix, chunks, tail=0, step=Non
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         settings = {"n_batch": n, "n_ubatch": n, "n_threads": 2, "n_threads_batch": 2}
+        if prefix_path is not None:
+            settings |= run_settings(ikv.read(prefix_path), path)
         llama = IntactLlama(path, prefix_path, kv_type, tail, n_ctx=n, **settings)
     llama.eval(prefix)
     out = []

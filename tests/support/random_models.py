@@ -65,6 +65,10 @@ _LLAMA3 = _rope(
 )
 _YARN = _rope(1000000.0, rope_type="yarn", factor=4.0, original_max_position_embeddings=512)
 _EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+_QWEN_EXPERTS = dict(
+    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, decoder_sparse_step=1, mlp_only_layers=[]
+)
+_QWEN3_MOE = dict(_QWEN_EXPERTS, norm_topk_prob=True)
 _GEMMA = dict(query_pre_attn_scalar=64, tie_word_embeddings=True, hidden_activation="gelu_pytorch_tanh")
 # A window of 8 tokens: prefixes of the tests are longer, so a cache that drops what left the window is seen.
 _GEMMA3: dict[str, Any] = dict(
@@ -119,6 +123,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", dict(head_dim=None, rope_parameters=_rope(1000000.0))),
     "qwen2-yarn": ("qwen2", dict(head_dim=None, rope_parameters=_YARN)),
     "qwen3": ("qwen3", dict(rope_parameters=_rope(1000000.0))),
+    "qwen2-moe": (
+        "qwen2_moe",
+        dict(_QWEN_EXPERTS, head_dim=None, shared_expert_intermediate_size=192, rope_parameters=_rope(1000000.0)),
+    ),
+    "qwen3-moe": ("qwen3_moe", dict(_QWEN3_MOE, rope_parameters=_rope(1000000.0))),
+    "qwen3-moe-yarn": ("qwen3_moe", dict(_QWEN3_MOE, rope_parameters=_YARN)),
+    "olmoe": (
+        "olmoe",
+        dict(head_dim=None, num_key_value_heads=4, num_experts=4, num_experts_per_tok=2, rope_parameters=_rope()),
+    ),
     "qwen3-yarn": ("qwen3", dict(rope_parameters=_YARN)),
     "gemma": ("gemma", dict(num_key_value_heads=1, rope_parameters=_rope(), tie_word_embeddings=True)),
     "gemma2": ("gemma2", dict(_GEMMA, sliding_window=8, rope_parameters=_rope())),
@@ -233,11 +247,16 @@ def _tokenizer(directory: Path) -> None:
 
 
 def to_gguf(directories: Iterable[Path]) -> None:
-    """Write NAME.gguf beside each: upstream's converter, F32, in one process, as most of its time goes into imports."""
+    """Write NAME.gguf beside each: upstream's converter, F32, in one process, as most of its time goes into imports.
+
+    Architectures whose tokenizer it looks for as BPE alone get ours as well.
+    """
     code = (
         "import runpy, sys\n"
         "converter, *dirs = sys.argv[1:]\n"
         "sys.path.insert(0, converter.rpartition('/')[0])\n"
+        "from conversion.base import TextModel\n"
+        "TextModel._set_vocab_gpt2 = TextModel._set_vocab_sentencepiece\n"
         "for d in dirs:\n"
         "    sys.argv = [converter, d, '--outtype', 'f32', '--outfile', d + '.gguf']\n"
         "    runpy.run_path(converter, run_name='__main__')\n"

@@ -28,6 +28,7 @@ from intactkv_export.engines import torch_engine as engine
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import bindings
 from intactkv_export.libllama.vocabulary import Vocabulary
+from intactkv_export.models import gguf_file
 from intactkv_export.prefix import ikv
 from intactkv_export.runtime.intact_llama import KV_TYPES
 from intactkv_export.torch_model import mixed_cache, rounding
@@ -37,7 +38,6 @@ from tests.support.log_probs import divergence, llama_log_probs
 
 L = library.load()
 BLOCK_TYPES = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-REFUSED = ("mixtral", "phi3-longrope", "phi3-partial")  # from a GGUF
 N_TOKENS = 128  # of a chunk
 
 
@@ -167,9 +167,9 @@ def stored_rows(path, tokens, kv_type):
     return out
 
 
-@pytest.mark.parametrize("name", [name for name in random_models.MODELS if name not in REFUSED])
+@pytest.mark.parametrize("name", random_models.MODELS)
 def test_a_gguf_is_the_model_it_was_converted_from(models, name):
-    """RoPE scaling, Granite's multipliers, Gemma's norms and windows, the order of rows: logits within 1e-5."""
+    """RoPE scaling, Granite's multipliers, Gemma's norms and windows, experts, order of rows: logits within 1e-5."""
     tokens = [random_tokens(48)]
     with torch.no_grad():
         want = torch_model.load(models[name], attention="eager").forward(tokens)
@@ -177,13 +177,26 @@ def test_a_gguf_is_the_model_it_was_converted_from(models, name):
     assert (got - want).abs().max() < 1e-5 * max(1, want.abs().max())
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_ggufs_that_torch_cannot_read(models, name):
-    with pytest.raises(IntactKVError, match="from a GGUF"):
-        torch_model.load(models[name].with_suffix(".gguf"))
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama-gqa", {"general.architecture": "grok"}, "architecture 'grok', which"),
+        ("mixtral", {"general.architecture": "qwen3", "qwen3.expert_count": 4}, "architecture 'qwen3' with experts"),
+        ("llama-gqa", {"llama.rope.scaling.attn_factor": 2}, "LongRoPE does, which torch reads .* 'phi3' only"),
+        ("phi3", {"phi3.rope.scaling.attn_factor": 2}, "not both of rope_factors_long.weight and"),
+        ("mixtral", {"llama.expert_weights_scale": 2}, "multiplies what its experts give by 2"),
+        ("llama-gqa", {"llama.rope.scaling.type": "ntk"}, "RoPE scaling 'ntk'"),
+    ],
+)
+def test_ggufs_that_torch_cannot_read(models, tmp_path, name, changes, message):
+    with open(tmp_path / "other.gguf", "wb") as file:
+        gguf_file.copy(models[name].with_suffix(".gguf"), file, changes)
+    with pytest.raises(IntactKVError, match=message) as e:
+        torch_model.load(tmp_path / "other.gguf")
+    assert "from a GGUF" in str(e.value) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "granite", "gemma2", "gemma3", "phi3", "qwen3"])
+@pytest.mark.parametrize("name", ["llama-gqa", "granite", "gemma2", "gemma3", "phi3", "qwen3", "qwen2-moe"])
 def test_behind_a_prefix_as_without_a_cache(models, name):
     """K and V of 20 tokens as a prefix, then 24 more in two passes: the logits of one pass over all 44.
 

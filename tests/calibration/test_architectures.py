@@ -1,0 +1,42 @@
+"""Calibration of models that are not dense Llamas: mixtures of experts, and LongRoPE with the prefix's factors.
+
+Random weights, sharp enough that the reference has something to say; quantized, a few steps: the loss falls.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch", reason="the extra [convert] is not installed")
+
+from intactkv_export.calibration import calibrate
+from intactkv_export.conversion import convert
+from intactkv_export.models import gguf_file
+from intactkv_export.prefix import ikv
+
+SETTINGS = {"steps": 16, "batch": 4, "seq_len": 32, "sequences": 32, "lr": 3e-2}
+
+
+@pytest.mark.parametrize(("name", "quant"), [("mixtral", "Q4_0"), ("qwen3-moe", "Q4_K_M")])
+def test_a_mixture_of_experts(models, tmp_path, name, quant):
+    """The reference as a GGUF: as the student, it is read from one."""
+    reference = models[name].with_suffix(".gguf")
+    made = convert(reference, tmp_path / "q.gguf", quant=quant, system_prompt="Be brief.", embed=False)
+    result = calibrate(reference, made.outputs[0].path, prefix=made.prefix, out=tmp_path / "c.ikv", **SETTINGS)
+    assert result.after < 0.93 * result.before and result.manifest["best_step"] > 0
+    assert ikv.read(result.out).tokens == ikv.read(made.prefix).tokens
+
+
+@pytest.mark.parametrize(("n_ctx", "as_gguf"), [(0, True), (1024, False)])
+def test_longrope(models, tmp_path, n_ctx, as_gguf):
+    """The short factors, and the long ones of a context of more than 512 tokens; the reference a GGUF, and a directory.
+
+    The divergence before the first step is small only if reference, prefix and student have the same factors.
+    """
+    reference = models["phi3-longrope"].with_suffix(".gguf") if as_gguf else models["phi3-longrope"]
+    made = convert(reference, tmp_path / "q.gguf", quant="Q8_0", system_prompt="Be brief.", embed=False, n_ctx=n_ctx)
+    gguf = made.outputs[0].path
+    long = ikv.read(made.prefix).manifest["model"]["rope"]["factors"] == gguf_file.longrope(gguf).sha256
+    assert long == (n_ctx == 1024)
+    result = calibrate(reference, gguf, prefix=made.prefix, out=tmp_path / "c.ikv", **{**SETTINGS, "lr": 1e-2})
+    assert result.before < 1e-3 and result.after < result.before
