@@ -99,7 +99,7 @@ def measure_target(
     check_context(gguf, given.prefix, longest)
     n_batch = REFERENCE_UBATCH if windows.behind_text else longest
     settings = {
-        "n_ctx": len(given.tokens) + longest,
+        "n_ctx": given.n_cells + longest,
         "n_batch": n_batch,
         "n_ubatch": n_batch,
         "n_threads": n_threads,
