@@ -31,14 +31,20 @@ def files(smol: Smol, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     return {kind: Path(str(extra_cells.write(path, smol.reference, root / kind, N).source)) for kind, path in pairs}
 
 
-@pytest.fixture(params=["prompt", "bos"])
-def prefix(request: pytest.FixtureRequest, files: dict[str, Path]) -> ikv.Prefix:
-    return ikv.read(files[request.param])
-
-
-@pytest.fixture(params=["q8_0", "f16"])
-def kv_type(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=[("bos", "q8_0"), ("prompt", "f16")], ids="-".join)
+def pair(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """The kind of prefix and the KV type."""
     return request.param
+
+
+@pytest.fixture
+def prefix(pair: tuple[str, str], files: dict[str, Path]) -> ikv.Prefix:
+    return ikv.read(files[pair[0]])
+
+
+@pytest.fixture
+def kv_type(pair: tuple[str, str]) -> str:
+    return pair[1]
 
 
 def make(smol: Smol, prefix: ikv.Prefix | None, kv_type: str = "q8_0", **kwargs: Any) -> IntactLlama:
@@ -166,6 +172,9 @@ def test_a_chat(smol: Smol, files: dict[str, Path]) -> None:
     stats = talk.llama.prefix_stats
     assert (stats["loads"], stats["tokens"], stats["extra_cells"]) == (1, 1, N)
     assert stats["intact_cells"] == 1 + N + stats["tail_cells"] and talk.llama.n_ctx() == 512 - N
+    assert (
+        f"1 tokens and 16 extra cells from {files['bos']}" in talk.report() and f"of {512 - N} tokens" in talk.report()
+    )
     with pytest.raises(UsageError, match="has 24 tokens and 16 extra cells, and --ctx-size is 40"):
         open_chat(smol.gguf, notice=pytest.fail, prefix=files["prompt"], n_ctx=40)
 
