@@ -284,6 +284,20 @@ def test_a_window_leaves_them_with_the_first_token(gemma3: tuple[Path, Path]) ->
     assert np.linalg.norm(logits(small) - again) < 0.02 * np.linalg.norm(again) and small.prefix_stats["loads"] == 3
 
 
+@pytest.mark.parametrize("n", [5, 20], ids=["in sight", "out of sight"])
+def test_states_of_windows(gemma3: tuple[Path, Path], n: int) -> None:
+    """Bit for bit, while the window's cache has the extra cells and when it has dropped them."""
+    tokens = [1, *(int(t) for t in np.random.default_rng(1).integers(6, 400, 40))]
+    llama, other = (sliding(gemma3, swa_full=False, n_ubatch=64, tail=4) for _ in range(2))
+    llama.eval(tokens[:n])
+    state = llama.save_state()
+    llama.eval(tokens[n:])
+    other.load_state(state)
+    other.eval(tokens[n:])
+    assert np.array_equal(logits(other), logits(llama)) and other.intact_cells == llama.intact_cells
+    assert other.save_state().llama_state == llama.save_state().llama_state
+
+
 def test_no_room_in_a_windows_cache(gemma3: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused when the model is opened, not in the middle of some text."""
     with pytest.raises(IntactKVError, match="has 5 extra cells, for which .* beside n_ubatch = 248: use swa_full=True"):
