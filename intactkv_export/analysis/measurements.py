@@ -153,7 +153,7 @@ def _add_kv_errors(
 ) -> None:
     """Adds by layer ||ours - theirs|| / ||theirs|| over all tokens and heads, of the prefix and of the texts."""
     for what, attribute in (("K", "keys"), ("V", "values")):
-        ours = [getattr(layer, attribute).cpu() for layer in cache.layers]
+        ours = [_of_tokens(getattr(layer, attribute).cpu(), cache) for layer in cache.layers]
         for where, part in (("prefix", slice(0, n_prefix)), ("text", slice(n_prefix, None))):
             kv[where][what][name] = short(
                 [
@@ -161,6 +161,12 @@ def _add_kv_errors(
                     for a, b in zip(ours, rows[what], strict=True)
                 ]
             )
+
+
+def _of_tokens(rows: Tensor, cache: MixedCache) -> Tensor:
+    """Of rows [batch, n_head_kv, n, head_dim] those that stand for a token."""
+    extra = range(cache.n_prefix - cache.n_extra, cache.n_prefix)
+    return rows[:, :, [i for i in range(rows.shape[2]) if i not in extra]]
 
 
 def _estimate(by_text: np.ndarray) -> list[float]:

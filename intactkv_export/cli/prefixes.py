@@ -71,11 +71,12 @@ def verify(
         check_fit(found, against)
     else:
         bindings.verify(found.data)
-    result = {"file": str(found.source), "tokens": len(found.tokens), "sha256": found.sha256, "model": against}
+    result = {"file": str(found.source), "tokens": len(found.tokens), "extra_cells": found.n_extra}
+    result |= {"sha256": found.sha256, "model": against}
     if as_json:
         print_json(result)
     else:
-        say(f"{found.source}: {len(found.tokens)} tokens, whole{f', fits {against}' if against else ''}")
+        say(f"{found.source}: {found.contents}, whole{f', fits {against}' if against else ''}")
 
 
 @app.command()
@@ -99,7 +100,7 @@ def embed(
 
     found = ikv.read(file)
     check_fit(found, model)
-    say(f"{ikv.embed(model, found, out)}: {len(found.tokens)} tokens, {len(found.data):,} bytes embedded")
+    say(f"{ikv.embed(model, found, out)}: {found.contents}, {len(found.data):,} bytes embedded")
 
 
 @app.command()
@@ -120,4 +121,4 @@ def extract(
     beside = model.with_name(f"{gguf_file.whole_name(model)}.ikv")
     out = outputs.named(out or beside, ".ikv")
     found = ikv.extract(model, out)
-    say(f"{out}: {len(found.tokens)} tokens, {len(found.data):,} bytes")
+    say(f"{out}: {found.contents}, {len(found.data):,} bytes")

@@ -40,7 +40,8 @@ that is the name of a command, put a blank before it."""
 def interactive(talk: Conversation) -> None:
     """Talk until /quit or Ctrl-D."""
     s = talk.llama.prefix_stats
-    prefix = f"prefix of {s['tokens']} tokens at F16" if s["tokens"] else "no prefix"
+    loaded = talk.llama.prefix
+    prefix = f"prefix of {loaded.contents} at F16" if loaded else "no prefix"
     say(f"{Path(talk.llama.model_path).name}: {s['kv_type']} cache, {prefix}. /help lists the commands.")
     session = _session()
     while True:

@@ -115,7 +115,7 @@ def _compare(
     told: set[Impossible] = set()
     for kv_type, way in [(name, way) for name in kv_types for way in depths.ways(name)]:
         try:
-            evaluated = Evaluated(model, kv_type, given.tokens, target.settings_of(way))
+            evaluated = Evaluated(model, kv_type, given.tokens, target.settings_of(way, given))
         except IntactKVError as error:
             if impossible is None or set(kv_pair(kv_type)) <= EXACT:  # another cause than the type
                 raise

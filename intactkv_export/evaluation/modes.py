@@ -9,7 +9,7 @@ from intactkv_export.engines import Engine, compute
 from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama import rope_of
 from intactkv_export.models import Reference
-from intactkv_export.prefix import Prefix, Prompt, ikv, of_model, run_settings
+from intactkv_export.prefix import EXTRA, Prefix, Prompt, ikv, of_model, run_settings
 from intactkv_export.work import Stages
 
 # How the model gets the prefix, in the order of tables and legends: name -> what that is
@@ -38,6 +38,12 @@ class Given:
 
     prefix: Prefix
     data: dict[str, bytes | None]
+    n_extra: int = 0  # extra cells, of the mode that has most
+
+    @property
+    def n_cells(self) -> int:
+        """Cells that the prefix takes in a KV cache, at most."""
+        return len(self.tokens) + self.n_extra
 
     @property
     def tokens(self) -> list[int]:
@@ -82,22 +88,22 @@ def find_given(
         tuned = tuned or whole
         whole = _computed(whole, work, reference, gguf)
     data: dict[str, bytes | None] = {"plain": None, "rounded": whole.data}
-    if len(whole.tokens) > 1 and all(0 in layer.positions for layer in whole.layers):
+    if len(whole.tokens) > 1 and all(0 in layer.cells for layer in whole.layers):
         data["bos"] = first_token(whole)
     data["prompt"] = whole.data
     if tuned is not None:
         data["calibrated"] = tuned.data
-    return Given(whole, data)
+    return Given(whole, data, max(whole.n_extra, 0 if tuned is None else tuned.n_extra))
 
 
 def first_token(prefix: Prefix) -> bytes:
     """A prefix file of the first token alone: it saw no other, so its K and V are those in the whole prefix."""
-    other = {key: prefix.manifest[key] for key in prefix.manifest.keys() - {"format", "tokens", "model"}}
+    other = {key: prefix.manifest[key] for key in prefix.manifest.keys() - {"format", "tokens", "model", EXTRA}}
     return ikv.build(
         prefix.manifest["model"],
         prefix.tokens[:1],
-        {layer.il: layer.K[layer.positions == 0] for layer in prefix.layers},
-        {layer.il: layer.V[layer.positions == 0] for layer in prefix.layers},
+        {layer.il: layer.K[layer.cells == 0] for layer in prefix.layers},
+        {layer.il: layer.V[layer.cells == 0] for layer in prefix.layers},
         {**other, "bos_only": True, "messages": None},
     )
 

@@ -39,10 +39,11 @@ class Target:
     settings: dict[str, Any]
     figures: list[Figures]
 
-    def settings_of(self, way: Way) -> dict[str, Any]:
-        """Of a model that is compared in a certain way."""
+    def settings_of(self, way: Way, given: Given) -> dict[str, Any]:
+        """Of a model that is compared in a certain way, with room for the extra cells of what it is given."""
+        n_ctx = self.settings["n_ctx"] + given.n_cells - self.given.n_cells
         ubatch = {} if way.ubatch is None else {"n_batch": way.ubatch, "n_ubatch": way.ubatch}
-        return {**self.settings, **ubatch, "tail": way.tail}
+        return {**self.settings, **ubatch, "n_ctx": n_ctx, "tail": way.tail}
 
     def compare(
         self,
@@ -99,7 +100,7 @@ def measure_target(
     check_context(gguf, given.prefix, longest)
     n_batch = REFERENCE_UBATCH if windows.behind_text else longest
     settings = {
-        "n_ctx": len(given.tokens) + longest,
+        "n_ctx": given.n_cells + longest,
         "n_batch": n_batch,
         "n_ubatch": n_batch,
         "n_threads": n_threads,

@@ -56,10 +56,14 @@ class CacheShape:
     swa_type: int  # llama_swa_type: 0 none, 1 standard, 2 chunked, 3 symmetric
     layers: tuple[LayerShape, ...]
 
-    def positions(self, n_tokens: int) -> list[int]:
-        """Which of the positions 0..n_tokens-1 it still holds after them (llama_hparams::is_masked_swa)."""
+    def positions(self, n_tokens: int, n_extra: int = 0) -> list[int]:
+        """Which of the positions 0..n_tokens-1 it still holds after them (llama_hparams::is_masked_swa).
+
+        n_extra: cells that stand for no token. They are at the first token's position, and leave a window with it.
+        """
         last = n_tokens - 1
-        return [pos for pos in range(n_tokens) if not self._masked(pos, last)]
+        found = [pos for pos in range(n_tokens) if not self._masked(pos, last)]
+        return found + [0] * (n_extra if found[0] == 0 else 0)
 
     def _masked(self, pos: int, last: int) -> bool:
         if self.swa_type == 1:
@@ -211,6 +215,15 @@ def rows_by_layer(data: bytes, model: Mapping[str, Any], n_tokens: int) -> tuple
     return K, V
 
 
+def which_cells(positions: Sequence[int] | np.ndarray, n_tokens: int) -> np.ndarray:
+    """Of a prefix's cells in a state, by their positions: int64 [n]. Token i is cell i; those that stand for no token
+    are n_tokens and on: in the order of the state, all at position 0 but the first."""
+    cells = np.array(positions, np.int64)
+    extra = np.flatnonzero(cells == 0)[1:]
+    cells[extra] = n_tokens + np.arange(len(extra))
+    return cells
+
+
 def without_intact_cells(data: bytes) -> bytes:
     """A buffer with its intact cells made ordinary: their copies in the cache's own type are all that is left."""
     out = bytearray(data[:BUFFER_HEADER])
@@ -229,22 +242,26 @@ def file_header(tokens: Sequence[int]) -> bytes:
     return struct.pack(f"<III{len(tokens)}i", MAGIC, VERSION, len(tokens), *tokens)
 
 
-def f16_section(cache: CacheShape, n_tokens: int, K: Mapping[int, np.ndarray], V: Mapping[int, np.ndarray]) -> bytes:
-    """A cache's section: of those of n_tokens tokens that it still holds, the F16 rows, in sequence 0.
+def f16_section(
+    cache: CacheShape, n_tokens: int, n_extra: int, K: Mapping[int, np.ndarray], V: Mapping[int, np.ndarray]
+) -> bytes:
+    """A cache's section: the F16 rows of those cells that it still holds, in sequence 0: of n_tokens tokens, and behind
+    them n_extra cells that stand for none.
 
-    K, V: by layer, float16 [n_tokens, n_head_kv, head_dim]. Raises IntactKVError for other shapes or types.
+    K, V: by layer, float16 [n_tokens + n_extra, n_head_kv, head_dim]. Raises IntactKVError for other shapes or types.
     """
-    positions = cache.positions(n_tokens)
+    positions = cache.positions(n_tokens, n_extra)
+    cells = which_cells(positions, n_tokens)
     parts = [struct.pack("<II", 1, len(positions))]
     parts += [struct.pack("<iIi", pos, 1, 0) for pos in positions]
     parts.append(struct.pack("<II", 0, len(cache.layers)))
     for name, rows, head_dim in (("K", K, "head_dim_k"), ("V", V, "head_dim_v")):
         for layer in cache.layers:
-            shape = n_tokens, layer.n_head_kv, getattr(layer, head_dim)
+            shape = n_tokens + n_extra, layer.n_head_kv, getattr(layer, head_dim)
             array = rows.get(layer.il)
             if array is None or array.shape != shape or array.dtype != np.float16:
                 found = "missing" if array is None else f"{array.dtype} {array.shape}"
                 raise IntactKVError(f"{name} of layer {layer.il} is {found} and must be float16 {shape}")
             parts.append(struct.pack("<iQ", F16, 2 * shape[1] * shape[2]))
-            parts.append(np.ascontiguousarray(array[positions], "<f2").tobytes())
+            parts.append(np.ascontiguousarray(array[cells], "<f2").tobytes())
     return b"".join(parts)

@@ -6,6 +6,9 @@
 
 Of the state's freedoms a prefix file uses none: sequence 0, F16 rows, V not transposed, no intact cells marked. K rows
 are after RoPE. In a GGUF the whole file lies behind the tensors: embedding.py.
+
+Extra cells stand for no token (virtual tokens, as others call them): K and V that were trained, behind those of the
+tokens. They are all at the first token's position, 0, so whoever loads the state goes on right behind the tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,11 +43,13 @@ _DOWNLOAD = "get it again"
 class Layer:
     """K and V of a layer: float16 [len(positions), n_head_kv, head_dim_k or head_dim_v].
 
-    positions: of the tokens whose rows are kept, ascending in files made here; a sliding window keeps the last ones.
+    positions: of the cells that are kept; in files made here the tokens' come first, ascending. A sliding window keeps
+    the last ones. cells: which they are: token i is cell i, and extra cells are counted behind all tokens.
     """
 
     il: int
     positions: np.ndarray
+    cells: np.ndarray
     K: np.ndarray
     V: np.ndarray
 
@@ -59,6 +65,23 @@ class Prefix:
     source: Path | None  # None: read from bytes
     embedded: bool  # source is a GGUF
     data: bytes = field(repr=False)
+
+    @property
+    def n_extra(self) -> int:
+        """Extra cells: those that stand for no token."""
+        return manifests.n_extra(self.manifest)
+
+    @property
+    def n_cells(self) -> int:
+        """Cells that it takes in a KV cache: a token each, and the extra ones."""
+        return len(self.tokens) + self.n_extra
+
+    @property
+    def contents(self) -> str:
+        """For messages: how many tokens, and extra cells if there are some."""
+        n = self.n_extra
+        extra = f" and {n} extra cell{'' if n == 1 else 's'}" if n else ""
+        return f"{len(self.tokens)} tokens{extra}"
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -79,12 +102,15 @@ def build(
 ) -> bytes:
     """The bytes of a prefix file.
 
-    model: the description of the model (bindings.describe). K, V: {layer: float16 [n_tokens, n_head_kv, head_dim]},
-    K after RoPE in llama.cpp's layout; rows that a sliding window has left behind are not stored. manifest: its other
-    fields; format, tokens and model are filled in. Raises IntactKVError if anything does not fit or is not finite.
+    model: the description of the model (bindings.describe). K, V: {layer: float16 [n_cells, n_head_kv, head_dim]},
+    K after RoPE in llama.cpp's layout: of the tokens in order, and behind them of the extra cells, as at position 0;
+    rows that a sliding window has left behind are not stored. manifest: its other fields, extra_cells among them if
+    there are some; format, tokens and model are filled in. Raises IntactKVError if anything does not fit or is not
+    finite.
     """
     text = manifests.encode({"format": manifests.FORMAT, "tokens": list(tokens), "model": dict(model), **manifest})
-    caches = (state.f16_section(cache, len(tokens), K, V) for cache in state.shapes(model))
+    n_extra = manifests.n_extra(manifest)
+    caches = (state.f16_section(cache, len(tokens), n_extra, K, V) for cache in state.shapes(model))
     body = b"".join([state.file_header(tokens), *caches, text])
     data = body + _TRAILER.pack(len(text), hashlib.sha256(body).digest(), _TRAILER_MAGIC)
     read(data)  # what is written can be read: finite, complete, and as the manifest says
@@ -249,7 +275,7 @@ def _parse(data: bytes, source: Path | None, embedded: bool) -> Prefix:
         section = next(found, None)
         if section is None:
             raise IntactKVError(f"its state ends at byte {end}, before its last KV cache: {state.REMAKE}")
-        layers += _checked_layers(section, cache, len(tokens))
+        layers += _checked_layers(section, cache, len(tokens), manifests.n_extra(manifest))
         end = section.end
     if end != len(body):
         raise IntactKVError(f"its state ends at byte {end} and its manifest begins at {len(body)}: {state.REMAKE}")
@@ -295,19 +321,20 @@ def _check_header(data: bytes, end: int, tokens: Sequence[int]) -> int:
     return len(wanted)
 
 
-def _checked_layers(section: state.Section, cache: state.CacheShape, n_tokens: int) -> list[Layer]:
+def _checked_layers(section: state.Section, cache: state.CacheShape, n_tokens: int, n_extra: int) -> list[Layer]:
     """A cache's layers, after everything in its section was found to be as the manifest says."""
-    expected = sorted(cache.positions(n_tokens))
+    expected = cache.positions(n_tokens, n_extra)
     if section.n_cells != len(expected):
         state.refuse("number of cells", section.n_cells, section.at + 4, len(expected))
-    missing = set(expected)
+    missing = Counter(expected)
     for i, (pos, (at, sequences)) in enumerate(zip(section.positions.tolist(), section.cells, strict=True)):
-        if pos not in missing:
+        if not missing[pos]:
+            of_extra = f" and {n_extra} extra cells" if n_extra else ""
             raise IntactKVError(
-                f"its cell {i} has position {pos} at byte {at}, which is given twice or not among the {len(expected)} "
-                f"that a prefix of {n_tokens} tokens has in this cache: {state.REMAKE}"
+                f"its cell {i} has position {pos} at byte {at}, which is given too often or not among the "
+                f"{len(expected)} that a prefix of {n_tokens} tokens{of_extra} has in this cache: {state.REMAKE}"
             )
-        missing.remove(pos)
+        missing[pos] -= 1
         if sequences != [0]:
             raise IntactKVError(
                 f"its cell {i} at byte {at} is of the sequences {sequences} and must be of 0: {state.REMAKE}"
@@ -317,26 +344,27 @@ def _checked_layers(section: state.Section, cache: state.CacheShape, n_tokens: i
     if section.n_layer != len(cache.layers) or section.intact is not None:
         flagged = section.n_layer | (state.INTACT if section.intact is not None else 0)
         state.refuse("number of layers", flagged, section.layers_at + 4, len(cache.layers))
-    layers = []
+    cells, layers = state.which_cells(section.positions, n_tokens), []
     for x, k, v in zip(cache.layers, section.K, section.V, strict=True):
-        K = _finite(section, k, "K", x.il, x.n_head_kv, x.head_dim_k)
-        V = _finite(section, v, "V", x.il, x.n_head_kv, x.head_dim_v)
-        layers.append(Layer(x.il, section.positions, K, V))
+        K = _finite(cells, n_tokens, k, f"K of layer {x.il}", x.n_head_kv, x.head_dim_k)
+        V = _finite(cells, n_tokens, v, f"V of layer {x.il}", x.n_head_kv, x.head_dim_v)
+        layers.append(Layer(x.il, section.positions, cells, K, V))
     return layers
 
 
-def _finite(section: state.Section, rows: state.Rows, name: str, il: int, n_head_kv: int, head_dim: int) -> np.ndarray:
+def _finite(cells: np.ndarray, n_tokens: int, rows: state.Rows, name: str, n_head_kv: int, head_dim: int) -> np.ndarray:
     """K or V of a layer, float16 [n_cells, n_head_kv, head_dim]."""
     if rows.type != state.F16:
         state.refuse("type of a layer's rows", rows.type, rows.at, state.F16)
     if rows.row_bytes != 2 * n_head_kv * head_dim:
         state.refuse("row size of a layer", rows.row_bytes, rows.at + 4, 2 * n_head_kv * head_dim)
-    values = np.frombuffer(rows.data, "<f2").reshape(section.n_cells, n_head_kv, head_dim)
+    values = np.frombuffer(rows.data, "<f2").reshape(len(cells), n_head_kv, head_dim)
     finite = np.isfinite(values).all(axis=(1, 2))
     if not finite.all():
-        token = int(section.positions[np.argmin(finite)])
+        cell = int(cells[np.argmin(finite)])
+        which = f"token {cell}" if cell < n_tokens else f"extra cell {cell - n_tokens}"
         raise IntactKVError(
-            f"it has NaN or infinity in {name} of layer {il}, token {token}, where all values must be finite: compute "
-            "it again with the engine in F32"
+            f"it has NaN or infinity in {name}, {which}, where all values must be finite: compute it again with the "
+            "engine in F32"
         )
     return values

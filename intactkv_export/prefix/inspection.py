@@ -27,24 +27,24 @@ _ROWS = 32  # tokens shown, unless all are asked for
 
 
 def norms(prefix: Prefix) -> tuple[np.ndarray, np.ndarray]:
-    """Euclidean norms over all heads of K and V, each [n_layer, n_tokens]; NaN where a sliding window left a token."""
-    K = np.full((len(prefix.layers), len(prefix.tokens)), np.nan)
+    """Euclidean norms over all heads of K and V, each [n_layer, n_cells]; NaN where a sliding window left a cell."""
+    K = np.full((len(prefix.layers), prefix.n_cells), np.nan)
     V = K.copy()
     for i, layer in enumerate(prefix.layers):
         for rows, out in ((layer.K, K), (layer.V, V)):
-            out[i, layer.positions] = np.linalg.norm(rows.astype(np.float64).reshape(len(rows), -1), axis=1)
+            out[i, layer.cells] = np.linalg.norm(rows.astype(np.float64).reshape(len(rows), -1), axis=1)
     return K, V
 
 
 def ratios(norm: np.ndarray) -> np.ndarray:
-    """log2 of each norm over the median of its layer, [n_layer, n_tokens]; 0 where all of a layer is 0."""
+    """log2 of each norm over the median of its layer, [n_layer, n_cells]; 0 where all of a layer is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.log2(norm / np.nanmedian(norm, axis=1, keepdims=True))
     return np.clip(np.where(np.isnan(ratio) & ~np.isnan(norm), 0.0, ratio), -16, 16)
 
 
 def distances(prefix: Prefix) -> np.ndarray:
-    """How far each token is from the others, [n_tokens]: mean over layers of |log2 ratio| of K and of V, added up."""
+    """How far each cell is from the others, [n_cells]: mean over layers of |log2 ratio| of K and of V, added up."""
     k, v = (np.abs(ratios(norm)) for norm in norms(prefix))
     with np.errstate(invalid="ignore"):
         return np.nan_to_num(np.nanmean(k, axis=0) + np.nanmean(v, axis=0))
@@ -59,13 +59,14 @@ def as_json(prefix: Prefix) -> dict[str, Any]:
         "embedded": prefix.embedded,
         "bytes": len(prefix.data),
         "sha256": prefix.sha256,
+        "extra_cells": prefix.n_extra,
         "manifest": prefix.manifest,
         "layers": [
             {"il": x.il, "cells": len(x.positions), "K_bytes": x.K.nbytes, "V_bytes": x.V.nbytes}
             | {"K_norm": k, "V_norm": v}
             for x, k, v in zip(prefix.layers, K, V, strict=True)
         ],
-        "pivots": [i for i, x in enumerate(distance) if x >= PIVOT_DISTANCE],
+        "pivots": [i for i, x in enumerate(distance[: len(prefix.tokens)]) if x >= PIVOT_DISTANCE],
     }
 
 
@@ -92,7 +93,7 @@ def _facts(prefix: Prefix, fits: str | None) -> list[Text]:
     model, reference, engine, rope = m["model"], m["reference"], m["engine"], m["model"]["rope"]
     versions = ", ".join(f"{name} {version}" for name, version in engine["versions"].items())
     facts = [
-        ("prefix", f"{prefix.source}{', embedded' if prefix.embedded else ''}: {len(prefix.tokens)} tokens, "
+        ("prefix", f"{prefix.source}{', embedded' if prefix.embedded else ''}: {prefix.contents}, "
                    f"{len(prefix.data):,} bytes"),
         ("prompt", repr(m["text"])[1:-1] + (" (BOS only)" if m["bos_only"] else "")),
         ("reference", f"{reference['name']}, {reference['dtype']}"
@@ -143,13 +144,16 @@ def _layer_groups(prefix: Prefix) -> list[str]:
         first, last, size = layers[0].il, layers[-1].il, layers[0].K.nbytes + layers[0].V.nbytes
         which = str(first) if first == last else f"{first}-{last}"
         heads = f"{k[0]} KV heads of {k[1]}" if k == v else f"{k[0]} KV heads of {k[1]} (K) and {v[1]} (V)"
-        lines.append(f"{which}: {cells} tokens, {heads}, F16, {size:,} bytes each, RoPE base {rope_base:g}")
+        held = "cells" if prefix.n_extra else "tokens"
+        lines.append(f"{which}: {cells} {held}, {heads}, F16, {size:,} bytes each, RoPE base {rope_base:g}")
     return lines
 
 
 def _heat_map(prefix: Prefix, pieces: Sequence[str] | None, every: bool) -> list[Text]:
-    """A row for each token, a column for each layer (or few neighbouring ones), K left and V right."""
+    """A row for each cell, a column for each layer (or few neighbouring ones), K left and V right."""
     names = [repr(piece)[1:-1] for piece in pieces] if pieces else [f"id {token}" for token in prefix.tokens]
+    names += ["(no token)"] * prefix.n_extra
+    what = "cells" if prefix.n_extra else "tokens"
     name_width = min(max(map(len, names)), 13)
     index_width = len(str(len(names) - 1))
     columns = (WIDTH - index_width - name_width - 6) // 2
@@ -167,15 +171,15 @@ def _heat_map(prefix: Prefix, pieces: Sequence[str] | None, every: bool) -> list
     shown = _shown(distance, every)
     for before, i in zip([-1, *shown], shown, strict=False):
         if i > before + 1:
-            lines.append(Text(f"{margin}... {i - before - 1} tokens that stand out less", style="dim"))
-        pivot = distance[i] >= PIVOT_DISTANCE
+            lines.append(Text(f"{margin}... {i - before - 1} {what} that stand out less", style="dim"))
+        pivot = distance[i] >= PIVOT_DISTANCE and i < len(prefix.tokens)
         label = f"{'*' if pivot else ' '}{i:>{index_width}} {_cut(names[i], name_width):{name_width}} "
         row = Text(label, style="bold" if pivot else "")
         row += _cells(k[:, i]) + Text("  ") + _cells(v[:, i])
         row.rstrip()
         lines.append(row)
     if shown[-1] < len(names) - 1:
-        lines.append(Text(f"{margin}... {len(names) - 1 - shown[-1]} tokens that stand out less", style="dim"))
+        lines.append(Text(f"{margin}... {len(names) - 1 - shown[-1]} {what} that stand out less", style="dim"))
     return lines
 
 

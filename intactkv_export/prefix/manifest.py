@@ -18,6 +18,8 @@ from intactkv_export.libllama import rope_of, state
 FORMAT = 1
 _MAX_BYTES = 16 << 20  # a million tokens with their text
 _MAX_HEADS, _MAX_HEAD_DIM = 1 << 16, 1 << 16
+EXTRA = "extra_cells"  # the field that counts cells which stand for no token; a prefix without such has none
+MAX_EXTRA = 1 << 16
 
 
 def encode(manifest: Mapping[str, Any]) -> bytes:
@@ -42,6 +44,11 @@ def decode(data: bytes) -> dict[str, Any]:
 def caches(manifest: Mapping[str, Any]) -> list[state.CacheShape]:
     """The KV caches of a checked manifest's model, in the order of the state."""
     return state.shapes(manifest["model"])
+
+
+def n_extra(manifest: Mapping[str, Any]) -> int:
+    """How many of the prefix's cells stand for no token."""
+    return manifest.get(EXTRA, 0)
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,8 @@ def _check(root: _Field) -> None:
     _check_rope(model["rope"])
     for token in root["tokens"].items(1, 2**31 - 1):
         token.integer(0, n_vocab - 1)
+    if EXTRA in root.value:
+        root[EXTRA].integer(1, MAX_EXTRA)
     _check_origin(root)
 
 

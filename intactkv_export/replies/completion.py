@@ -172,9 +172,7 @@ class _Completion:
         self.finish_reason = "length"
         n_free = llama._n_ctx - len(self.prompt_tokens)
         if n_free <= 0:  # in the words that the server of llama_cpp looks for
-            raise ValueError(
-                f"Requested tokens ({len(self.prompt_tokens)}) exceed context window of {L.llama_n_ctx(llama.ctx)}"
-            )
+            raise ValueError(f"Requested tokens ({len(self.prompt_tokens)}) exceed context window of {llama._n_ctx}")
         self._max_tokens = min(max_tokens, n_free) if max_tokens is not None and max_tokens > 0 else n_free
         begins_text = len(prompt) == 0
         self._text = ReplyText(decoder(llama.tokenizer_, self.prompt_tokens, begins_text), stops)

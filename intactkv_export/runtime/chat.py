@@ -47,13 +47,14 @@ def open_chat(
     enough = default_tail(WITH_TAIL)
     smaller = asked is None and pair == BEST_PAIR and library.is_patched() and (tail is None or tail >= enough)
     path = ikv.find(model) if prefix == "auto" else prefix
-    n_prefix = 0 if path is None else len(ikv.read(path).tokens)
+    loaded = None if path is None else ikv.read(path)
+    n_prefix = 0 if loaded is None else loaded.n_cells
     trained = header.get(f"{header.get('general.architecture')}.context_length") or _CONTEXT
     if n_ctx is None:
         n_ctx = min(trained, max(_CONTEXT, n_prefix + _ROOM))
-    elif 0 < n_ctx <= n_prefix:
+    elif loaded is not None and 0 < n_ctx <= n_prefix:
         raise UsageError(
-            f"the prefix in {path} has {n_prefix} tokens, and --ctx-size is {n_ctx}: give more, at most {trained}, or "
+            f"the prefix in {path} has {loaded.contents}, and --ctx-size is {n_ctx}: give more, at most {trained}, or "
             "leave it out"
         )
     settings = {"n_ctx": n_ctx, "n_threads": n_threads, "n_threads_batch": n_threads, **llama_kwargs}

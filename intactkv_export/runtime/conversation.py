@@ -101,9 +101,9 @@ class Conversation:
 
     def report(self) -> str:
         """For /stats."""
-        s, last = self.llama.prefix_stats, self.last
+        s, last, prefix = self.llama.prefix_stats, self.last, self.llama.prefix
         lines = [
-            f"prefix     {s['tokens']} tokens from {s['path']}" if s["path"] else "prefix     none",
+            f"prefix     {prefix.contents} from {s['path']}" if prefix else "prefix     none",
             f"cache      {s['kv_type']}, {self.llama.n_tokens} of {self.llama.n_ctx()} tokens used, "
             f"{s['intact_cells']} intact, {s['attention']} attention",
         ]

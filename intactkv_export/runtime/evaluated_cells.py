@@ -13,6 +13,7 @@ from typing import Any
 from intactkv_export import library
 from intactkv_export.libllama import KV_TYPES, QUANTIZED
 
+_SWA_PAD = 256  # cells: llama_kv_cache_iswa
 _QUANTIZED = {KV_TYPES[name] for name in QUANTIZED}
 
 
@@ -60,6 +61,19 @@ def held(L: Any, ctx: Any, n_tokens: int) -> bool:
     oldest_seen = max(n_tokens - n_swa + 1, 0) if n_swa > 0 else 0
     oldest, newest = L.llama_memory_seq_pos_min(memory, 0), L.llama_memory_seq_pos_max(memory, 0)
     return 0 <= oldest <= oldest_seen and newest >= n_tokens - 1
+
+
+def has_room(L: Any, ctx: Any, params: Any, n_extra: int) -> bool:
+    """Whether the cache of a sliding window always has cells for a whole ubatch, also while n_extra cells that stand
+    for no token are in sight. It has as many as the window and one ubatch need, rounded up; with swa_full all of n_ctx.
+
+    params: the context's. Where there is no room llama_decode() fails for some lengths of texts and not for others.
+    """
+    n_swa = L.llama_model_n_swa(L.llama_get_model(ctx))
+    if n_swa <= 0 or params.swa_full or not n_extra:
+        return True
+    n_cells = min(L.llama_n_ctx(ctx), -(-(n_swa + params.n_ubatch) // _SWA_PAD) * _SWA_PAD)
+    return n_cells == L.llama_n_ctx(ctx) or n_swa - 1 + n_extra + params.n_ubatch <= n_cells
 
 
 def can_shift(L: Any, ctx: Any, type_k: int, metadata: dict[str, str]) -> bool:

@@ -40,7 +40,7 @@ from llama_cpp._internals import LlamaContext  # noqa: E402
 from llama_cpp.llama_cache import BaseLlamaCache  # noqa: E402
 
 from intactkv_export.runtime import sequence_state  # noqa: E402
-from intactkv_export.runtime.evaluated_cells import Batches, can_shift, held  # noqa: E402
+from intactkv_export.runtime.evaluated_cells import Batches, can_shift, has_room, held  # noqa: E402
 from intactkv_export.runtime.kv_choice import choose_kv_types  # noqa: E402
 from intactkv_export.runtime.threads import Turns, takes_turns  # noqa: E402
 
@@ -75,7 +75,9 @@ class IntactLlama(CompletionLlama):
     too, and those that it gets wrong are dropped without computing the rest again. Cells that a sliding window has
     dropped (swa_full=False) are computed again, from the start of the sequence.
 
-    The context has n_ctx() tokens everywhere: llama.cpp rounds n_ctx up to a multiple of 256.
+    The context has n_ctx() tokens everywhere: llama.cpp rounds n_ctx up to a multiple of 256, and the prefix's extra
+    cells, which stand for no token, take their number of it. The logits of a prefix of one token, where the sequence
+    ends with it, are computed without them: they are at its position, and llama.cpp cannot remove it alone.
 
     Calls from several threads take turns: a call has the model until it returns, a streamed reply until it has been
     read, closed, or left unread for a second while another call waits. After fork the model works in the child too,
@@ -162,8 +164,11 @@ class IntactLlama(CompletionLlama):
             except TemplateError as error:
                 raise IntactKVError(f"the chat template of {model_path} cannot be compiled ({error})") from error
         self._ctx.__class__ = _Context
-        # llama_cpp sizes these by the n_ctx asked for, llama.cpp has rounded it up.
-        n_ctx = self.n_ctx()
+        self._size_arrays()
+
+    def _size_arrays(self) -> None:
+        """llama_cpp sizes these by the n_ctx asked for, llama.cpp has rounded it up."""
+        self._n_ctx = n_ctx = self.n_ctx()
         self.input_ids: np.ndarray = np.zeros(n_ctx, np.intc)
         self.scores: np.ndarray = np.empty((n_ctx if self._logits_all else self.n_batch, self._n_vocab), np.single)
 
@@ -178,10 +183,15 @@ class IntactLlama(CompletionLlama):
 
     def _take_prefix(self, path: Path, chosen_format: bool) -> None:
         prefix = ikv.read(path)
-        if len(prefix.tokens) >= len(self.input_ids):
+        if prefix.n_cells >= len(self.input_ids):
             raise IntactKVError(
-                f"the prefix in {path} has {len(prefix.tokens)} tokens, the context only n_ctx = "
-                f"{len(self.input_ids)}: use a larger n_ctx"
+                f"the prefix in {path} has {prefix.contents}, the context only n_ctx = {len(self.input_ids)}: use a "
+                "larger n_ctx"
+            )
+        if not has_room(L, self.ctx, self.context_params, prefix.n_extra):
+            raise IntactKVError(
+                f"the prefix in {path} has {prefix.n_extra} extra cells, for which the cache of the sliding window has "
+                f"no room beside n_ubatch = {self.context_params.n_ubatch}: use swa_full=True, or a smaller n_ubatch"
             )
         if self.lora_path is not None:
             raise UsageError(
@@ -198,6 +208,7 @@ class IntactLlama(CompletionLlama):
             )
         self.prefix = prefix
         self.prefix_path = path
+        self._size_arrays()
         self.no_drafts_in = prefix.tokens
         if not chosen_format and "chat_template.default" in self._chat_handlers:
             # The prefix renders the model's own template, a format that llama_cpp guesses from it may differ.
@@ -286,6 +297,10 @@ class IntactLlama(CompletionLlama):
 
     # What is there
 
+    def n_ctx(self) -> int:
+        """How many tokens the context has: as many as the cache has cells, but for the prefix's extra ones."""
+        return super().n_ctx() - (0 if self.prefix is None else self.prefix.n_extra)
+
     @property
     def intact_cells(self) -> int:
         """Number of cells that attention reads at F16 now, the tail's too. 0 for an f16 cache: none differs."""
@@ -312,6 +327,7 @@ class IntactLlama(CompletionLlama):
         return {
             "path": None if self.prefix_path is None else str(self.prefix_path),
             "tokens": 0 if self.prefix is None else len(self.prefix.tokens),
+            "extra_cells": 0 if self.prefix is None else self.prefix.n_extra,
             "kv_type": "/".join(dict.fromkeys(self.kv_type)),
             "intact_cells": self.intact_cells,
             "tail": self.tail,

@@ -26,8 +26,13 @@ def with_intact(
     n: int,
     kv_type: str,
 ) -> tuple[list[Tensor], MixedCache]:
-    """The model is given the first n tokens' K and V (by layer, llama.cpp's rows): outputs for the chunks, cache."""
-    cache = model.cache([k[:n] for k in K], [v[:n] for v in V], kv_type, batch=len(chunks))
+    """The model is given the first n tokens' K and V, and those of extra cells: outputs for the chunks, cache.
+
+    K, V: by layer, llama.cpp's rows, of all tokens and behind them of the extra cells (prefix_rows()).
+    """
+    n_extra = len(K[0]) - len(tokens)
+    k, v = ([torch.cat([rows[:n], rows[len(tokens) :]]) for rows in side] for side in (K, V))
+    cache = model.cache(k, v, kv_type, batch=len(chunks), extra=n_extra)
     return layer_outputs(model, tokens[n:], chunks, cache), cache
 
 

@@ -5,7 +5,7 @@ prefix's K and V, and pass the rounding of the other rows straight through.
 
 With a tail, the newest rows are also there as intact cells hold them. update() then returns both versions, the rounded
 ones of all cells and behind them the intact ones of the newest, and the mask shows each query one of the two
-(tail_mask.py). A softmax over both is the softmax over the cells, whatever comes between: a cap, a scale.
+(attention_mask.py). A softmax over both is the softmax over the cells, whatever comes between: a cap, a scale.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class MixedLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """All K and V so far with these appended, each [batch, n_head_kv, n, head_dim].
 
-        With a tail, behind the n rows the newest ones again, intact: those that tail_mask.n_intact() counts.
+        With a tail, behind the n rows the newest ones again, intact: those that attention_mask.n_intact() counts.
         """
         k = self._layout.as_cached(key_states, "K", self._kv_type[0])
         v = self._layout.as_cached(value_states, "V", self._kv_type[1])
@@ -126,7 +126,10 @@ class MixedCache(Cache):
     else every forward pass begins where the cache does, and can be repeated (gradient checkpointing does); followed()
     is the cache that goes on behind it.
     tail: each token sees as many of the newest cells, itself included, intact, as if tokens came one at a time; F16 and
-    F32 caches, all of whose cells are, have none. Raises UsageError if it is negative.
+    F32 caches, all of whose cells are, have none. extra: how many of the prefix's rows, the last ones, stand for no
+    token: they are at the first token's position, and tokens go on where the prefix's tokens end (positions()).
+
+    Raises UsageError if tail or extra is negative, or extra more than there are rows.
 
     No layer forgets what left its sliding window; the model's mask hides it.
     """
@@ -139,11 +142,14 @@ class MixedCache(Cache):
         kv_type: tuple[str, str],
         grows: bool = True,
         tail: int = 0,
+        extra: int = 0,
     ) -> None:
         if tail < 0:
             raise UsageError(f"a tail of {tail} tokens: give 0 or more")
         self.tail = 0 if set(kv_type) <= EXACT else tail
-        self.n_prefix = K[0].shape[-2]
+        self.n_prefix, self.n_extra = K[0].shape[-2], extra
+        if not 0 <= extra <= self.n_prefix:
+            raise UsageError(f"{extra} extra cells among the {self.n_prefix} of a prefix: give its rows, then theirs")
         super().__init__(
             layers=[MixedLayer(k, v, layout, kv_type, grows, self.tail) for k, v in zip(K, V, strict=True)]
         )
@@ -157,3 +163,11 @@ class MixedCache(Cache):
         after = copy(self)
         after.layers = [layer.followed(k, v) for layer, k, v in zip(self.layers, K, V, strict=True)]
         return after
+
+    def positions(self, n_new: int) -> Tensor:
+        """Where all rows are, n_new more included: int64 [n]. RoPE turned, or will turn, K by as much."""
+        n = self.get_seq_length() + n_new
+        positions = torch.arange(n)
+        positions[self.n_prefix :] -= self.n_extra
+        positions[self.n_prefix - self.n_extra : self.n_prefix] = 0
+        return positions

@@ -21,9 +21,8 @@ from transformers.cache_utils import Cache
 from intactkv_export.errors import UsageError
 from intactkv_export.models import FLOATS, PROVEN, check_dtype, gguf_file
 from intactkv_export.prefix import Prefix
-from intactkv_export.torch_model import experts, from_gguf, from_huggingface
+from intactkv_export.torch_model import attention_mask, experts, from_gguf, from_huggingface
 from intactkv_export.torch_model.mixed_cache import Layout, MixedCache
-from intactkv_export.torch_model.tail_mask import attention_mask
 
 _EAGER_ONLY = {"gemma2"}  # the soft cap of its attention
 
@@ -79,13 +78,15 @@ class TorchModel:
         batch: int = 1,
         grows: bool = True,
         tail: int = 0,
+        extra: int = 0,
         after: MixedCache | None = None,
     ) -> MixedCache:
         """A cache that begins with a prefix, the same one for each of `batch` sequences.
 
         K, V: by layer, llama.cpp's rows [n_prefix, n_head_kv, head_dim], K after RoPE; tensors may require a gradient.
         They stay as they are; later rows are rounded to kv_type (a name of libllama.KV_TYPES, or a pair for K and V).
-        grows, tail: see MixedCache. after: one whose last pass this one follows (MixedCache.followed).
+        grows, tail: see MixedCache. extra: how many of the rows, the last ones, stand for no token (Prefix.n_extra).
+        after: one whose last pass this one follows (MixedCache.followed).
         """
         kinds = (kv_type, kv_type) if isinstance(kv_type, str) else kv_type
         place = {"device": self.device, "dtype": self.net.dtype}
@@ -93,7 +94,7 @@ class TorchModel:
             [self.to_cache(torch.as_tensor(x).to(**place), kind).expand(batch, -1, -1, -1) for x in rows]
             for rows, kind in ((K, "K"), (V, "V"))
         )
-        return MixedCache(k, v, self.layout, kinds, grows, tail) if after is None else after.followed(k, v)
+        return MixedCache(k, v, self.layout, kinds, grows, tail, extra) if after is None else after.followed(k, v)
 
     def forward(
         self, tokens: Tensor | Sequence[Sequence[int]], cache: Cache | None = None, hidden: bool = False
@@ -118,9 +119,34 @@ class TorchModel:
     def _behind(self, cache: Cache | None, ids: Tensor) -> dict[str, Any]:
         """The net's arguments for tokens [batch, n] that follow what is in the cache: a mixed one, or transformers'."""
         arguments: dict[str, Any] = {self._cache_argument: cache}
-        if isinstance(cache, MixedCache) and cache.tail:
-            arguments["attention_mask"] = attention_mask(self.net, cache, *ids.shape)
+        if isinstance(cache, MixedCache):
+            n = ids.shape[1]
+            if cache.n_extra:
+                arguments["position_ids"] = cache.positions(n)[None, -n:].to(self.device)
+            if attention_mask.needed(self.net, cache):
+                arguments["attention_mask"] = attention_mask.build(self.net, cache, *ids.shape)
         return arguments
+
+    def at_first_position(self, K: Sequence[Tensor | np.ndarray], positions: Sequence[int]) -> list[Tensor]:
+        """K's rows as they are at position 0, where extra cells are: what RoPE turned at their positions, turned back.
+
+        K: by layer, llama.cpp's rows [n, n_head_kv, head_dim] after RoPE at `positions`, n of them. The same in
+        float32. V has no position. So rows of any text can be what the training of extra cells begins with.
+        """
+        decoder = self.net.get_decoder()
+        text = self.net.config.get_text_config(decoder=True)
+        ids = torch.as_tensor(positions, device=self.device)[None]
+        like = torch.empty(0, dtype=torch.float32, device=self.device)
+        by_kind = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+        turned = []
+        for il, (rows, layer) in enumerate(zip(K, self.decoder_layers, strict=True)):
+            cached = self.layout.to_cache(torch.as_tensor(rows).to(like), "K")  # [n_head_kv, n, head_dim]
+            if getattr(layer.self_attn, "use_rope", True):
+                kind = {"layer_type": from_huggingface.layer_type(text, il)} if by_kind else {}
+                cos, sin = decoder.rotary_emb(like, position_ids=ids, **kind)
+                cached = _turned_back(cached, cos[0], sin[0])
+            turned.append(self.layout.to_rows(cached, "K"))
+        return turned
 
     @contextmanager
     def outputs_of_layers(self, take: Callable[[Tensor], None]) -> Iterator[None]:
@@ -183,15 +209,29 @@ def prefix_factors(prefix: Prefix) -> str | None:
 
 
 def prefix_rows(prefix: Prefix) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """K and V of a prefix file by layer, float16 [n_tokens, n_head_kv, head_dim]: arguments of TorchModel.cache().
+    """K and V of a prefix file by layer, float16 [n_cells, n_head_kv, head_dim]: arguments of TorchModel.cache().
 
-    Rows that a sliding window has left behind are zero; no later token sees them.
+    The tokens' rows in order, then those of the extra cells: cache(..., extra=prefix.n_extra). Rows that a sliding
+    window has left behind are zero; no later token sees them.
     """
 
-    def whole(rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        full = np.zeros((len(prefix.tokens), *rows.shape[1:]), rows.dtype)
-        full[positions] = rows
+    def whole(rows: np.ndarray, cells: np.ndarray) -> np.ndarray:
+        full = np.zeros((prefix.n_cells, *rows.shape[1:]), rows.dtype)
+        full[cells] = rows
         return full
 
     layers = sorted(prefix.layers, key=lambda layer: layer.il)
-    return [whole(x.K, x.positions) for x in layers], [whole(x.V, x.positions) for x in layers]
+    return [whole(x.K, x.cells) for x in layers], [whole(x.V, x.cells) for x in layers]
+
+
+def _turned_back(cached: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """K [n_head_kv, n, head_dim] in transformers' order, turned back by what RoPE turned it: cos, sin [n, n_rot].
+
+    YaRN and LongRoPE make K longer too, at every position alike: that stays.
+    """
+    n_rot = cos.shape[-1]
+    length = (cos.square() + sin.square()).sqrt()
+    part, rest = cached[..., :n_rot], cached[..., n_rot:]
+    first, second = part.chunk(2, -1)
+    back = (part * cos - torch.cat([-second, first], -1) * sin) / length
+    return torch.cat([back, rest], -1)

@@ -6,6 +6,8 @@
 //
 // Words: a *cell* is one token's slot in the KV cache. An *intact* cell is one that attention reads at F16
 // although the cache is quantized; its rows live in the *arena*, one F16 K row and one F16 V row per layer.
+// *Extra* cells of a prefix stand for no token: they were trained, and are at the first token's position, 0. So tokens go
+// on at the position after the prefix's tokens, and a sequence holds as many cells more than it has tokens.
 //
 // Errors: functions that can fail say so in their return value; intactkv_error() then gives one sentence.
 // Threads: as with llama.cpp, one context must not be used by two threads at a time.

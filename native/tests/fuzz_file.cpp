@@ -39,6 +39,7 @@ static void try_parse(const uint8_t * data, size_t size) {
         require(!error.empty() && error.find('\n') == std::string::npos, "the error is not one sentence");
         return;
     }
+    require(view.n_cells >= view.n_tokens && view.n_cells - view.n_tokens <= 1 << 16, "the cells are not counted");
     require(view.n_tokens > 0 && view.state + view.state_size <= exact.get() + size, "the view leaves the file");
     error.clear();
     require(compatible(manifest, json::parse(manifest)["model"].dump(), "", error),

@@ -25,7 +25,10 @@ static std::vector<bytes> seeds() {
     for (int i = 0; i < 40; ++i) {
         long_one.caches[0].positions.push_back(i);
     }
-    return { sample().file(), windows.file(), long_one.file(), gguf_sample(sample().file(), true),
+    sample extra; // in the second cache they have left the window with the first token
+    extra.n_extra = 2;
+    extra.caches = { { 0, 0, { 1 }, { 0, 1, 2, 0, 0 } }, { 1, 2, { 0, 2 }, { 1, 2 } } };
+    return { sample().file(), windows.file(), long_one.file(), extra.file(), gguf_sample(sample().file(), true),
         gguf_sample(sample().file(), false), gguf_behind().file(sample().file()) };
 }
 

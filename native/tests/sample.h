@@ -36,6 +36,7 @@ struct sample {
 
     std::vector<int32_t> tokens = { 1, 7, 3 };
     std::vector<cache> caches = { { 0, 0, { 0, 1 }, { 0, 1, 2 } } };
+    uint64_t n_extra = 0;    // as the manifest has it, 0: not at all; their positions are among those of the cells
     uint16_t value = 0x3c00; // F16 of every element: 1.0
 
     json manifest() const {
@@ -48,7 +49,7 @@ struct sample {
             }
             caches_json.push_back({ { "n_swa", c.n_swa }, { "swa_type", c.swa_type }, { "layers", layers } });
         }
-        return {
+        json res = {
             { "format", 1 },
             { "tokens", tokens },
             { "text", "<s>h\u00e9 INTACTKV \"[{" },
@@ -83,6 +84,10 @@ struct sample {
             { "calibrated", nullptr },
             { "created_by", "intactkv-export 0.1.0" },
         };
+        if (n_extra) {
+            res["extra_cells"] = n_extra;
+        }
+        return res;
     }
 
     // rows: where given, the [begin, end) of every byte range that holds rows of K or V

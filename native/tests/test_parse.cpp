@@ -272,6 +272,67 @@ static void cells() {
     }
 }
 
+// Cells that stand for no token: at position 0, as many as the manifest says, wherever the first token's is.
+static void extra_cells() {
+    sample s;
+    s.n_extra = 2;
+    for (const std::vector<int> & positions :
+            std::vector<std::vector<int>>{ { 0, 1, 2, 0, 0 }, { 0, 0, 0, 1, 2 }, { 2, 0, 0, 1, 0 } }) {
+        s.caches[0].positions = positions;
+        check_case = "extra cells " + json(positions).dump();
+        const bytes file = s.file();
+        prefix_view view;
+        CHECK(error_of(file, &view) == "");
+        CHECK(view.n_tokens == 3 && view.n_cells == 5);
+    }
+    for (const std::vector<int> & positions :
+            std::vector<std::vector<int>>{ { 0, 1, 2 }, { 0, 1, 2, 0 }, { 0, 1, 2, 0, 0, 0 }, { 0, 1, 2, 0, 1 },
+                    { 0, 1, 2, 0, 3 }, { 0, 0, 0, 0, 1 }, { 0, 1, 2, 2, 2 }, { 0, 1, 2, 0, -1 } }) {
+        s.caches[0].positions = positions;
+        check_case = "extra cells " + json(positions).dump();
+        CHECK(error_of(s.file()) != "");
+    }
+    check_case = "in a manifest that has none";
+    s.n_extra = 0;
+    s.caches[0].positions = { 0, 1, 2, 0, 0 };
+    CHECK(contains(error_of(s.file()), "number of cells is 5 at byte 28 and must be 3"));
+    check_case = "counts that no file has";
+    json manifest = s.manifest();
+    for (const json & count : std::vector<json>{ 0, -1, 65537, 0xffffffffu, UINT64_MAX, 1.0, "2", nullptr, true }) {
+        manifest["extra_cells"] = count;
+        CHECK(contains(error_of(s, manifest), "extra_cells is " + count.dump() + ", not an integer from 1 to 65536"));
+    }
+    for (const uint32_t count : { 1, 3, 65536 }) {
+        manifest["extra_cells"] = count;
+        CHECK(contains(error_of(s, manifest), "must be " + std::to_string(3 + count)));
+    }
+    check_case = "as many as it says, and the file ends";
+    bytes state = s.state();
+    const uint32_t n_cells = 3 + 65536;
+    memcpy(&state[28], &n_cells, 4);
+    manifest["extra_cells"] = 65536;
+    CHECK(error_of(sample::seal(state, manifest.dump())) != "");
+
+    check_case = "left behind by a window, with the first token";
+    s.n_extra = 2;
+    s.caches = { { 0, 0, { 1 }, { 0, 1, 2, 0, 0 } }, { 1, 2, { 0 }, { 1, 2 } } };
+    CHECK(error_of(s.file()) == "");
+    s.caches[1].positions = { 1, 2, 0, 0 };
+    CHECK(contains(error_of(s.file()), "number of cells is 4"));
+    s.caches[1].positions = { 1, 0 };
+    CHECK(contains(error_of(s.file()), "2 that a prefix of 3 tokens and 2 extra cells has in this cache"));
+    s.caches[1] = { 1, 3, { 0 }, { 0, 1, 2, 0, 0 } };
+    CHECK(error_of(s.file()) == "");
+
+    check_case = "not finite";
+    s.caches = { { 0, 0, { 0, 1 }, { 0, 1, 2, 0, 0 } } };
+    std::vector<std::pair<size_t, size_t>> rows;
+    bytes bad = s.state(&rows);
+    const uint16_t infinity = 0x7c00;
+    memcpy(&bad[rows[1].second - 2], &infinity, 2);
+    CHECK(contains(error_of(sample::seal(bad, s.manifest().dump())), "in K of KV cache 0, layer 1, extra cell 1 (the"));
+}
+
 // sliding windows: the rule of llama_hparams::is_masked_swa, worked out by hand for 7 tokens (last position 6)
 static void windows() {
     const struct {
@@ -404,6 +465,7 @@ void test_parse() {
     hostile_manifest();
     tokens();
     cells();
+    extra_cells();
     windows();
     huge_sizes();
     nonfinite();

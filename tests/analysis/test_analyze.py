@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 torch = pytest.importorskip("torch")
 
 from intactkv_export import cli, extras, torch_model
-from intactkv_export.analysis import Analysis, analyze, plots, report, sinks
+from intactkv_export.analysis import Analysis, analyze, measurements, plots, report, sinks
 from intactkv_export.conversion import intact_tokens
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import Vocabulary
@@ -309,3 +309,20 @@ def test_without_torch(smol: Smol, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         UsageError, match=r"torch, which is not installed: pip install 'intactkv-export\[convert,plot\]'"
     ):
         analyze(smol.reference, smol.gguf, tmp_path / "out", prefix=smol.ikv)
+
+
+def test_extra_cells_of_a_prefix_are_no_tokens() -> None:
+    """The errors of K and V are those of tokens: of the prefix's, and of the texts behind the extra cells."""
+    layout = torch_model.Layout(1, 4, False)
+    theirs, n_prefix = torch.randn(1, 1, 9, 4), 3
+    apart = theirs.clone()
+    apart[:, :, 1] *= 2.0  # of the prefix
+    apart[:, :, n_prefix:] *= 1.5
+    with_extra = torch.cat([apart[:, :, :n_prefix], torch.full((1, 1, 5, 4), 99.0)], 2)
+    cache = torch_model.MixedCache([with_extra], [with_extra], layout, ("f32", "f32"), extra=5)
+    cache.update(apart[:, :, n_prefix:], apart[:, :, n_prefix:], 0)
+    kv: dict[str, Any] = {where: {"K": {}, "V": {}} for where in ("prefix", "text")}
+    measurements._add_kv_errors(kv, "x", cache, {"K": [theirs], "V": [theirs]}, n_prefix)
+    of_prefix = float(theirs[:, :, 1].norm() / theirs[:, :, :n_prefix].norm())
+    assert kv["prefix"]["K"]["x"] == kv["prefix"]["V"]["x"] == [pytest.approx(of_prefix, rel=1e-3)]
+    assert kv["text"]["K"]["x"] == [pytest.approx(0.5, rel=1e-3)]

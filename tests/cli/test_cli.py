@@ -18,6 +18,7 @@ import pytest
 
 from intactkv_export import __version__, cli
 from intactkv_export.prefix import embedding, ikv
+from tests.support import extra_cells
 from tests.support.smol import SYSTEM_PROMPT, Smol
 
 
@@ -111,6 +112,20 @@ def test_embed_and_extract(smol: Smol, tmp_path: Path) -> None:
     assert (tmp_path / "with.ikv").read_bytes() == smol.ikv.read_bytes()
     assert "no prefix embedded" in said(run("extract", smol.gguf, "-o", tmp_path / "x.ikv"), 1)
     assert not (tmp_path / "x.ikv").exists()
+
+
+def test_a_prefix_with_extra_cells(smol: Smol, tmp_path: Path) -> None:
+    """Every command about a prefix says that it has some, and none loses them."""
+    with_extra = extra_cells.write(smol.ikv, smol.reference, tmp_path / "x.ikv")
+    both = "24 tokens and 16 extra cells"
+    assert f"{both}, whole" in run("verify", "x.ikv", cwd=tmp_path).stdout
+    assert f"{both}, whole, fits {smol.gguf}" in run("verify", "x.ikv", "-m", smol.gguf, cwd=tmp_path).stdout
+    made = json.loads(run("verify", "x.ikv", "--json", cwd=tmp_path).stdout)
+    assert (made["tokens"], made["extra_cells"]) == (24, 16)
+    assert f"x.gguf: {both}" in run("embed", "x.ikv", smol.gguf, "-o", "x.gguf", cwd=tmp_path).stdout
+    assert both in run("inspect", "x.gguf", cwd=tmp_path).stdout
+    assert f"back.ikv: {both}" in run("extract", "x.gguf", "-o", "back.ikv", cwd=tmp_path).stdout
+    assert (tmp_path / "back.ikv").read_bytes() == with_extra.data
 
 
 def test_prefix_for_another_prompt(

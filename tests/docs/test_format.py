@@ -71,13 +71,13 @@ MODELS = {
 }
 
 
-def made(model: dict[str, Any]) -> bytes:
-    rng = np.random.default_rng(0)
+def made(model: dict[str, Any], n_extra: int = 0) -> bytes:
+    rng, n = np.random.default_rng(0), len(TOKENS) + n_extra
     K, V = {}, {}
     for x in (layer for cache in model["caches"] for layer in cache["layers"]):
-        K[x["il"]] = rng.standard_normal((len(TOKENS), x["n_head_kv"], x["head_dim_k"])).astype(np.float16)
-        V[x["il"]] = rng.standard_normal((len(TOKENS), x["n_head_kv"], x["head_dim_v"])).astype(np.float16)
-    return ikv.build(model, TOKENS, K, V, ORIGIN)
+        K[x["il"]] = rng.standard_normal((n, x["n_head_kv"], x["head_dim_k"])).astype(np.float16)
+        V[x["il"]] = rng.standard_normal((n, x["n_head_kv"], x["head_dim_v"])).astype(np.float16)
+    return ikv.build(model, TOKENS, K, V, ORIGIN | ({"extra_cells": n_extra} if n_extra else {}))
 
 
 # --- a reader by the page ---
@@ -116,12 +116,13 @@ def read_by_the_page(data: bytes) -> tuple[dict[str, Any], list[tuple[int, list[
     for cache in manifest["model"]["caches"]:
         expect("I", 1)
         expected = {p for p in range(len(tokens)) if not dropped(cache["swa_type"], cache["n_swa"], p, len(tokens) - 1)}
-        expect("I", len(expected))
+        n_extra = manifest.get("extra_cells", 0) if 0 in expected else 0
+        expect("I", len(expected) + n_extra)
         positions = []
-        for _ in expected:
+        for _ in range(len(expected) + n_extra):
             positions.append(take("i")[0])
             expect("Ii", 1, 0)
-        if len(set(positions)) != len(positions) or set(positions) != expected:
+        if sorted(positions) != sorted([*expected, *[0] * n_extra]):
             raise ValueError("cells")
         expect("II", 0, len(cache["layers"]))
         sides = []
@@ -152,9 +153,10 @@ def rows(n_head_kv: int, head_dim: int, n_cells: int, take: Any) -> np.ndarray:
     return values.reshape(n_cells, n_head_kv, head_dim)
 
 
+@pytest.mark.parametrize("n_extra", [0, 3])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_reader_by_the_page_reads_the_same(name: str) -> None:
-    data = made(MODELS[name])
+def test_a_reader_by_the_page_reads_the_same(name: str, n_extra: int) -> None:
+    data = made(MODELS[name], n_extra)
     ours = ikv.read(data)
     manifest, layers = read_by_the_page(data)
     assert manifest == ours.manifest and manifest["tokens"] == ours.tokens
@@ -168,9 +170,10 @@ def test_a_reader_by_the_page_reads_the_same(name: str) -> None:
         assert bindings.verify(data) == len(TOKENS)
 
 
-def test_a_reader_by_the_page_refuses_the_same() -> None:
+@pytest.mark.parametrize("n_extra", [0, 3])
+def test_a_reader_by_the_page_refuses_the_same(n_extra: int) -> None:
     """Each byte of the state changed under a right checksum, and each length of it."""
-    data = made(MODELS["standard window"])
+    data = made(MODELS["standard window"], n_extra)
     (length,) = struct.unpack("<Q", data[-48:-40])
     begin = len(data) - 48 - length
 
@@ -289,11 +292,12 @@ def test_the_schema_is_one_and_real_manifests_fit() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     for model in MODELS.values():
         VALIDATOR.validate(ikv.read(made(model)).manifest)
+        VALIDATOR.validate(ikv.read(made(model, 3)).manifest)
 
 
 def test_the_schema_refuses_what_we_refuse() -> None:
     """One value after the other, everywhere in a manifest."""
-    manifest = ikv.read(made(MODELS["standard window"])).manifest
+    manifest = ikv.read(made(MODELS["standard window"], 3)).manifest
     seen = {True: 0, False: 0}
     for path in places(manifest):
         for value in OTHERS:

@@ -27,6 +27,7 @@ from intactkv_export.prefix import ikv
 from intactkv_export.runtime.intact_llama import IntactLlama, L
 from intactkv_export.texts import default_text
 from intactkv_export.work.stages import Stages
+from tests.support import extra_cells
 from tests.support.lowlevel import Context, load_model
 from tests.support.smol import Smol
 
@@ -190,6 +191,20 @@ def test_a_calibrated_prefix_is_compared_with_what_it_began_as(smol: Smol, tmp_p
         next(evaluation.evaluate(smol.reference, [smol.gguf], smol.bos, calibrated=tuned))
     with pytest.raises(UsageError, match="'calibrated': there is no such prefix"):
         next(evaluation.evaluate(smol.reference, [smol.gguf], smol.ikv, modes=["calibrated"]))
+
+
+def test_a_calibrated_prefix_with_extra_cells(smol: Smol, tmp_path: Path) -> None:
+    """Of the same tokens as the uncalibrated one; the text fills the context that both would have without them."""
+    tuned = extra_cells.write(smol.ikv, smol.reference, tmp_path / "tuned.ikv").source
+    texts, modes = Texts(1, 256 - 24), {"kv_types": ["q8_0"], "modes": ["bos", "prompt", "calibrated"], "n_threads": 2}
+    settings = {"calibrated": tuned, "texts": texts, **modes}
+    found = list(evaluation.evaluate(smol.reference, [smol.gguf], smol.ikv, **settings))
+    assert [r.mode for r in found] == ["bos", "prompt", "calibrated"] and len({tuple(r.kld) for r in found}) == 3
+    # given as the prefix itself, though nothing says that it was calibrated: then it is "prompt"
+    whole = given.find_given(smol.gguf, tuned, None, Stages(tmp_path, None), locate(smol.reference), smol.reference)
+    assert (whole.n_extra, whole.n_cells) == (16, 40) and whole.tokens == smol.tokens
+    bos = ikv.read(whole.data["bos"] or b"")
+    assert (bos.n_extra, bos.n_cells) == (0, 1) and "extra_cells" not in bos.manifest
 
 
 def test_text_that_the_reference_writes(smol: Smol) -> None:

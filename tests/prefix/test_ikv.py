@@ -59,8 +59,13 @@ def sample() -> bytes:
     return ikv.build(model, [1, 5, 7, 9, 999], *rows(model, 5), ORIGIN)
 
 
+def test_a_file_without_extra_cells_is_what_it_was_before_there_were_any():
+    """The bytes of version 0.1.0; libraries of that version read them."""
+    assert ikv.read(sample()).sha256 == "73b6cece4bc161f819ed574db2cd3c5af643313826a9e346c5b328254559a678"
+
+
 @st.composite
-def prefixes(draw: st.DrawFn) -> tuple[dict, list[int], int]:
+def prefixes(draw: st.DrawFn) -> tuple[dict, list[int], int, int]:
     sizes = st.integers(1, 5)
     layers = [layer(il, draw(st.integers(0, 3)), draw(sizes), draw(sizes)) for il in range(draw(sizes))]
     caches = [cache(layers)]
@@ -69,23 +74,29 @@ def prefixes(draw: st.DrawFn) -> tuple[dict, list[int], int]:
         swa = [x for x in layers if x["il"] in inside]
         caches = [cache([x for x in layers if x["il"] not in inside]), cache(swa, draw(sizes), draw(st.integers(0, 3)))]
     tokens = draw(st.lists(st.integers(0, 999), min_size=1, max_size=12))
-    return describe(*caches), tokens, draw(st.integers(0, 2**32))
+    return describe(*caches), tokens, draw(st.integers(0, 5)), draw(st.integers(0, 2**32))
 
 
 @settings(max_examples=60, deadline=None)
 @given(prefixes())
 def test_round_trip(made):
     """Every array comes back bit for bit, and the C++ parser accepts the same bytes."""
-    model, tokens, seed = made
-    K, V = rows(model, len(tokens), seed)
-    data = ikv.build(model, tokens, K, V, ORIGIN)
+    model, tokens, n_extra, seed = made
+    K, V = rows(model, len(tokens) + n_extra, seed)
+    origin = ORIGIN | ({"extra_cells": n_extra} if n_extra else {})
+    data = ikv.build(model, tokens, K, V, origin)
     back = ikv.read(data)
     assert back.tokens == tokens
-    assert back.manifest == {"format": 1, "tokens": tokens, "model": model, **ORIGIN}
+    assert (back.n_extra, back.n_cells) == (n_extra, len(tokens) + n_extra)
+    assert back.manifest == {"format": 1, "tokens": tokens, "model": model, **origin}
     assert [x.il for x in back.layers] == sorted(K)
     for x in back.layers:
-        np.testing.assert_array_equal(x.K, K[x.il][x.positions])
-        np.testing.assert_array_equal(x.V, V[x.il][x.positions])
+        np.testing.assert_array_equal(x.K, K[x.il][x.cells])
+        np.testing.assert_array_equal(x.V, V[x.il][x.cells])
+        of_tokens = x.cells < len(tokens)
+        np.testing.assert_array_equal(x.positions[of_tokens], x.cells[of_tokens])
+        assert (x.positions[~of_tokens] == 0).all()
+        assert (~of_tokens).sum() == (n_extra if 0 in x.cells else 0)  # they leave a window with the first token
     assert back.sha256 == hashlib.sha256(data).hexdigest()
     if library.is_patched():
         assert bindings.verify(data) == len(tokens)
@@ -167,6 +178,10 @@ def test_a_right_checksum_is_not_enough():
         ("engine.versions", {"a": 1}, "versions.a"),
         ("messages", [{"role": "system"}], r"messages\[0\].content"),
         ("bos_only", 1, "bos_only"),
+        ("extra_cells", 0, "extra_cells is 0, not an integer from 1 to 65536"),
+        ("extra_cells", 65537, "extra_cells is 65537"),
+        ("extra_cells", 2.0, "extra_cells is 2.0"),
+        ("extra_cells", 2, "number of cells is 5 at byte 36 and must be 7"),
     ],
 )
 def test_manifest_is_checked(path, value, message):
@@ -179,6 +194,43 @@ def test_manifest_is_checked(path, value, message):
     node[last] = value
     with pytest.raises(IntactKVError, match=message):
         ikv.read(sealed(body, json.dumps(root).encode()))
+
+
+@pytest.mark.parametrize(
+    "positions", [[0, 0, 1, 2, 0], [2, 0, 1, 0, 0], [0, 1, 0, 2, 0], [0, 1, 2, 0, 1], [0, 1, 2, 2, 0]]
+)
+def test_cells_in_any_order(positions):
+    """Of the cells at position 0 the first is the first token's. C++ and Python agree on what is too many of one."""
+    model = describe(cache([layer(0)]))
+    K, V = rows(model, 5)
+    body, text = split(ikv.build(model, [1, 5, 7], K, V, {**ORIGIN, "extra_cells": 2}))
+    moved = bytearray(body)
+    for i, pos in enumerate(positions):
+        struct.pack_into("<i", moved, 12 + 3 * 4 + 8 + 12 * i, pos)
+    data = sealed(bytes(moved), text)
+    if positions.count(0) != 3:
+        with pytest.raises(
+            IntactKVError, match="given too often or not among the 5 that a prefix of 3 tokens and 2 ext"
+        ):
+            ikv.read(data)
+    else:
+        extra = iter((3, 4))
+        cells = [next(extra) if pos == 0 and 0 in positions[:i] else pos for i, pos in enumerate(positions)]
+        assert ikv.read(data).layers[0].cells.tolist() == cells
+    if library.is_patched():
+        if positions.count(0) != 3:
+            with pytest.raises(IntactKVError, match="too often"):
+                bindings.verify(data)
+        else:
+            assert bindings.verify(data) == 3
+
+
+def test_not_a_number_in_an_extra_cell():
+    model = describe(cache([layer(0)]))
+    K, V = rows(model, 5)
+    V[0][4, 1, 2] = np.nan
+    with pytest.raises(IntactKVError, match="V of layer 0, extra cell 1, where"):
+        ikv.build(model, [1, 5, 7], K, V, {**ORIGIN, "extra_cells": 2})
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff", b"1e999", b"[" * 100_000, b'{"format":NaN}'])

@@ -10,6 +10,7 @@ import pytest
 
 from intactkv_export.errors import IntactKVError
 from intactkv_export.prefix import ikv, inspection
+from tests.support import extra_cells
 from tests.support.smol import Smol
 
 
@@ -26,6 +27,20 @@ def test_report_fits_a_terminal_and_says_what_there_is(smol: Smol) -> None:
     for part in ("24 tokens", "named SmolLM", "3 KV heads of 64", "RoPE base 100000", "F16.gguf", prefix.sha256[:32]):
         assert part in said
     assert "0-29" in said and f"{24 * 2 * 3 * 64 * 2:,} bytes each" in said
+
+
+def test_extra_cells_are_shown_and_counted(smol: Smol, tmp_path: Path) -> None:
+    prefix = extra_cells.write(smol.ikv, smol.reference, tmp_path / "x.ikv")
+    lines = [line.plain for line in inspection.report(prefix, inspection.token_texts(prefix, smol.gguf), None)]
+    said = " ".join(" ".join(lines).split())
+    assert max(map(len, lines)) <= 80 and "24 tokens and 16 extra cells" in said and "0-29: 40 cells, 3 KV" in said
+    assert f"{40 * 2 * 3 * 64 * 2:,} bytes each" in said and " cells that stand out less" in said
+    every = [line.plain for line in inspection.report(prefix, None, None, every=True)]
+    assert sum("(no token)" in line for line in every) == 16 and not any(x.startswith("*2") for x in every)
+    made = json.loads(json.dumps(inspection.as_json(prefix), allow_nan=False))
+    assert made["extra_cells"] == made["manifest"]["extra_cells"] == 16 and made["pivots"] == [0]
+    assert len(made["layers"][0]["K_norm"]) == made["layers"][0]["cells"] == 40
+    assert inspection.as_json(ikv.read(smol.ikv))["extra_cells"] == 0
 
 
 def test_norms_are_those_of_the_rows(smol: Smol) -> None:

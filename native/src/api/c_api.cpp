@@ -84,9 +84,10 @@ static std::string check(const llama_context * ctx, const void * data, size_t si
                        "prefix\n",
                 __func__);
     }
-    if (view.n_tokens >= llama_n_ctx_seq(ctx)) {
-        return format("the prefix has %u tokens and the context only n_ctx = %u for a sequence: use a larger n_ctx",
-                view.n_tokens, llama_n_ctx_seq(ctx));
+    if (view.n_cells >= llama_n_ctx_seq(ctx)) {
+        const uint32_t n_extra = view.n_cells - view.n_tokens;
+        return format("the prefix has %u tokens%s and the context only n_ctx = %u for a sequence: use a larger n_ctx",
+                view.n_tokens, n_extra ? format(", %u extra cells", n_extra).c_str() : "", llama_n_ctx_seq(ctx));
     }
     if (!ctx->get_cparams().flash_attn) {
         return "flash attention is off in this context, its V cache is transposed: turn flash attention on to load a prefix";

@@ -19,6 +19,7 @@ static constexpr size_t MAX_CACHES = 2; // base, and sliding window
 static constexpr size_t MAX_LAYERS = 4096;
 static constexpr uint64_t MAX_HEADS = 1 << 16;
 static constexpr uint64_t MAX_HEAD_DIM = 1 << 16;
+static constexpr uint64_t MAX_EXTRA = 1 << 16; // cells
 
 std::string shown(const json & value) {
     std::string res;
@@ -267,6 +268,7 @@ manifest read_manifest(const char * text, size_t size) {
     for (size_t i = 0; i < n_tokens; ++i) {
         res.tokens.push_back(tokens[i].integer(0, res.n_vocab - 1));
     }
+    res.n_extra = parsed.contains("extra_cells") ? root["extra_cells"].integer(1, MAX_EXTRA) : 0;
     check_origin(root);
     return res;
 }

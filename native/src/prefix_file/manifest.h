@@ -26,6 +26,7 @@ struct cache_shape {
 struct manifest {
     uint32_t n_vocab;
     std::vector<int32_t> tokens;
+    uint32_t n_extra;                // cells that stand for no token
     std::vector<cache_shape> caches; // in the order of the state
 };
 

@@ -60,31 +60,45 @@ static bool is_masked_swa(const cache_shape & cache, int64_t pos, int64_t last) 
     }
 }
 
-// Reads the cells of a cache: each position that must be there, once, in any order. Returns the positions.
-static std::vector<int32_t> read_cells(reader & in, const cache_shape & cache, uint32_t n_tokens) {
+// What is at a position, for messages: tokens, and behind them the extra cells.
+static std::string cell_name(uint32_t cell, uint32_t n_tokens) {
+    return cell < n_tokens ? "token " + std::to_string(cell) : "extra cell " + std::to_string(cell - n_tokens);
+}
+
+// Reads the cells of a cache: each position that must be there, in any order, once; position 0 for each of the n_extra
+// cells too, which a sliding window leaves with the first token. Returns what each cell is: a token's position, or
+// n_tokens and on for the extra cells.
+static std::vector<uint32_t> read_cells(reader & in, const cache_shape & cache, uint32_t n_tokens, uint32_t n_extra) {
     std::vector<bool> missing(n_tokens);
     uint32_t n_cells = 0;
     for (uint32_t pos = 0; pos < n_tokens; ++pos) {
         missing[pos] = !is_masked_swa(cache, pos, (int64_t) n_tokens - 1);
         n_cells += missing[pos];
     }
+    const uint32_t n_extra_here = missing[0] ? n_extra : 0;
+    n_cells += n_extra_here;
     in.expect<uint32_t>(1, "number of streams");
     in.expect<uint32_t>(n_cells, "number of cells");
 
-    std::vector<int32_t> res;
-    res.reserve(n_cells);
+    std::vector<uint32_t> res;
+    uint32_t n_found = 0; // extra cells
     for (uint32_t i = 0; i < n_cells; ++i) {
         const size_t at = in.pos;
         const int32_t pos = in.get<int32_t>("position of a cell");
-        if (pos < 0 || (uint32_t) pos >= n_tokens || !missing[pos]) {
-            refuse("the prefix file's cell %" PRIu32 " has position %" PRId32 " at byte %zu, which is given twice or "
-                   "not among the %" PRIu32 " that a prefix of %" PRIu32 " tokens has in this cache: %s",
-                    i, pos, at, n_cells, n_tokens, REMAKE);
+        if (pos >= 0 && (uint32_t) pos < n_tokens && missing[pos]) {
+            missing[pos] = false;
+            res.push_back(pos);
+        } else if (pos == 0 && n_found < n_extra_here) {
+            res.push_back(n_tokens + n_found++);
+        } else {
+            const std::string extra = n_extra ? " and " + std::to_string(n_extra) + " extra cells" : "";
+            refuse("the prefix file's cell %" PRIu32 " has position %" PRId32
+                   " at byte %zu, which is given too often or "
+                   "not among the %" PRIu32 " that a prefix of %" PRIu32 " tokens%s has in this cache: %s",
+                    i, pos, at, n_cells, n_tokens, extra.c_str(), REMAKE);
         }
-        missing[pos] = false;
         in.expect<uint32_t>(1, "number of sequences of a cell");
         in.expect<int32_t>(0, "sequence of a cell");
-        res.push_back(pos);
     }
     return res;
 }
@@ -109,29 +123,28 @@ static bool has_nonfinite(const uint8_t * row, size_t n) {
 }
 
 static void read_rows(reader & in, const char * name, size_t cache, uint32_t il, uint64_t row_bytes,
-        const std::vector<int32_t> & positions) {
+        const std::vector<uint32_t> & cells, uint32_t n_tokens) {
     in.expect<int32_t>(TYPE_F16, "type of a layer's rows");
     in.expect<uint64_t>(row_bytes, "row size of a layer");
-    for (const int32_t pos : positions) {
+    for (const uint32_t cell : cells) {
         const size_t at = in.pos;
         if (has_nonfinite(in.take(row_bytes, "the rows of a layer"), row_bytes / 2)) {
-            refuse("the prefix has NaN or infinity in %s of KV cache %zu, layer %" PRIu32 ", token %" PRId32
-                   " (the row "
+            refuse("the prefix has NaN or infinity in %s of KV cache %zu, layer %" PRIu32 ", %s (the row "
                    "at byte %zu), where all values must be finite: compute it again with the engine in F32",
-                    name, cache, il, pos, at);
+                    name, cache, il, cell_name(cell, n_tokens).c_str(), at);
         }
     }
 }
 
-static void read_cache(reader & in, size_t index, const cache_shape & cache, uint32_t n_tokens) {
-    const std::vector<int32_t> positions = read_cells(in, cache, n_tokens);
+static void read_cache(reader & in, size_t index, const cache_shape & cache, uint32_t n_tokens, uint32_t n_extra) {
+    const std::vector<uint32_t> cells = read_cells(in, cache, n_tokens, n_extra);
     in.expect<uint32_t>(0, "flag for a transposed V");
     in.expect<uint32_t>(cache.layers.size(), "number of layers");
     for (const layer_shape & layer : cache.layers) {
-        read_rows(in, "K", index, layer.il, layer.k_row_bytes, positions);
+        read_rows(in, "K", index, layer.il, layer.k_row_bytes, cells, n_tokens);
     }
     for (const layer_shape & layer : cache.layers) {
-        read_rows(in, "V", index, layer.il, layer.v_row_bytes, positions);
+        read_rows(in, "V", index, layer.il, layer.v_row_bytes, cells, n_tokens);
     }
 }
 
@@ -143,6 +156,7 @@ static prefix_view read_state(const uint8_t * data, size_t size, const manifest 
 
     prefix_view res;
     res.n_tokens = said.tokens.size();
+    res.n_cells = res.n_tokens + said.n_extra;
     res.tokens = in.data + in.pos;
     for (const int32_t token : said.tokens) { // which the manifest has within the vocabulary
         in.expect(token, "token");
@@ -151,7 +165,7 @@ static prefix_view read_state(const uint8_t * data, size_t size, const manifest 
     res.state = in.data + in.pos;
     res.state_size = size - in.pos;
     for (size_t i = 0; i < said.caches.size(); ++i) {
-        read_cache(in, i, said.caches[i], res.n_tokens);
+        read_cache(in, i, said.caches[i], res.n_tokens, said.n_extra);
     }
     if (in.pos != size) {
         refuse("the prefix file's state ends at byte %zu and its manifest begins at byte %zu: %s", in.pos, size,

@@ -8,6 +8,9 @@
 //   manifest: UTF-8 JSON
 //   u64 manifest length, SHA-256 of all bytes before that length, 8 bytes "INTACTKV"
 //
+// Its cells are those of the tokens, at the positions 0, 1, ..., and at position 0 also the extra ones, which stand for no
+// token: the manifest has their number. Of the cells at position 0 the first is the first token's.
+//
 // No function of parse.h, compatible.h and read_bytes.h throws, aborts, or prints. An error is one sentence: what is
 // wrong, where, both values, and what to do. This folder needs nothing of llama.cpp but its SHA-256 and JSON libraries.
 
@@ -22,6 +25,7 @@ namespace intactkv {
 // Where things are in the bytes given to parse(), which must outlive it.
 struct prefix_view {
     uint32_t n_tokens = 0;
+    uint32_t n_cells = 0;             // those of the tokens, and the extra ones
     const uint8_t * tokens = nullptr; // n_tokens times i32, maybe unaligned
     const uint8_t * state = nullptr;  // the KV state: the bytes right after the tokens
     size_t state_size = 0;            // up to the manifest, which is not part of it

@@ -1,4 +1,7 @@
-"""Which cells a token sees rounded and which intact, when the newest of a cache are intact: the tail.
+"""Which cells a token sees, where transformers' own mask would not do: behind extra cells, and with a tail.
+
+Extra cells, which stand for no token, are at the first token's position: a sliding window leaves them with it, and it
+is as wide for the tokens behind as if they were not there. transformers takes a row's number for its position.
 
 A mixed cache with a tail returns rounded rows for all cells, and behind them intact rows for the newest. All tokens of
 a pass are computed at once, but each sees what it would if they had come one by one: itself and the tail - 1 cells
@@ -17,23 +20,30 @@ from intactkv_export.torch_model.from_huggingface import layer_type
 from intactkv_export.torch_model.mixed_cache import MixedCache
 
 
-def attention_mask(net: Any, cache: MixedCache, batch: int, n_new: int) -> Tensor | dict[str, Tensor]:
+def build(net: Any, cache: MixedCache, batch: int, n_new: int) -> Tensor | dict[str, Tensor]:
     """The argument attention_mask of a transformers model for n_new tokens behind what is in the cache.
 
     [batch, 1, n_new, rows that update() will return], bool, or for eager attention 0 and the lowest number; for a model
     with several kinds of layers a dictionary, by kind.
     """
     text = net.config.get_text_config(decoder=True)
-    n_cells = cache.get_seq_length() + n_new
+    positions = cache.positions(n_new)
     masks = {}
     for kind in {layer_type(text, il) for il in range(text.num_hidden_layers)}:
         window = text.sliding_window if kind == "sliding_attention" else None
-        seen = _visible(cache.n_prefix, n_cells, n_new, cache.tail, window).to(net.device)
+        seen = _visible(positions, cache.n_prefix, n_new, cache.tail, window).to(net.device)
         if text._attn_implementation == "eager":
             lowest = torch.finfo(net.dtype).min
             seen = torch.zeros(seen.shape, dtype=net.dtype, device=net.device).masked_fill_(~seen, lowest)
         masks[kind] = seen.expand(batch, 1, -1, -1)
     return masks if len(masks) > 1 else masks.popitem()[1]
+
+
+def needed(net: Any, cache: MixedCache) -> bool:
+    """Whether build() says anything else than transformers' own mask."""
+    text = net.config.get_text_config(decoder=True)
+    windows = any(layer_type(text, il) == "sliding_attention" for il in range(text.num_hidden_layers))
+    return cache.tail > 0 or (cache.n_extra > 0 and windows)
 
 
 def n_intact(n_appended: int, n_new: int, tail: int) -> int:
@@ -44,11 +54,13 @@ def n_intact(n_appended: int, n_new: int, tail: int) -> int:
     return min(n_appended, tail - 1 + n_new)
 
 
-def _visible(n_prefix: int, n_cells: int, n_new: int, tail: int, window: int | None) -> Tensor:
-    """bool [n_new, n_cells + n_intact]."""
-    cells = torch.arange(n_cells)
-    distance = cells[-n_new:, None] - cells
+def _visible(positions: Tensor, n_prefix: int, n_new: int, tail: int, window: int | None) -> Tensor:
+    """bool [n_new, n_cells + n_intact]. positions: [n_cells]."""
+    n_cells = len(positions)
+    distance = positions[-n_new:, None] - positions
     seen = (distance >= 0) & (distance < (window or n_cells))
-    intact = (distance < tail) & (cells >= n_prefix)
+    if not tail:
+        return seen
+    intact = (distance < tail) & (torch.arange(n_cells) >= n_prefix)
     newest = n_cells - n_intact(n_cells - n_prefix, n_new, tail)
     return torch.cat([seen & ~intact, (seen & intact)[:, newest:]], 1)
