@@ -29,7 +29,7 @@ from intactkv_export.work import Progress, Stages, silent
 def evaluate(
     reference: str | Path,
     models: Sequence[str | Path],
-    prefix: str | Path | None = None,
+    prefix: str | Path | Sequence[str | Path | None] | None = None,
     *,
     calibrated: str | Path | None = None,
     kv_types: Sequence[str] = ("q8_0",),
@@ -51,7 +51,8 @@ def evaluate(
     each system prompt, model, KV type and mode. Mode "rounded" of an f16 cache is "prompt" itself and is left out.
 
     reference: a Hugging Face directory or hub id, or a GGUF. models: GGUFs. prefix, calibrated: `.ikv` files, or GGUFs
-    with one embedded (modes.find_given: what None means). modes: of MODES, and "reference"; None: all that there are.
+    with one embedded (modes.find_given: what None means); several prefixes: one for each model. modes: of MODES, and
+    "reference"; None: all that there are.
     texts: what is evaluated behind the prefix; None: Texts().
 
     system_prompt: stands before each text, whole, by the model's own chat template; several: one after the other. The
@@ -80,17 +81,23 @@ def evaluate(
     measured = Depths.of(depths, decode_batch, ubatch, kv_tails)
     if depths and texts.questions:
         raise UsageError("questions stand right behind the prefix, at no depth: evaluate them without --depths")
+    prefixes = [prefix] * len(models) if prefix is None or isinstance(prefix, str | Path) else list(prefix)
+    if len(prefixes) != len(models):
+        raise UsageError(
+            f"{len(prefixes)} prefixes are given for {len(models)} models: give one for each, or one for all"
+        )
     found = locate(reference, allow_requantize)
     check_convertible(found)
-    for model in models:
+    for model, own in zip(models, prefixes, strict=True):
         if Path(model).is_file():
-            check_context(model, of_model(model, prefix), texts.longest(measured.deepest))
+            check_context(model, of_model(model, own), texts.longest(measured.deepest))
     with tempfile.TemporaryDirectory() as folder:
         work = Stages(Path(folder), progress)
         gguf = weights.reference_gguf(work, found)
         # Whatever is wrong with one of the models is said before the long work.
         each = [
-            (gguf_file.first_part(model), find_given(model, prefix, calibrated, work, found, gguf)) for model in models
+            (gguf_file.first_part(model), find_given(model, own, calibrated, work, found, gguf))
+            for model, own in zip(models, prefixes, strict=True)
         ]
         if system_prompt is not None:
             prompts = [system_prompt] if isinstance(system_prompt, str) else system_prompt

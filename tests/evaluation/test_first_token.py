@@ -1,0 +1,64 @@
+"""benchmarks.first_token: its grid on a small model, that it goes on where it was, and its arithmetic."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import first_token
+from tests.support.paths import REPO
+from tests.support.smol import Smol
+
+
+def test_the_command_goes_on_where_it_was(smol: Smol, tmp_path: Path) -> None:
+    log = tmp_path / "first_token.jsonl"
+
+    def run(*more: str) -> str:
+        command = [sys.executable, "-m", "benchmarks.first_token", str(smol.reference), f"{smol.gguf}={smol.bos}"]
+        command += ["--kv-types", "f16", "q4_0", "--depths", "8", "20", "--tokens", "8", "--texts", "2"]
+        done = subprocess.run([*command, "--out", str(tmp_path), *more], cwd=REPO, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("--prompts", "none")
+    assert len(log.read_text().splitlines()) == 2 * 2 * 2
+    shown = run("--prompts", "none", "terse")
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(rows) == 2 * 8, "those of the first run were not measured again"
+    assert {(r["kv_type"], r["ubatch"], r["tail"] > 0) for r in rows} == {("f16", 128, False), ("q4_0", 16, True)}
+    assert {r["mode"] for r in rows} == {"plain", "intact"} and {r["depth"] for r in rows} == {8, 20}
+    assert "| smol | q4_0 | terse |" in shown and shown.rstrip().endswith("first_token.md")
+    none, terse = (first_token.pooled(rows, kv_type="f16", depth=8, prompt=p) for p in ("none", "terse"))
+    assert none["plain"] != terse["plain"] and len(none["plain"]) == 2
+
+
+def test_ratio_and_its_error() -> None:
+    plain = np.random.default_rng(0).gamma(4, 0.1, 200)
+    exact = first_token.ratio(list(0.5 * plain), list(plain))
+    assert exact.mean == pytest.approx(0.5) and exact.error < 1e-12, "the texts' own spread does not count"
+    draws = np.random.default_rng(1).normal(0.5, 0.1, (400, 200)) * plain
+    found = [first_token.ratio(list(x), list(plain)) for x in draws]
+    assert np.std([x.mean for x in found]) == pytest.approx(np.mean([x.error for x in found]), rel=0.15)
+
+
+def test_what_is_worse_is_named() -> None:
+    def row(mode: str, prompt: str, kld: list[float]) -> dict[str, Any]:
+        return {"model": "m", "kv_type": "f16", "depth": 8, "mode": mode, "prompt": prompt, "kld": kld}
+
+    rows = [row("plain", "none", [0.2, 0.3]), row("intact", "none", [0.1, 0.2]), row("trained", "none", [0.15, 0.251])]
+    rows += [row("trained", "terse", [0.1, 0.1]), row("plain", "terse", [0.2, 0.3]), row("intact", "terse", [0.1, 0.3])]
+    lines = list(first_token.table(rows))
+    assert "| m | f16 | 8 | 0.2500 | 0.1750 | 0.1502 | 0.70 ± 0.12 | 0.60 ± 0.13 |" in lines
+    assert lines[-2] == "\nWorse than plain or intact by more than two standard errors: 1 of 4 comparisons."
+    assert lines[-1].startswith("- m f16 none at 8: trained - intact +0.0505")
+
+
+def test_only_a_first_token_is_measured(smol: Smol) -> None:
+    with pytest.raises(SystemExit, match="has 24 tokens: give one of the first token"):
+        first_token.models_of([f"{smol.gguf}={smol.ikv}"])
