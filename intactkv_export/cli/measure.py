@@ -45,7 +45,7 @@ long as the largest depth and --tokens are needed: give a long --text, or few --
 
 --system-prompt measures behind a whole system prompt, for a prefix that is its beginning: that of the first token,
 which serves every prompt, or the first tokens of this one. What follows the prefix the quantized model computes itself.
-A prefix of the first token is the row bos then.
+A prefix of the first token is the row bos then. A model without a chat template reads the prompt as a paragraph.
 
 A line of --tasks is a question: its text as question, question_stem, query, ctx or goal; choices (a list, or an
 object of text and label), endings, or sol1 and sol2; the right one as answer, answerKey, gold or label: its index

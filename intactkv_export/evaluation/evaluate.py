@@ -55,8 +55,9 @@ def evaluate(
     "reference"; None: all that there are.
     texts: what is evaluated behind the prefix; None: Texts().
 
-    system_prompt: stands before each text, whole, by the model's own chat template; several: one after the other. The
-    prefix, of the first token for instance, is the beginning of its tokens, and each model computes the others itself.
+    system_prompt: stands before each text, whole, by the model's own chat template, or as a paragraph if the model has
+    none; several: one after the other. The prefix, of the first token for instance, is the beginning of its tokens, and
+    each model computes the others itself.
     None: texts stand right behind the prefix.
 
     depths: how many tokens of text are before those measured, one pass over a text for all; 0: right behind the prefix.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from intactkv_export.engines import Engine, compute
 from intactkv_export.errors import IntactKVError, UsageError
-from intactkv_export.libllama import rope_of
-from intactkv_export.models import Reference
+from intactkv_export.libllama import Vocabulary, rope_of
+from intactkv_export.models import Reference, gguf_file
 from intactkv_export.prefix import Prefix, Prompt, ikv, of_model, prompt_for, run_settings
 from intactkv_export.work import Stages
 
@@ -37,22 +37,18 @@ class Given:
     """The tokens of a prefix and, for each mode that there is, the bytes of the prefix file that is loaded.
 
     prompt: a system prompt that begins with the prefix, its other tokens computed by the model itself; None: texts
-    stand right behind the prefix.
+    stand right behind the prefix. system_prompt: its text, as it was given.
     """
 
     prefix: Prefix
     data: dict[str, bytes | None]
     prompt: Prompt | None = None
+    system_prompt: str | None = None
 
     @property
     def tokens(self) -> list[int]:
         """What stands before a text."""
         return self.prefix.tokens if self.prompt is None else self.prompt.tokens
-
-    @property
-    def system_prompt(self) -> str | None:
-        """The text of the one behind which it is measured."""
-        return self.prompt.messages[0]["content"] if self.prompt is not None and self.prompt.messages else None
 
     def like(self, other: Given) -> bool:
         """Whether the reference behind the one is the reference behind the other: tokens, and how RoPE is set."""
@@ -104,11 +100,15 @@ def find_given(
 def behind_prompt(given: Given, gguf: Path, system_prompt: str) -> Given:
     """The same prefixes at the beginning of a whole system prompt, rendered by the chat template of a GGUF.
 
-    Of the first token alone the mode is "bos", as of a longer prefix's first token: it is not the prompt's. Raises
-    UsageError if the prompt does not begin with the prefix's tokens.
+    A model without a template reads it as a paragraph, behind the first token. Of the first token alone the mode is
+    "bos", as of a longer prefix's first token: it is not the prompt's. Raises UsageError if the prompt does not begin
+    with the prefix's tokens.
     """
     rope = rope_of(given.prefix.manifest.get("rope_options"))
-    prompt = prompt_for(gguf, system_prompt, False, None, rope)
+    if gguf_file.read(gguf).values.get("tokenizer.chat_template"):
+        prompt = prompt_for(gguf, system_prompt, False, None, rope)
+    else:
+        prompt = _paragraph(gguf, system_prompt)
     own = given.prefix.tokens
     if prompt.tokens[: len(own)] != own:
         name, text = given.prefix.source or "of the model", given.prefix.manifest["text"]
@@ -119,7 +119,16 @@ def behind_prompt(given: Given, gguf: Path, system_prompt: str) -> Given:
     data = given.data
     if len(own) == 1 < len(prompt.tokens):
         data = {"bos" if mode == "prompt" else mode: rows for mode, rows in data.items()}
-    return replace(given, data=data, prompt=prompt)
+    return replace(given, data=data, prompt=prompt, system_prompt=system_prompt)
+
+
+def _paragraph(gguf: Path, text: str) -> Prompt:
+    """A prompt as a text by itself. No template renders it, so it counts as one of the first token where turns are made
+    (texts.Turns): they follow it as they are."""
+    first = prompt_for(gguf, None, True, None).tokens
+    with Vocabulary(gguf) as vocabulary:
+        tokens = [*first, *vocabulary.tokenize(f"{text}\n\n", special=False)]
+        return Prompt(tokens, vocabulary.text(tokens), None, True, None)
 
 
 def _shortened(text: str) -> str:

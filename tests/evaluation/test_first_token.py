@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks import first_token
+from intactkv_export.texts import default_text
 from tests.support.paths import REPO
 from tests.support.smol import Smol
 
@@ -62,3 +65,26 @@ def test_what_is_worse_is_named() -> None:
 def test_only_a_first_token_is_measured(smol: Smol) -> None:
     with pytest.raises(SystemExit, match="has 24 tokens: give one of the first token"):
         first_token.models_of([f"{smol.gguf}={smol.ikv}"])
+
+
+def test_nothing_here_is_trained_on() -> None:
+    """Neither the prompts nor the text, by all that is written in the modules that training's texts come from."""
+    package = REPO / "intactkv_export"
+    modules = [*(package / "texts").glob("*.py"), *(package / "calibration").glob("*.py")]
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in modules}
+    strings = {
+        node.value
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    prompts = [prompt for prompt in first_token.PROMPTS.values() if prompt is not None]
+    sentences = [part.strip() for prompt in prompts for part in re.split(r"[.;\n]", prompt) if len(part.strip()) > 20]
+    assert len(strings) > 100 and len(sentences) > 10
+    assert not [(s, x) for s in sentences for x in strings if s.casefold() in x.casefold()]
+    text = default_text(whole=True)
+    assert not [x for x in strings if len(x) > 40 and x in text]
+    readers = {
+        path.name for path, tree in trees.items() if "default_text" in ast.dump(tree) or "pydoc" in ast.dump(tree)
+    }
+    assert readers == {"__init__.py", "chunks.py"}, "where it is and where it is named, and nobody who trains"

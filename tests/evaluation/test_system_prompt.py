@@ -15,6 +15,7 @@ from intactkv_export.errors import UsageError
 from intactkv_export.evaluation import SELF, Texts, metrics, modes, tables
 from intactkv_export.evaluation.metrics import Figures
 from intactkv_export.evaluation.multiple_choice import Question
+from intactkv_export.libllama import Vocabulary
 from intactkv_export.models import locate
 from intactkv_export.prefix import ikv
 from intactkv_export.work import Stages, silent
@@ -81,6 +82,20 @@ def test_conversations_stand_behind_the_whole_prompt(smol: Smol, tmp_path: Path)
     assert modes.whole_prefix(given, work, found, found.path) is given.prefix
     assert Texts(text=SELF).as_conversation and Texts(questions=[QUESTION]).as_conversation
     assert not Texts().as_conversation, "prose is the same behind all"
+
+
+def test_a_model_without_a_template_reads_a_paragraph(smol: Smol, tmp_path: Path) -> None:
+    reference = ikv.rewrite(smol.reference, {"tokenizer.chat_template": None}, tmp_path / "base.gguf")
+    found, work = locate(reference), Stages(tmp_path, silent)
+    given = modes.behind_prompt(modes.find_given(smol.gguf, smol.bos, None, work, found, found.path), reference, OTHER)
+    with Vocabulary(reference) as vocabulary:
+        assert given.tokens == [vocabulary.bos, *vocabulary.tokenize(f"{OTHER}\n\n", special=False)]
+    assert given.system_prompt == OTHER and given.data.keys() == {"plain", "rounded", "bos"}
+    texts = Texts(1, 16, questions=[QUESTION])
+    rows = list(
+        evaluation.evaluate(reference, [smol.gguf], smol.bos, kv_types=["f16"], texts=texts, system_prompt=OTHER)
+    )
+    assert [(r.mode, r.answers is not None) for r in rows] == [("reference", True), ("plain", True), ("bos", True)]
 
 
 def test_what_is_refused(smol: Smol) -> None:
