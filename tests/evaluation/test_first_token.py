@@ -19,21 +19,32 @@ from tests.support.paths import REPO
 from tests.support.smol import Smol
 
 
-def test_the_command_goes_on_where_it_was(smol: Smol, tmp_path: Path) -> None:
-    log = tmp_path / "first_token.jsonl"
+def test_the_command_goes_on_where_it_was(smol: Smol, tuned: Path, tmp_path: Path) -> None:
+    log, other = tmp_path / "first_token.jsonl", tmp_path / "other.gguf"
+    other.symlink_to(smol.gguf)
 
     def run(*more: str) -> str:
-        command = [sys.executable, "-m", "benchmarks.first_token", str(smol.reference), f"{smol.gguf}={smol.bos}"]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.first_token",
+            str(smol.reference),
+            f"{smol.gguf}={smol.bos}",
+            *more,
+        ]
         command += ["--kv-types", "f16", "q4_0", "--depths", "8", "20", "--tokens", "8", "--texts", "2"]
-        done = subprocess.run([*command, "--out", str(tmp_path), *more], cwd=REPO, capture_output=True, text=True)
+        done = subprocess.run([*command, "--out", str(tmp_path)], cwd=REPO, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    run("--prompts", "none")
-    assert len(log.read_text().splitlines()) == 2 * 2 * 2
+    run(f"{other}={tuned}", "--prompts", "none")
+    assert len(log.read_text().splitlines()) == 2 * 2 * (2 + 3)
     shown = run("--prompts", "none", "terse")
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    assert len(rows) == 2 * 8, "those of the first run were not measured again"
+    assert len(rows) == 20 + 8, "those of the first run were not measured again"
+    three = {r["mode"]: r["kld"] for r in rows if r["model"] == "other" and r["depth"] == 8 and r["kv_type"] == "f16"}
+    assert three.keys() == {"plain", "intact", "trained"} and three["trained"] != three["intact"]
+    rows = [r for r in rows if r["model"] == "smol"]
     assert {(r["kv_type"], r["ubatch"], r["tail"] > 0) for r in rows} == {("f16", 128, False), ("q4_0", 16, True)}
     assert {r["mode"] for r in rows} == {"plain", "intact"} and {r["depth"] for r in rows} == {8, 20}
     assert "| smol | q4_0 | terse |" in shown and shown.rstrip().endswith("first_token.md")
@@ -65,6 +76,8 @@ def test_what_is_worse_is_named() -> None:
 def test_only_a_first_token_is_measured(smol: Smol) -> None:
     with pytest.raises(SystemExit, match="has 24 tokens: give one of the first token"):
         first_token.models_of([f"{smol.gguf}={smol.ikv}"])
+    with pytest.raises(SystemExit, match="two models are named smol"):
+        first_token.models_of([f"{smol.gguf}={smol.bos}"] * 2)
 
 
 def test_nothing_here_is_trained_on() -> None:
