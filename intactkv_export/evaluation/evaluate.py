@@ -162,4 +162,4 @@ def _compare(
                 continue
             begin = partial(evaluated.begin, given.data[mode], rounded=mode == "rounded")
             yield from target.compare(evaluated, model.stem, kv_type, mode, way, begin, report)
-        evaluated.llama.close()
+        evaluated.close()

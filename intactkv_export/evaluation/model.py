@@ -27,6 +27,11 @@ class Evaluated:
         self.llama, self._L = IntactLlama(model, None, kv_type, **settings), L
         self.tokens = tokens
 
+    def close(self) -> None:
+        """Free the context and the model. Of a long context llama.cpp remarks on its buffers then: that is kept quiet."""
+        with errors_logged():
+            self.llama.close()
+
     def begin(self, prefix: bytes | None, rounded: bool = False) -> None:
         """Give it the prefix, replacing what was there.
 

@@ -126,7 +126,7 @@ def measure_target(
         nll = -np.take_along_axis(log_probs[:, at][:, :-1], following, 2)[..., 0]
         found = none, none == 0, nll, answers
         figures.append(Figures(name, "f16", REFERENCE, *found, depth, system_prompt=given.system_prompt))
-    model.llama.close()
+    model.close()
     return Target(given, tokens, windows, items, log_probs, settings, figures)
 
 
