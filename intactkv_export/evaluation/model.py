@@ -28,7 +28,7 @@ class Evaluated:
         self.tokens = tokens
 
     def close(self) -> None:
-        """Free the context and the model. Of a long context llama.cpp remarks on its buffers then: that is kept quiet."""
+        """Free the context and the model, without what llama.cpp remarks on the buffers of a long context."""
         with errors_logged():
             self.llama.close()
 
