@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from intactkv_export.cli.options import KV_TYPE_NAMES, AsJson, Device, Encoding, Reference, Threads, app, words
+from intactkv_export.cli.options import (
+    FILE_RULE,
+    KV_TYPE_NAMES,
+    AsJson,
+    Device,
+    Encoding,
+    Reference,
+    Threads,
+    app,
+    text_or_file,
+    words,
+)
 from intactkv_export.cli.output import print_json, say, short_path
 from intactkv_export.cli.progress_bar import ProgressBar
 from intactkv_export.errors import UsageError
@@ -32,6 +43,10 @@ percentile, maximum), how often both rank the same token first, perplexity of th
 whole text at once would all be in the tail (--kv-tail), which is kept intact; without --depths there is none. Texts as
 long as the largest depth and --tokens are needed: give a long --text, or few --chunks.
 
+--system-prompt measures behind a whole system prompt, for a prefix that is its beginning: that of the first token,
+which serves every prompt, or the first tokens of this one. What follows the prefix the quantized model computes itself.
+A prefix of the first token is the row bos then. A model without a chat template reads the prompt as a paragraph.
+
 A line of --tasks is a question: its text as question, question_stem, query, ctx or goal; choices (a list, or an
 object of text and label), endings, or sol1 and sol2; the right one as answer, answerKey, gold or label: its index
 or label. acc: the likeliest choice is right; acc_norm: the likeliest per byte is.
@@ -40,6 +55,7 @@ or label. acc: the likeliest choice is right; acc_norm: the likeliest per byte i
 intactkv-export eval ./SmolLM2 smol.gguf
 intactkv-export eval smol-f16.gguf smol-Q4_0.gguf smol-Q2_K.gguf --kv-type q8_0 --modes plain,prompt
 intactkv-export eval smol-f16.gguf smol.gguf --kv-type q8_0,q8_0/q4_0,q4_0 --depths 512,2048 --kv-tail 0,128
+intactkv-export eval smol-f16.gguf smol.gguf --prefix first.ikv -s "You are terse." -s @other.txt
 intactkv-export eval smol-f16.gguf smol.gguf --calibrated tuned.ikv --text self --tasks arc.jsonl --json
 """
 
@@ -74,6 +90,17 @@ def evaluate(
         ),
     ] = None,
     task_file: Annotated[Path | None, typer.Option("--tasks", help="Multiple-choice questions, JSONL.")] = None,
+    system_prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--system-prompt",
+            "-s",
+            metavar="TEXT|@FILE",
+            help=f"Measure behind this prompt, which begins with the prefix ({FILE_RULE}); may be given several times. "
+            "Default: right behind the prefix.",
+            show_default=False,
+        ),
+    ] = None,
     chunks: Annotated[int, typer.Option("--chunks", min=1, help="Texts, each right behind the prefix.")] = 12,
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of a text that are measured.")] = 256,
     depths: Annotated[
@@ -134,6 +161,7 @@ def evaluate(
                 kv_types=words(kv_type),
                 modes=None if modes is None else words(modes),
                 texts=texts,
+                system_prompt=[text_or_file(value) for value in system_prompt] if system_prompt else None,
                 n_threads=threads,
                 allow_requantize=allow_requantize,
                 depths=_numbers("--depths", depths),

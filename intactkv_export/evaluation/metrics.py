@@ -47,7 +47,7 @@ class Figures:
     reference's, nats. same_top: bool [n_chunks, n_tokens], whether both rank the same token first. nll_by_token:
     float32 [n_chunks, n_tokens - 1], -log probability of each token of the text but the first, nats.
     answers: to the questions, if there were any. depth: tokens of text before those measured. way: how its context
-    was made.
+    was made. system_prompt: text of the one between the prefix and the text; None: there was none.
     """
 
     model: str
@@ -59,6 +59,7 @@ class Figures:
     answers: Answers | None = None
     depth: int = 0
     way: Way = Way()
+    system_prompt: str | None = None
 
     @property
     def kld(self) -> list[float]:
@@ -119,8 +120,8 @@ def difference(a: Sequence[float], b: Sequence[float]) -> Estimate:
 
 
 def differences(results: Sequence[Figures]) -> Iterator[Difference]:
-    """PAIRS, for each model, KV type, depth and way."""
-    found = {(r.model, r.kv_type, r.depth, r.way, r.mode): r for r in results}
+    """PAIRS, for each model, system prompt, KV type, depth and way."""
+    found = {(r.model, r.system_prompt, r.kv_type, r.depth, r.way, r.mode): r for r in results}
     for same in dict.fromkeys(key[:-1] for key in found):
         for pair in PAIRS:
             a, b = (found.get((*same, mode)) for mode in pair)
@@ -144,7 +145,7 @@ def as_json(results: Sequence[Figures], impossible: Sequence[Impossible] = ()) -
 
 
 def _where(r: Figures) -> dict[str, Any]:
-    return {"depth": r.depth, "ubatch": r.way.ubatch, "kv_tail": r.way.tail}
+    return {"system_prompt": r.system_prompt, "depth": r.depth, "ubatch": r.way.ubatch, "kv_tail": r.way.tail}
 
 
 def _one(r: Figures) -> dict[str, Any]:

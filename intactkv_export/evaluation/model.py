@@ -27,18 +27,24 @@ class Evaluated:
         self.llama, self._L = IntactLlama(model, None, kv_type, **settings), L
         self.tokens = tokens
 
+    def close(self) -> None:
+        """Free the context and the model, without what llama.cpp remarks on the buffers of a long context."""
+        with errors_logged():
+            self.llama.close()
+
     def begin(self, prefix: bytes | None, rounded: bool = False) -> None:
         """Give it the prefix, replacing what was there.
 
         prefix: the bytes of a prefix file with the tokens or the first of them, whose rows are loaded; the others are
-        computed. None: all are computed. rounded: the rows are rounded to the KV type as those of other cells.
+        computed. None: all are computed. rounded: the rows that are loaded are rounded to the KV type as those of
+        other cells, before any other token reads them.
         """
         self._L.llama_memory_clear(self._L.llama_get_memory(self.llama.ctx), True)
         with errors_logged():
             done = 0 if prefix is None else bindings.load(self.llama.ctx, prefix)
-        self._decode(self.tokens[done:], done, _last(len(self.tokens) - done))
         if rounded:
             self._round()
+        self._decode(self.tokens[done:], done, _last(len(self.tokens) - done))
 
     def log_probs(self, text: Sequence[int], measured: np.ndarray | None = None) -> Iterator[tuple[slice, np.ndarray]]:
         """After each measured token of a text right behind the prefix, log probabilities of the next: (rows, F32 [rows,

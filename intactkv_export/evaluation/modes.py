@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from intactkv_export.engines import Engine, compute
-from intactkv_export.errors import IntactKVError
-from intactkv_export.libllama import rope_of
-from intactkv_export.models import Reference
-from intactkv_export.prefix import EXTRA, Prefix, Prompt, ikv, of_model, run_settings
+from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.libllama import Vocabulary, rope_of
+from intactkv_export.models import Reference, gguf_file
+from intactkv_export.prefix import EXTRA, Prefix, Prompt, ikv, of_model, prompt_for, run_settings
 from intactkv_export.work import Stages
 
 # How the model gets the prefix, in the order of tables and legends: name -> what that is
@@ -34,20 +34,27 @@ PAIRS = (
 
 @dataclass(frozen=True)
 class Given:
-    """The tokens of a prefix and, for each mode that there is, the bytes of the prefix file that is loaded."""
+    """The tokens of a prefix and, for each mode that there is, the bytes of the prefix file that is loaded.
+
+    prompt: a system prompt that begins with the prefix, its other tokens computed by the model itself; None: texts
+    stand right behind the prefix. system_prompt: its text, as it was given.
+    """
 
     prefix: Prefix
     data: dict[str, bytes | None]
     n_extra: int = 0  # extra cells, of the mode that has most
+    prompt: Prompt | None = None
+    system_prompt: str | None = None
 
     @property
     def n_cells(self) -> int:
-        """Cells that the prefix takes in a KV cache, at most."""
+        """Cells that what stands before a text takes in a KV cache, at most."""
         return len(self.tokens) + self.n_extra
 
     @property
     def tokens(self) -> list[int]:
-        return self.prefix.tokens
+        """What stands before a text."""
+        return self.prefix.tokens if self.prompt is None else self.prompt.tokens
 
     def like(self, other: Given) -> bool:
         """Whether the reference behind the one is the reference behind the other: tokens, and how RoPE is set."""
@@ -96,6 +103,51 @@ def find_given(
     return Given(whole, data, max(whole.n_extra, 0 if tuned is None else tuned.n_extra))
 
 
+def behind_prompt(given: Given, gguf: Path, system_prompt: str) -> Given:
+    """The same prefixes at the beginning of a whole system prompt, rendered by the chat template of a GGUF.
+
+    A model without a template reads it as a paragraph, behind the first token. Of the first token alone the mode is
+    "bos", as of a longer prefix's first token: it is not the prompt's. Raises UsageError if the prompt does not begin
+    with the prefix's tokens.
+    """
+    rope = rope_of(given.prefix.manifest.get("rope_options"))
+    if gguf_file.read(gguf).values.get("tokenizer.chat_template"):
+        prompt = prompt_for(gguf, system_prompt, False, None, rope)
+    else:
+        prompt = _paragraph(gguf, system_prompt)
+    own = given.prefix.tokens
+    if prompt.tokens[: len(own)] != own:
+        name, text = given.prefix.source or "of the model", given.prefix.manifest["text"]
+        raise UsageError(
+            f"the prefix {name} has the {len(own)} tokens {_shortened(text)!r}, with which the prompt "
+            f"{_shortened(prompt.text)!r} does not begin: give a prefix of the first token, or the prompt of this one"
+        )
+    data = given.data
+    if len(own) == 1 < len(prompt.tokens):
+        data = {"bos" if mode == "prompt" else mode: rows for mode, rows in data.items()}
+    return replace(given, data=data, prompt=prompt, system_prompt=system_prompt)
+
+
+def _paragraph(gguf: Path, text: str) -> Prompt:
+    """A prompt as a text by itself. No template renders it, so it counts as one of the first token where turns are made
+    (texts.Turns): they follow it as they are."""
+    first = prompt_for(gguf, None, True, None).tokens
+    with Vocabulary(gguf) as vocabulary:
+        tokens = [*first, *vocabulary.tokenize(f"{text}\n\n", special=False)]
+        return Prompt(tokens, vocabulary.text(tokens), None, True, None)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def whole_prefix(given: Given, work: Stages, reference: Reference, gguf: Path) -> Prefix:
+    """The prefix of all that stands before a text: of a longer prompt, computed by the reference."""
+    if given.prompt is None:
+        return given.prefix
+    return _reference_prefix(given.prompt, given.prefix, work, reference, gguf)
+
+
 def first_token(prefix: Prefix) -> bytes:
     """A prefix file of the first token alone: it saw no other, so its K and V are those in the whole prefix."""
     other = {key: prefix.manifest[key] for key in prefix.manifest.keys() - {"format", "tokens", "model", EXTRA}}
@@ -112,8 +164,13 @@ def _computed(calibrated: Prefix, work: Stages, reference: Reference, gguf: Path
     """The prefix that a calibrated one began as."""
     m = calibrated.manifest
     prompt = Prompt(calibrated.tokens, m["text"], m["messages"], m["bos_only"], m["chat_template_sha256"])
-    n_ctx = (
-        m["model"]["n_ctx_train"] if run_settings(calibrated, gguf).get("kv_overrides") else 0
-    )  # for the long factors
+    return _reference_prefix(prompt, calibrated, work, reference, gguf)
+
+
+def _reference_prefix(prompt: Prompt, like: Prefix, work: Stages, reference: Reference, gguf: Path) -> Prefix:
+    """A prompt's, by the reference, its RoPE as that of a prefix there is."""
+    m = like.manifest
+    long = run_settings(like, gguf).get("kv_overrides")
+    n_ctx = m["model"]["n_ctx_train"] if long else 0  # for the long factors
     engine = Engine("llama", None, "cpu", None, None, n_ctx, rope_of(m.get("rope_options")))
     return compute(work, engine, reference, gguf, prompt, m["reference"]["sha256"])

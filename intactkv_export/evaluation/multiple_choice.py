@@ -52,10 +52,16 @@ class Item:
 
 @dataclass(frozen=True)
 class Answers:
-    """Which questions a model gets right, bool [n]: by log-likelihood, and by log-likelihood per byte."""
+    """Which questions a model gets right, bool [n]: by log-likelihood, and by log-likelihood per byte.
+
+    picked, picked_norm: int [n], the choices it finds likeliest so. Right answers hide how often a model says
+    something else than its reference: some become right as others become wrong.
+    """
 
     acc: np.ndarray
     acc_norm: np.ndarray
+    picked: np.ndarray
+    picked_norm: np.ndarray
 
     def accuracy(self, name: str) -> tuple[float, float]:
         """Share of right answers and its standard error, of "acc" or "acc_norm"."""
@@ -67,9 +73,18 @@ class Answers:
         """For a program."""
         accuracies = {name: self.accuracy(name) for name in ("acc", "acc_norm")}
         return {"n": len(self.acc)} | {
-            name: {"mean": p, "error": None if math.isnan(error) else error, "right": getattr(self, name).tolist()}
+            name: {
+                "mean": p,
+                "error": None if math.isnan(error) else error,
+                "right": getattr(self, name).tolist(),
+                "picked": getattr(self, name.replace("acc", "picked")).tolist(),
+            }
             for name, (p, error) in accuracies.items()
         }
+
+    def part(self, which: slice) -> Answers:
+        """To some of the questions."""
+        return Answers(self.acc[which], self.acc_norm[which], self.picked[which], self.picked_norm[which])
 
     def against(self, other: Answers) -> dict[str, Any]:
         """Difference of the accuracies to those of the same questions, and McNemar's p of each."""
@@ -114,13 +129,14 @@ def score(
     progress: Callable[[int], None],
 ) -> Answers:
     """Let a model answer. likelihoods(context, choices): log-likelihood of each, nats. progress: items done."""
-    acc, acc_norm = [], []
+    picked, picked_norm = [], []
     for done, item in enumerate(items, 1):
         found = np.array(likelihoods(item.context, item.choices))
-        acc.append(int(found.argmax()) == item.answer)
-        acc_norm.append(int((found / item.n_bytes).argmax()) == item.answer)
+        picked.append(int(found.argmax()))
+        picked_norm.append(int((found / item.n_bytes).argmax()))
         progress(done)
-    return Answers(np.array(acc), np.array(acc_norm))
+    right, by_likelihood, by_byte = np.array([item.answer for item in items]), np.array(picked), np.array(picked_norm)
+    return Answers(by_likelihood == right, by_byte == right, by_likelihood, by_byte)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

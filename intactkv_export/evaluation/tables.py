@@ -12,18 +12,27 @@ from intactkv_export.escapes import shown
 from intactkv_export.evaluation.metrics import Difference, Estimate, Figures, Impossible, differences, summary
 
 _NOISE = " ~"
+_TITLE = 60  # characters of a system prompt
 LEGEND = "~ within noise: less than two standard errors; of accuracies: p of McNemar's exact test 0.05 or more"
 
 
 def tables(results: Sequence[Figures], impossible: Sequence[Impossible] = ()) -> Iterator[RenderableType]:
-    """For each model a table of the configurations, with those that are not possible below, and one of their
-    differences, then the answers to questions."""
+    """For each system prompt and model a table of the configurations, with those that are not possible below, and one
+    of their differences, then the answers to questions."""
+    for system_prompt in dict.fromkeys(r.system_prompt for r in results) or (None,):
+        behind = "" if system_prompt is None else f' behind the system prompt "{_short(shown(system_prompt))}"'
+        own = [r for r in results if r.system_prompt == system_prompt]
+        yield from _of_models(own, impossible, behind)
+
+
+def _of_models(results: Sequence[Figures], impossible: Sequence[Impossible], behind: str) -> Iterator[RenderableType]:
+    """behind: what the title of a model's tables says after its name."""
     references = [r for r in results if r.mode == "reference"]
     measured = (r.model for r in results if r.mode != "reference")
     for model in dict.fromkeys([*measured, *(x.model for x in impossible)]):
         rows = [r for r in results if r.model == model and r.mode != "reference"]
         compared = list(differences(rows))
-        yield Text(f"\n{shown(model)}", style="bold")
+        yield Text(f"\n{shown(model)}{behind}", style="bold")
         yield _configurations([*_by_depth(references), *rows])
         for x in (x for x in impossible if x.model == model):
             yield Text(f"{x.kv_type} is not possible: {shown(x.why)}")
@@ -35,6 +44,12 @@ def tables(results: Sequence[Figures], impossible: Sequence[Impossible] = ()) ->
             yield _questions([*references[:1], *rows], compared)
         if compared:
             yield Text(f"\n{LEGEND}", style="dim")
+
+
+def _short(text: str) -> str:
+    """The beginning of a text, on a line."""
+    line = " ".join(text.split())
+    return line if len(line) <= _TITLE else f"{line[: _TITLE - 3]}..."
 
 
 def _by_depth(references: Sequence[Figures]) -> list[Figures]:

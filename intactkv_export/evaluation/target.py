@@ -74,7 +74,8 @@ class Target:
         answers = _answers(model, self.items, lambda done: report(stage, len(self.chunks) + done, total))
         report(stage, total, total)
         for depth, at in self.windows.each():
-            yield Figures(name, kv_type, mode, kld[:, at], same_top[:, at], nll[:, at][:, :-1], answers, depth, way)
+            found = kld[:, at], same_top[:, at], nll[:, at][:, :-1], answers
+            yield Figures(name, kv_type, mode, *found, depth, way, self.given.system_prompt)
 
 
 def measure_target(
@@ -97,7 +98,7 @@ def measure_target(
     windows = Windows(depths.behind, tokens.shape[1] - depths.deepest)
     measured = windows.measured
     longest = max([tokens.shape[1], *(item.n_tokens for item in items)])
-    check_context(gguf, given.prefix, longest)
+    check_context(gguf, given.prefix, longest, len(given.tokens))
     n_batch = REFERENCE_UBATCH if windows.behind_text else longest
     settings = {
         "n_ctx": given.n_cells + longest,
@@ -124,22 +125,25 @@ def measure_target(
     for depth, at in windows.each():
         following = tokens[:, depth + 1 : depth + windows.n_tokens, None]
         nll = -np.take_along_axis(log_probs[:, at][:, :-1], following, 2)[..., 0]
-        figures.append(Figures(name, "f16", REFERENCE, none, none == 0, nll, answers, depth))
-    model.llama.close()
+        found = none, none == 0, nll, answers
+        figures.append(Figures(name, "f16", REFERENCE, *found, depth, system_prompt=given.system_prompt))
+    model.close()
     return Target(given, tokens, windows, items, log_probs, settings, figures)
 
 
-def check_context(gguf: str | Path, prefix: Prefix, n_tokens: int) -> None:
-    """Raises UsageError if a text of n_tokens tokens behind the prefix is longer than the model was trained for.
+def check_context(gguf: str | Path, prefix: Prefix, n_tokens: int, n_before: int | None = None) -> None:
+    """Raises UsageError if a text of n_tokens tokens is longer than the model was trained for. n_before: tokens that
+    stand before it, those of a system prompt; None: those of the prefix.
 
     A prefix with RoPE settings of its own is for another context than the header's: it passes.
     """
     values = gguf_file.read(gguf).values
     limit = values.get(f"{values.get('general.architecture')}.context_length")
-    wanted = len(prefix.tokens) + n_tokens
+    n_before = len(prefix.tokens) if n_before is None else n_before
+    wanted = n_before + n_tokens
     if isinstance(limit, int) and wanted > limit and "rope_options" not in prefix.manifest:
         raise UsageError(
-            f"a text of {n_tokens} tokens behind the prefix of {len(prefix.tokens)} makes {wanted}, and {gguf} was "
+            f"a text of {n_tokens} tokens behind the prefix of {n_before} makes {wanted}, and {gguf} was "
             f"trained for {limit}: give fewer --tokens, smaller --depths, or shorter questions"
         )
 

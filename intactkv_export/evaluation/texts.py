@@ -47,6 +47,11 @@ class Texts:
         """Tokens of the longest chunk, with n_before more."""
         return n_before + self.n_tokens if self.tokens is None else max(map(len, self.tokens), default=0)
 
+    @property
+    def as_conversation(self) -> bool:
+        """Whether they are turns of a conversation, and so depend on what exactly stands before them."""
+        return self.text == SELF or bool(self.questions)
+
     def chunks(
         self, work: Stages, reference: Reference, gguf: Path, prefix: Prefix, n_before: int = 0
     ) -> list[list[int]]:

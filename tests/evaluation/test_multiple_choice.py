@@ -79,8 +79,11 @@ def test_scores_and_comparison() -> None:
     seen: list[int] = []
     scores = multiple_choice.score(items, lambda context, choices: [-2.0, -3.0], seen.append)
     assert scores.acc.tolist() == [True, False] and scores.acc_norm.tolist() == [False, False] and seen == [1, 2]
+    assert scores.picked.tolist() == [0, 0] and scores.picked_norm.tolist() == [1, 0]
+    assert scores.part(slice(1, 2)).acc.tolist() == [False] and scores.as_json()["acc_norm"]["picked"] == [1, 0]
     right = np.array([1, 1, 1, 0, 1, 0, 1, 1], bool)
-    ours, theirs = Answers(right, right), Answers(np.zeros(8, bool), right)
+    picked = np.zeros(8, int)
+    ours, theirs = Answers(right, right, picked, picked), Answers(np.zeros(8, bool), right, picked, picked)
     assert ours.accuracy("acc") == (0.75, pytest.approx(math.sqrt(0.75 * 0.25 / 7)))
     against = ours.against(theirs)
     assert against["acc"] == {"difference": 0.75, "mcnemar_p": 2 / 2**6, "within_noise": False}
