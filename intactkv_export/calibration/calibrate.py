@@ -35,9 +35,9 @@ from intactkv_export import extras
 from intactkv_export.engines import check_in_torch
 from intactkv_export.errors import UsageError
 from intactkv_export.libllama import EXACT, default_tail, kv_pair, rope_of
-from intactkv_export.models import KEY_REFERENCE, gguf_file, identity, locate
-from intactkv_export.prefix import Prefix, check_reference, ikv, of_model, outputs
-from intactkv_export.work import Progress, atomic, peak_bytes, silent
+from intactkv_export.models import KEY_REFERENCE, gguf_file, identity, locate, tensor_types
+from intactkv_export.prefix import EXTRA, MAX_EXTRA, Prefix, check_reference, ikv, of_model, outputs
+from intactkv_export.work import Progress, atomic, multiplies_bfloat16, peak_bytes, silent
 
 if TYPE_CHECKING:
     from intactkv_export.calibration.training import Result
@@ -47,6 +47,7 @@ DEFAULTS = {"kl": (120, 4, 1024), "mse": (160, 16, 1024), "kl+mse": (120, 4, 256
 PHASES = ("texts", "train")
 SEQUENCES = 160
 _EXACT = 1 << 30  # weights up to which a GPU computes in float32 too: bfloat16 alone costs SmolLM2 0.001 nats
+_COARSE = 6.0  # bits per weight, below which that does not matter to a quantized model
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Calibrated:
     out: Path
     n_bytes: int
     n_tokens: int
+    contents: str  # tokens and extra cells, in words
     manifest: dict[str, Any]  # the prefix file's field "calibrated"
     history: list[tuple[int, float]]
     seconds: dict[str, float]
@@ -90,7 +92,8 @@ def calibrate(
     lr: float | None = None,
     batch: int | None = None,
     seq_len: int | None = None,
-    sequences: int = SEQUENCES,
+    sequences: int | None = None,
+    cells: int = 0,
     kv_type: str | tuple[str, str] = "q8_0",
     tail: int | None = None,
     device: str = "cpu",
@@ -103,16 +106,20 @@ def calibrate(
     """Train the K and V of a prefix for a quantized model, and write them as a prefix file.
 
     reference: the full-precision model, as for convert(). model: a GGUF quantized from it.
-    prefix: what to begin with: an `.ikv` or a GGUF with one embedded; None: the model's own (ikv.find).
-    data: "self": conversations that the reference writes itself behind the prefix, every second of them beginning
-        with a document (texts.sample); else a file (texts.read_user_file).
+    prefix: what to begin with: an `.ikv` or a GGUF with one embedded; None: the model's own (ikv.find). Of the first
+        token alone it is trained for every prompt, on texts of all kinds (texts/beginnings.py). A longer one begins
+        with the trained first token that is the model's own, if there is one.
+    data: "self": texts that the reference writes itself behind the prefix; else a file (texts.read_user_file).
     objective: training.OBJECTIVES. steps, batch, seq_len: None: those of DEFAULTS. lr: training.Settings.
-    sequences: how many to sample, or to take of the file at most; one in eight is held out.
+    sequences: how many texts to sample, or to take of the file at most; one in eight is held out; None: SEQUENCES.
+    seq_len: tokens in the long ones; for kl half of the tokens are in short ones (data.Source).
+    cells: so many extra cells, which stand for no token, are trained with the prefix; kept if that is better.
     kv_type: that the prefix will be used with, "q8_0" or a pair for K and V. tail: how many of the newest cells will be
         intact; None: what the type has by default (libllama.default_tail).
-    device, dtype: of torch; None: float32, or elsewhere than on the CPU bfloat16 for more than 2^30 weights.
+    device, dtype: of torch; None: float32, but bfloat16 elsewhere than on the CPU for more than 2^30 weights, and on a
+        CPU that multiplies bfloat16 for a model of less than 6 bits a weight (the reference stays at float32).
     directory: for what is on the way, kept afterwards; it may be shared by calibrations for several models of one
-        reference, which then share data and targets. None: OUT.calibrating, removed at the end; one process at a time.
+        reference, which then share texts and targets. None: OUT.calibrating, removed at the end; one process at a time.
     progress: told of each phase, with the held-out divergence as its note.
 
     Raises UsageError for settings that make no sense, IntactKVError if the files do not belong together, or if the
@@ -127,17 +134,20 @@ def calibrate(
     default = DEFAULTS.get(objective, DEFAULTS["kl"])
     given = [own if own is not None else usual for own, usual in zip((steps, batch, seq_len), default, strict=True)]
     n_steps, n_batch, n_tokens = given
+    n_texts = SEQUENCES if sequences is None else sequences
     pair = kv_pair(kv_type)
     n_tail = default_tail(pair) if tail is None else tail
     if n_tail < 0:
         raise UsageError(f"a tail of {n_tail} tokens: give 0 or more")
     n_tail = 0 if set(pair) <= EXACT else n_tail  # such a cache has none (MixedCache); the prefix file says so
     settings = Settings(objective, n_steps, lr, n_batch, pair, n_tail, seed, every=max(1, n_steps // 6))
-    if min(n_batch, n_tokens) < 1 or n_steps < 0 or sequences < 2:
+    if min(n_batch, n_tokens) < 1 or n_steps < 0 or n_texts < 2:
         raise UsageError(
-            f"{n_steps} steps of {n_batch} sequences of {n_tokens} tokens, {sequences} in all: give 1 or more, and at "
+            f"{n_steps} steps of {n_batch} sequences of {n_tokens} tokens, {n_texts} in all: give 1 or more, and at "
             "least 2 sequences, of which one is held out"
         )
+    if not 0 <= cells <= MAX_EXTRA:
+        raise UsageError(f"{cells} extra cells: give 0 to {MAX_EXTRA}")
     found, start = locate(reference, allow_requantize), of_model(model, prefix)
     check_in_torch(found, model, device, "calibration")
     if options := start.manifest.get("rope_options"):
@@ -154,23 +164,51 @@ def calibrate(
     with atomic.kept_directory(work) if directory is None else nullcontext(work):
         report("hash reference", 0, 0)
         check_reference(start, identity(found), str(found.path))
-        who = Participants(found, model, start, work, device, dtype or _dtype(model, device), report)
-        source = Source(str(data), sequences, n_tokens, seed, "mse" not in objective, objective != "mse")
-        trained, about = train(who, settings, source)
+        dtypes = (dtype, dtype) if dtype else _dtypes(model, device, objective)
+        who = Participants(found, model, start, _trained_first_token(model, start), work, device, dtypes, report)
+        source = Source(str(data), n_texts, n_tokens, seed, "mse" not in objective, objective != "mse")
+        trained, about = train(who, settings, source, cells)
         made = _build(start, trained, about)
         ikv.write(out, made)
-    return Calibrated(out, len(made), len(start.tokens), about, trained.history, who.seconds, peak_bytes(device))
+    return Calibrated(
+        out,
+        len(made),
+        len(start.tokens),
+        ikv.read(made).contents,
+        about,
+        trained.history,
+        who.seconds,
+        peak_bytes(device),
+    )
 
 
-def _dtype(model: Path, device: str) -> str:
-    n_weights = sum(math.prod(x.shape) for shard in gguf_file.shards(model) for x in gguf_file.read(shard).tensors)
-    return "float32" if device == "cpu" or n_weights <= _EXACT else "bfloat16"
+def _dtypes(model: Path, device: str, objective: str) -> tuple[str, str]:
+    """To compute in, of the reference and of the model."""
+    if device != "cpu":
+        n_weights = sum(math.prod(x.shape) for shard in gguf_file.shards(model) for x in gguf_file.read(shard).tensors)
+        return ("float32", "float32") if n_weights <= _EXACT else ("bfloat16", "bfloat16")
+    coarse = tensor_types.bits_per_weight(gguf_file.read(model)) < _COARSE
+    fast = coarse and objective == "kl" and multiplies_bfloat16()
+    return "float32", "bfloat16" if fast else "float32"
+
+
+def _trained_first_token(model: Path, start: Prefix) -> Prefix | None:
+    """The model's own prefix, if it is a trained first token with which a longer prefix can begin."""
+    path = ikv.find(model)
+    if path is None or len(start.tokens) < 2:
+        return None
+    own, file_type = ikv.read(path), gguf_file.read(model).values.get(ikv.KEY_FILE_TYPE)
+    trained = own.manifest["calibrated"] is not None and ikv.calibrated_for_another(own, file_type) is None
+    fits = own.tokens == start.tokens[:1] and own.manifest["reference"] == start.manifest["reference"]
+    return own if trained and fits else None
 
 
 def _build(start: Prefix, trained: Result, about: dict[str, Any]) -> bytes:
     """The prefix file: as before but for K, V and how they came about."""
-    manifest = {key: value for key, value in start.manifest.items() if key not in ("format", "tokens", "model")}
+    manifest = {key: value for key, value in start.manifest.items() if key not in ("format", "tokens", "model", EXTRA)}
     manifest |= {"calibrated": about, "created_by": f"intactkv-export {intactkv_export.__version__}"}
+    if trained.n_extra:
+        manifest[EXTRA] = trained.n_extra
     layers = sorted(layer.il for layer in start.layers)
     K, V = (dict(zip(layers, rows, strict=True)) for rows in (trained.K, trained.V))
     return ikv.build(start.manifest["model"], start.tokens, K, V, manifest)

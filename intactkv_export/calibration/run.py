@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from intactkv_export import torch_model
-from intactkv_export.calibration import training
+from intactkv_export.calibration import extra_cells, training
 from intactkv_export.calibration.data import Data, Source, gather, same_source
 from intactkv_export.models import Reference, gguf_file, identity, locate
 from intactkv_export.prefix import Prefix, ikv
@@ -20,22 +22,27 @@ from intactkv_export.work import Progress
 
 @dataclass
 class Participants:
-    """What takes part in one calibration, and what it took: seconds, by phase, of what this process did."""
+    """What takes part in one calibration, and what it took: seconds, by phase, of what this process did.
+
+    first: a trained prefix of the first token, with which the prefix's training begins; None: it begins with itself.
+    dtypes: to compute in, of the reference and of the model.
+    """
 
     reference: Reference
     model: Path
     prefix: Prefix
+    first: Prefix | None
     directory: Path
     device: str
-    dtype: str
+    dtypes: tuple[str, str]
     report: Progress
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def load(self, path: Path) -> torch_model.TorchModel:
+    def load(self, path: Path, dtype: str) -> torch_model.TorchModel:
         """A model in torch, found to mean the same rows as the prefix's. Raises IntactKVError."""
         self.report(f"load {path.name}", 0, 0)
         factors = torch_model.prefix_factors(self.prefix)
-        model = torch_model.load(path, device=self.device, dtype=self.dtype, rope_factors=factors)
+        model = torch_model.load(path, device=self.device, dtype=dtype, rope_factors=factors)
         text = model.net.config.get_text_config(decoder=True)
         torch_model.from_huggingface.check(text, self.prefix.manifest["model"], len(self.prefix.tokens), str(path))
         return model
@@ -65,7 +72,7 @@ class _Loaded:
 
     def __call__(self) -> torch_model.TorchModel:
         if self._model is None:
-            self._model = self._who.load(self._who.reference.path)
+            self._model = self._who.load(self._who.reference.path, self._who.dtypes[0])
         return self._model
 
     def close(self) -> None:
@@ -73,22 +80,29 @@ class _Loaded:
         gc.collect()
 
 
-def train(who: Participants, settings: training.Settings, source: Source) -> tuple[training.Result, dict[str, Any]]:
-    """All phases: the trained prefix, and the manifest's field "calibrated"."""
+def train(
+    who: Participants, settings: training.Settings, source: Source, n_cells: int
+) -> tuple[training.Result, dict[str, Any]]:
+    """All phases: the trained prefix, and the manifest's field "calibrated". n_cells: extra cells that it has at least,
+    if they pay."""
     reference, mse = _Loaded(who), "mse" in settings.objective
     data = _data(who, source, reference)
     if not mse:
         reference.close()  # before the student comes
     weights = locate(who.model, allow_requantize=True)
     sha256 = identity(weights)
-    K, V = torch_model.prefix_rows(who.prefix)
     with who.phase("train") as tell:
+        student = who.load(who.model, who.dtypes[1])
+        before = (*torch_model.prefix_rows(who.prefix), who.prefix.n_extra)
+        K, V, n_extra = _start(who, student, data, n_cells)
         trained = training.train(
-            who.load(who.model),
+            student,
             K,
             V,
             data,
             settings,
+            n_extra=n_extra,
+            before=before,
             reference=reference() if mse else None,
             prefix=who.prefix.tokens,
             state=who.directory / f"{who.model.stem}.pt",
@@ -98,9 +112,27 @@ def train(who: Participants, settings: training.Settings, source: Source) -> tup
     return trained, _about(who, settings, source, data, trained, weights, sha256)
 
 
+def _start(
+    who: Participants, student: torch_model.TorchModel, data: Data, n_cells: int
+) -> tuple[training.Rows, training.Rows, int]:
+    """K and V that training begins with, and how many of the rows are of extra cells."""
+    K, V = torch_model.prefix_rows(who.prefix)
+    n_extra, n_tokens = who.prefix.n_extra, len(who.prefix.tokens)
+    if who.first is not None:
+        own = torch_model.prefix_rows(who.first)
+        K, V = ([np.concatenate([a[:1], b[1:n_tokens], a[1:]]) for a, b in zip(*x, strict=True)]
+                for x in zip(own, (K, V), strict=True))  # fmt: skip
+        n_extra = who.first.n_extra
+    if n_cells > n_extra:
+        text = data.texts[data.trained[0]].tokens.tolist()
+        more = extra_cells.of_text(student, who.prefix.tokens, text, n_cells - n_extra)
+        K, V = ([np.concatenate([a, b]) for a, b in zip(*x, strict=True)] for x in zip((K, V), more, strict=True))
+    return K, V, max(n_cells, n_extra)
+
+
 def _data(who: Participants, source: Source, reference: _Loaded) -> Data:
     """The texts, and what the reference says of them."""
-    same_source(who.directory, source, who.prefix, who.dtype)
+    same_source(who.directory, source, who.prefix, who.dtypes[0])
     with who.phase("texts") as tell:
         return gather(who.directory, source, who.prefix, who.model, reference, tell)
 
@@ -114,17 +146,19 @@ def _about(
     weights: Reference,
     sha256: str,
 ) -> dict[str, Any]:
+    n_rows = len(who.prefix.tokens) + trained.n_extra
     return {
         "objective": settings.objective,
         "steps": trained.steps,
         "best_step": trained.best_step,
-        "lr": training.peak(settings, trained.before),
+        "lr": training.peak(settings, trained.before, n_rows),
         "batch": settings.batch,
         "seq_len": source.seq_len,
         "kv_type": "/".join(dict.fromkeys(settings.kv_type)),
         "kv_tail": settings.tail,
         "seed": settings.seed,
-        "dtype": who.dtype,
+        "dtype": who.dtypes[1],
+        "first_token": None if who.first is None else who.first.sha256,
         "data": {
             "kind": "self" if source.data == "self" else Path(source.data).name,
             "sha256": data.sha256(),

@@ -7,8 +7,8 @@ rounded to the KV type. Objectives:
     mse  what the paper minimizes (arXiv 2403.01241, "IntactKV as trainable parameters"): for each decoder layer half
          the mean squared error of its output against the reference's, summed over the layers
 
-Held-out texts decide: the prefix that diverges least on them, after rounding to F16, is the result. The prefix that
-training began with is one of the candidates, so on those texts the result is never worse.
+Held-out texts decide: the prefix that diverges least on them, after rounding to F16, is the result. The prefix as the
+reference computed it is one of the candidates, so on those texts the result is never worse.
 
 A long text passes in pieces, each behind the cells that the pieces before it left, which have no gradient: what a piece
 says is traced back to the prefix and to its own cells. So memory does not grow with the text.
@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from intactkv_export.calibration import passes
 from intactkv_export.calibration.data import Data, check_same
 from intactkv_export.calibration.targets import divergence, stack
 from intactkv_export.errors import IntactKVError, UsageError
@@ -42,13 +43,12 @@ from intactkv_export.work import atomic
 
 OBJECTIVES = ("kl", "mse", "kl+mse")
 LR = 2e-2  # of objectives with kl, relative to each row of K and V
+FIRST_LR = 5e-2  # the same, where the first token's is the only row
 _MSE_LR = 2e-4  # the paper's
 _COARSE = 0.04  # nats a token: a model that diverges less takes proportionally smaller steps
 _CLIP = 0.3  # norm of the gradient, as in the paper
 _WARM_UP = 5  # steps
 _SAVE = 30  # seconds between two savings of the state, besides those after evaluations
-_PIECE = 256  # tokens of a text in one forward pass
-_PASS = 1024  # tokens of all texts in one forward pass
 DEPTHS = (0, 256, 1024, 4096)  # tokens of a text, from which on the held-out divergence is told apart
 _ACTIVATIONS = 6 << 30  # bytes of activations from which they are computed twice instead of kept
 
@@ -82,7 +82,8 @@ class Settings:
 
 @dataclass
 class Result:
-    """K, V: float16. best_step: after which step they were taken, 0: they are the uncalibrated ones.
+    """K, V: float16; n_extra: how many of the rows are of extra cells. best_step: after which step they were taken, 0:
+    they are the uncalibrated ones.
 
     history: (step, held-out divergence) of each evaluation. steps: how many were made. depths: step -> the divergence
     at each of DEPTHS that the held-out texts reach, of the first and the best evaluation.
@@ -90,6 +91,7 @@ class Result:
 
     K: Rows
     V: Rows
+    n_extra: int
     best_step: int
     steps: int
     history: list[tuple[int, float]]
@@ -111,6 +113,8 @@ def train(
     data: Data,
     settings: Settings,
     *,
+    n_extra: int = 0,
+    before: tuple[Rows, Rows, int] | None = None,
     reference: TorchModel | None = None,
     prefix: Sequence[int] = (),
     state: Path | None = None,
@@ -119,6 +123,8 @@ def train(
 ) -> Result:
     """Train K and V (by layer, rows in llama.cpp's layout) and return the best.
 
+    n_extra: how many of the rows, the last ones, are of extra cells. before: K, V and the number of extra cells that
+    the model has without training, where training begins with others: the first candidate.
     reference, prefix: the reference model and the prefix's tokens, for an objective with mse. state: a file in which
     the training is kept as it proceeds, and from which it goes on if there is one; on a CPU the result is the same,
     bit for bit. identity: of whatever else the result depends on (model, data), so that a file of another training is
@@ -126,16 +132,19 @@ def train(
 
     Raises UsageError if the state is of another training, IntactKVError if a gradient is not finite.
     """
-    about = {**asdict(settings), "identity": identity, "sequences": data.sha256(), "prefix": _hash(K, V)}
+    first = before or (K, V, n_extra)
+    begun = {"prefix": _hash(K, V), "before": _hash(*first[:2]), "n_extra": n_extra}
+    about = {**asdict(settings), "identity": identity, "texts": data.sha256(), **begun}
     about = json.loads(json.dumps(about))
-    run = _Training.start(student, K, V, settings)
+    run = _Training.start(student, (K, V), first[:2], len(K[0]) - n_extra, settings)
     if state is not None and state.is_file():
         run.restore(state, about)
-    order = _order(data, settings)
+    texts_of = passes.steps(data, settings.batch, settings.seed)
     saved = time.monotonic()
     while True:
         if run.evaluated < run.step and (run.step % settings.every == 0 or run.step >= settings.steps):
-            run.candidate(*_held_out(student, run.rounded(), data, settings))
+            rows = run.rounded() if run.step else run.best
+            run.candidate(rows, *_held_out(student, rows, run.n_tokens, data, settings))
             saved = -math.inf
         if state is not None and time.monotonic() - saved > _SAVE:
             run.save(state, about)
@@ -144,11 +153,11 @@ def train(
             progress(run.step, settings.steps, run.history[-1][1])
         if run.step >= settings.steps or run.misses > settings.patience:
             break
-        index = order(run.step)
+        index = texts_of(run.step)
         run.optimizer.zero_grad()
         for group in run.optimizer.param_groups:
-            group["lr"] = peak(settings, run.history[0][1]) * _rate(run.step, settings)
-        for part in _parts(data, index, settings):
+            group["lr"] = peak(settings, run.history[0][1], run.K.shape[1]) * _rate(run.step, settings)
+        for part in passes.together(index, _piece(data, index, settings)):
             for loss in _losses(student, run, data, part, settings, reference, prefix):
                 (loss * len(part) / len(index)).backward()
         norm = torch.nn.utils.clip_grad_norm_(run.parameters, _CLIP)
@@ -170,6 +179,7 @@ class _Training:
     scale: tuple[Tensor, Tensor]  # [n_layer, n_prefix, 1, 1]
     optimizer: torch.optim.Optimizer
     best: tuple[Tensor, Tensor]  # float16, on the CPU
+    n_tokens: int  # of the rows, the others are extra cells'
     step: int = 0
     evaluated: int = -1  # the last step after which there was an evaluation
     best_step: int = 0
@@ -177,12 +187,20 @@ class _Training:
     depths: dict[int, list[float]] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, student: TorchModel, K: Rows, V: Rows, settings: Settings) -> _Training:
-        rows = [torch.tensor(np.stack(x), dtype=torch.float32, device=student.device) for x in (K, V)]
+    def start(
+        cls,
+        student: TorchModel,
+        start: tuple[Rows, Rows],
+        before: tuple[Rows, Rows],
+        n_tokens: int,
+        settings: Settings,
+    ) -> _Training:
+        rows = [torch.tensor(np.stack(x), dtype=torch.float32, device=student.device) for x in start]
         scale_k, scale_v = (_scale(x, settings) for x in rows)
         k, v = (rows[0] / scale_k).requires_grad_(), (rows[1] / scale_v).requires_grad_()
         optimizer = torch.optim.AdamW([k, v], weight_decay=0.0)  # lr: of each step
-        return cls(k, v, (scale_k, scale_v), optimizer, (rows[0].half().cpu(), rows[1].half().cpu()))
+        best_k, best_v = (torch.from_numpy(np.stack(x)).half() for x in before)
+        return cls(k, v, (scale_k, scale_v), optimizer, (best_k, best_v), n_tokens)
 
     @property
     def parameters(self) -> tuple[Tensor, Tensor]:
@@ -202,8 +220,8 @@ class _Training:
         """Evaluations since the best one."""
         return sum(step > self.best_step for step, _ in self.history)
 
-    def candidate(self, divergence: float, by_depth: list[float]) -> None:
-        """Take note of the held-out divergence of the current K and V."""
+    def candidate(self, rows: tuple[Tensor, Tensor], divergence: float, by_depth: list[float]) -> None:
+        """Take note of the held-out divergence of K and V, float16."""
         self.history.append((self.step, divergence))
         self.evaluated = self.step
         if self.step == 0:
@@ -212,12 +230,11 @@ class _Training:
             self.depths.pop(self.best_step if self.best_step else -1, None)
             self.depths[self.step] = by_depth
             self.best_step = self.step
-            k, v = self.rounded()
-            self.best = k.cpu(), v.cpu()
+            self.best = rows[0].cpu(), rows[1].cpu()
 
     def result(self) -> Result:
         K, V = (list(x.numpy()) for x in self.best)
-        return Result(K, V, self.best_step, self.step, self.history, self.depths)
+        return Result(K, V, len(K[0]) - self.n_tokens, self.best_step, self.step, self.history, self.depths)
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
         with atomic.output(path) as file:
@@ -262,11 +279,10 @@ def _losses(
     """The objective over some texts of one length: a part of it for each piece, of which their sum is the mean over the
     tokens. The caller goes backward from one before it asks for the next."""
     tokens = _tokens(student, data, index)
-    n = tokens.shape[1]
     mse = "mse" in settings.objective
     cache = None
-    for at in _pieces(n, settings):
-        cache = _cache(student, run.rows(), settings, len(index), cache)
+    for at in passes.pieces(tokens.shape[1], _piece(data, index, settings)):
+        cache = _cache(student, run.rows(), run.n_tokens, settings, len(index), cache)
         piece = tokens[:, at]
         with _checkpointed(student, piece.numel()):
             logits, outputs = student.forward(piece, cache, hidden=True) if mse else (student.forward(piece, cache), [])
@@ -284,27 +300,32 @@ def _losses(
 
 
 def _held_out(
-    student: TorchModel, rows: tuple[Tensor, Tensor], data: Data, settings: Settings
+    student: TorchModel, rows: tuple[Tensor, Tensor], n_tokens: int, data: Data, settings: Settings
 ) -> tuple[float, list[float]]:
     """Mean divergence over the tokens of the held-out texts, and by DEPTHS; infinite if a cache could not hold these
-    rows."""
-    K, V = rows
+    rows, of which n_tokens are of tokens."""
     longest = max(len(data.texts[i].tokens) for i in data.held_out)
     depths = [depth for depth in DEPTHS if depth < longest]
-    if not all(_storable(student, x, kind, settings.kv_type) for x, kind in ((K, "K"), (V, "V"))):
+    if not all(_storable(student, x, kind, settings.kv_type) for x, kind in zip(rows, "KV", strict=True)):
         return float("inf"), [float("inf")] * len(depths)
     totals, counts = np.zeros(len(depths)), np.zeros(len(depths))
     with torch.no_grad():
         for group in data.by_length(data.held_out).values():
-            for index in _parts(data, group, settings):
+            for index in passes.together(group, _piece(data, group, settings)):
                 tokens, cache = _tokens(student, data, index), None
-                for at in _pieces(tokens.shape[1], settings):
-                    cache = _cache(student, rows, settings, len(index), cache)
+                for at in passes.pieces(tokens.shape[1], _piece(data, index, settings)):
+                    cache = _cache(student, rows, n_tokens, settings, len(index), cache)
                     found = _divergence(student.forward(tokens[:, at], cache), data, index, at)
                     bins = np.searchsorted(depths, np.arange(at.start, at.stop), "right") - 1
                     totals += np.bincount(bins, found.double().sum(0).cpu().numpy(), len(depths))
                     counts += np.bincount(bins, minlength=len(depths)) * len(index)
     return float(totals.sum() / counts.sum()), (totals / counts).tolist()
+
+
+def _piece(data: Data, index: Sequence[int], settings: Settings) -> int:
+    """Tokens of these texts, of one length, in one forward pass; for mse the layers' outputs are compared at once."""
+    n_tokens = len(data.texts[index[0]].tokens)
+    return n_tokens if "mse" in settings.objective else min(n_tokens, passes.PIECE)
 
 
 def _tokens(student: TorchModel, data: Data, index: Sequence[int]) -> Tensor:
@@ -319,11 +340,17 @@ def _divergence(logits: Tensor, data: Data, index: Sequence[int], at: slice) -> 
 
 
 def _cache(
-    student: TorchModel, rows: tuple[Tensor, Tensor], settings: Settings, batch: int, after: MixedCache | None
+    student: TorchModel,
+    rows: tuple[Tensor, Tensor],
+    n_tokens: int,
+    settings: Settings,
+    batch: int,
+    after: MixedCache | None,
 ) -> MixedCache:
     """As the prefix will be used: these K and V intact, the rest by the settings. after: of the piece before."""
     K, V = (list(x) for x in rows)
-    return student.cache(K, V, settings.kv_type, batch, grows=False, tail=settings.tail, after=after)
+    extra = len(K[0]) - n_tokens
+    return student.cache(K, V, settings.kv_type, batch, grows=False, tail=settings.tail, extra=extra, after=after)
 
 
 def _storable(student: TorchModel, rows: Tensor, kind: str, kv_type: tuple[str, str]) -> bool:
@@ -342,15 +369,18 @@ def _scale(rows: Tensor, settings: Settings) -> Tensor:
     return torch.ones_like(rms) if settings.objective == "mse" else torch.where(rms > 0, rms, torch.ones_like(rms))
 
 
-def peak(settings: Settings, before: float) -> float:
-    """The lr that is given; else LR, or less for a model that is close to the reference before it is calibrated.
+def peak(settings: Settings, before: float, n_rows: int) -> float:
+    """The lr that is given; else LR (one row: FIRST_LR), or less for a model that is close to the reference already.
 
-    before: its held-out divergence, nats a token. A Q6_K or Q8_0 (SmolLM2: 0.003, 0.001) gets worse from LR's steps and
-    better by a tenth of it; a Q4_K_M (0.044) and coarser ones want all of it (docs/results/calibration.md).
+    before: its held-out divergence before it is calibrated, nats a token. A Q6_K or Q8_0 (SmolLM2: 0.003, 0.001) gets
+    worse from LR's steps and better by a tenth of it; a Q4_K_M (0.044) and coarser ones want all of it
+    (docs/results/calibration.md).
     """
     if settings.lr is not None:
         return settings.lr
-    return _MSE_LR if settings.objective == "mse" else LR * min(1.0, before / _COARSE)
+    if settings.objective == "mse":
+        return _MSE_LR
+    return (LR if n_rows > 1 else FIRST_LR) * min(1.0, before / _COARSE)
 
 
 def _rate(step: int, settings: Settings) -> float:
@@ -360,55 +390,10 @@ def _rate(step: int, settings: Settings) -> float:
     return min(1.0, (step + 1) / (_WARM_UP + 1), 2 * (1 - step / settings.steps))
 
 
-def _order(data: Data, settings: Settings) -> Callable[[int], list[int]]:
-    """Which texts a step trains on, all of one length: epoch after epoch, each in an order of its own that the seed
-    decides. Steps have about as many tokens whatever the length."""
-    groups = data.by_length(data.trained)
-    shortest = min(groups)
-    sizes = {n_tokens: max(1, settings.batch * shortest // n_tokens) for n_tokens in groups}
-    n_steps = {n_tokens: -(-len(index) // sizes[n_tokens]) for n_tokens, index in groups.items()}
-
-    def epoch(number: int) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
-        steps = []
-        for n_tokens, index in groups.items():
-            order = [index[i] for i in torch.randperm(len(index), generator=generator).tolist()]
-            order = (order * 2)[: n_steps[n_tokens] * sizes[n_tokens]]  # the last step is filled with the first texts
-            steps += [order[start : start + sizes[n_tokens]] for start in range(0, len(order), sizes[n_tokens])]
-        return [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
-
-    a_epoch = sum(n_steps.values())
-    kept: dict[int, list[list[int]]] = {}
-
-    def batch(step: int) -> list[int]:
-        number = step // a_epoch
-        if number not in kept:
-            kept.clear()
-            kept[number] = epoch(number)
-        return kept[number][step % a_epoch]
-
-    return batch
-
-
-def _pieces(n_tokens: int, settings: Settings) -> Iterator[slice]:
-    """Where the pieces of a text are that pass one after another; for mse the layers' outputs are compared at once."""
-    size = n_tokens if "mse" in settings.objective else _PIECE
-    return (slice(start, min(start + size, n_tokens)) for start in range(0, n_tokens, size))
-
-
-def _parts(data: Data, index: Sequence[int], settings: Settings) -> Iterator[Sequence[int]]:
-    """As many texts of one length at a time as go into one forward pass."""
-    piece = next(_pieces(len(data.texts[index[0]].tokens), settings))
-    n = max(1, _PASS // (piece.stop - piece.start))
-    return (index[start : start + n] for start in range(0, len(index), n))
-
-
 @contextmanager
 def _checkpointed(student: TorchModel, n_tokens: int) -> Iterator[None]:
     """Within, each decoder layer keeps only its input for the backward pass, if all would be too much to keep."""
-    text = student.net.config.get_text_config(decoder=True)
-    a_token = student.n_layer * (16 * text.hidden_size + 4 * text.intermediate_size) * student.net.dtype.itemsize
-    if n_tokens * a_token < _ACTIVATIONS:
+    if n_tokens * _activations(student) < _ACTIVATIONS:
         yield
         return
     layers = student.decoder_layers
@@ -419,6 +404,17 @@ def _checkpointed(student: TorchModel, n_tokens: int) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward  # the class's own comes back
+
+
+def _activations(student: TorchModel) -> int:
+    """Bytes that the backward pass needs of a token, about, at most: dense layers, or experts one after another."""
+    text = student.net.config.get_text_config(decoder=True)
+    n_embd, n_ff, n_experts = text.hidden_size, text.intermediate_size, getattr(text, "num_experts_per_tok", 0) or 0
+    mlp = 4 * n_ff
+    if n_experts:
+        mlp = n_experts * (4 * getattr(text, "moe_intermediate_size", n_ff) + 2 * n_embd)
+        mlp += 4 * getattr(text, "shared_expert_intermediate_size", 0)
+    return int(student.n_layer * (16 * n_embd + mlp) * student.net.dtype.itemsize)
 
 
 def _hash(*arrays: Any) -> str:

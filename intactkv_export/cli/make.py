@@ -28,7 +28,7 @@ from intactkv_export.cli.options import (
     text_or_file,
     with_rope,
 )
-from intactkv_export.cli.output import megabytes, print_json, print_result, say, short_path
+from intactkv_export.cli.output import megabytes, print_gain, print_json, print_result, say, short_path
 from intactkv_export.cli.progress_bar import ProgressBar
 from intactkv_export.libllama import Rope
 
@@ -46,7 +46,12 @@ def convert(
     prefix_tokens: PrefixTokens = None,
     imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix (llama-imatrix).")] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Train the prefix for each type, as the command calibrate does.")
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Train the prefix for each type, as the command calibrate does; without --system-prompt that of the "
+            "first token, which serves every prompt.",
+        ),
     ] = False,
     engine: Engine = "auto",
     embed: Annotated[bool, typer.Option("--embed/--no-embed", help="Store the prefix in the GGUF too.")] = True,
@@ -70,9 +75,9 @@ def convert(
     for programs that are given the same ones.
 
     \b
+    intactkv-export convert ./SmolLM2 -o smol.gguf --quant Q4_0 --calibrate
     intactkv-export convert ./SmolLM2 -o smol.gguf --system-prompt @prompt.txt
     intactkv-export convert HuggingFaceTB/SmolLM2-135M-Instruct -o smol.gguf --quant Q4_0,Q4_K_M,Q2_K
-    intactkv-export convert smol-f16.gguf -o smol.gguf --quant Q3_K_M --calibrate
     intactkv-export convert smol-f16.gguf -o smol.gguf --bos-only --no-embed
     """
     from intactkv_export.conversion import convert as run
@@ -178,15 +183,26 @@ def calibrate(
         float | None,
         typer.Option(
             "--lr",
-            help="Largest step, relative to K and V; mse: absolute. Default: kl 0.02, less where the model is close to "
-            "the reference; mse 0.0002.",
+            help="Largest step, relative to K and V; mse: absolute. Default: kl 0.02, first token alone 0.05, less "
+            "where the model is close to the reference; mse 0.0002.",
         ),
     ] = None,
-    batch: Annotated[int | None, typer.Option("--batch", help="Sequences in a step. Default: kl 4, mse 16.")] = None,
-    seq_len: Annotated[
-        int | None, typer.Option("--seq-len", help="Tokens in a sequence. Default: kl 256, mse 1024.")
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", help="Short texts in a step, or as many tokens of a long one. Default: kl 4, mse 16."),
     ] = None,
-    sequences: Annotated[int, typer.Option("--sequences", help="To sample or read; one in eight is held out.")] = 256,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            "--seq-len", help="Tokens in a long text; kl: half of all are in texts of 256. Default: 1024, kl+mse 256."
+        ),
+    ] = None,
+    sequences: Annotated[
+        int | None, typer.Option("--sequences", help="Texts to sample or read; one in eight is held out. Default: 160.")
+    ] = None,
+    cells: Annotated[
+        int, typer.Option("--cells", min=0, help="Extra cells to train, K and V that stand for no token.")
+    ] = 0,
     kv_type: KvType = "q8_0",
     kv_tail: Annotated[
         int | None,
@@ -198,7 +214,12 @@ def calibrate(
     ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")] = "cpu",
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="Of torch. Default: float32; over 2^30 weights on a GPU bfloat16.")
+        str | None,
+        typer.Option(
+            "--dtype",
+            help="Of torch. Default: float32; bfloat16 over 2^30 weights on a GPU, and for a model of less than 6 bits "
+            "on a CPU that multiplies it.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="The same result for the same seed on one CPU.")] = 0,
     encoding: Encoding = None,
@@ -209,8 +230,12 @@ def calibrate(
 
     The weights stay as they are; the prefix's keys and values are trained so that the quantized model, with its KV
     cache as it will be, says what the reference says (kl), or its layers give what the reference's give (mse). What is
-    measured best on held-out sequences is written; that may be what it began with. After an interruption the same
-    command goes on where it was (OUT.calibrating).
+    measured best on held-out texts is written; that may be what it began with. After an interruption the same command
+    goes on where it was (OUT.calibrating).
+
+    A prefix of the first token (convert --bos-only) is trained for every prompt: on texts under many system prompts and
+    none, conversations and documents, short and long. One of a system prompt is trained for that prompt, and begins
+    with the trained first token of the model, if it has one.
 
     FILE: .jsonl, a record a line, or .json, an array of them: {"messages": [{"role", "content"}]}, {"conversations":
     [{"from", "value"}]}, {"prompt", "completion"}, {"instruction", "input", "output"}, {"question", "answer"}, or
@@ -236,6 +261,7 @@ def calibrate(
             batch=batch,
             seq_len=seq_len,
             sequences=sequences,
+            cells=cells,
             kv_type=kv_type,
             tail=kv_tail,
             device=device,
@@ -247,10 +273,10 @@ def calibrate(
     if as_json:
         print_json(result.to_dict())
         return
-    made, n_held_out = result.manifest, result.manifest["held_out"]["n_tokens"]
+    made = result.manifest
+    print_gain(f"{short_path(result.out)}, {result.contents}", made["held_out"], result.n_bytes)
     kept = f"step {made['best_step']} of {made['steps']}" if made["best_step"] else "no step was better: as it began"
-    say(f"\n{short_path(result.out)}: {result.n_tokens} tokens, {result.n_bytes:,} bytes, {kept}")
-    say(f"KL divergence on {n_held_out:,} held-out tokens: {result.before:.4f} -> {result.after:.4f}")
+    say(f"kept: {kept}\n")
     for stage, seconds in result.seconds.items():
         say(f"{stage:24} {seconds:7.1f} s")
     say(f"{'peak memory':24} {megabytes(result.peak_bytes):>9}")

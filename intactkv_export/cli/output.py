@@ -37,11 +37,22 @@ def print_result(result: Any, as_json: bool) -> None:
         _print_curve(name, curve)
     where = " and embedded" if result.embedded else ""
     for name, made in result.calibrated.items():
-        say(f"\n{name}: held-out KL divergence {made['before']:.4f}, calibrated {made['after']:.4f}")
+        print_gain(f"{name}, {short_path(made['prefix'])}", made, made["prefix"].stat().st_size)
     say(f"\nprefix: {result.n_tokens} tokens at F16, by the {result.engine} engine, in a file of its own{where}")
     say(f"\n{'stage':24} {'time':>9} {'peak memory':>14}")
     for stage in result.stages:
         say(f"{stage.name:24} {stage.seconds:7.1f} s {megabytes(stage.peak_bytes):>14}")
+
+
+def print_gain(name: str, held_out: dict[str, Any], n_bytes: int) -> None:
+    """What a calibration brought. held_out: of the prefix file's manifest; n_bytes: its size."""
+    say(f"\n{name}: {n_bytes / 1000:,.0f} kB, trained")
+    say(f"KL divergence from the reference, nats a token, {held_out['n_tokens']:,} tokens of held-out texts:")
+    say(f"{'depth':>14} {'before':>9} {'trained':>9}  trained/before")
+    for line in [{"depth": "all", **held_out}, *held_out["by_depth"]]:
+        depth = line["depth"] if line["depth"] == "all" else f"from {line['depth']}"
+        ratio = line["after"] / line["before"] if line["before"] else 1.0
+        say(f"{depth:>14} {line['before']:9.4f} {line['after']:9.4f}  {ratio:.2f}")
 
 
 def _print_curve(name: str, curve: Any) -> None:

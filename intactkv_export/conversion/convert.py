@@ -67,7 +67,8 @@ def convert(
     out: "dir/name", or with one of the endings: writes name.gguf, or name-TYPE.gguf of each if there are several types,
         and name.ikv. A GGUF that is there already is replaced if a conversion made it.
     quant: types upstream quantizes to (weights.TYPES), a sequence or comma-separated. They share one prefix.
-    system_prompt: the text; None: the chat template's own. bos_only: keep only the first token intact.
+    system_prompt: the text; None: the chat template's own. bos_only: keep only the first token intact, as calibrate
+        does without system_prompt and prefix_tokens: trained, it serves every prompt.
     prefix_tokens: keep the first so many tokens of the prefix; None: all; "auto": the fewest after which the layers'
         error no longer falls for any of the types (intact_tokens.smallest_flat; needs torch), behind a q8_0 cache.
     imatrix: importance matrix of upstream's llama-imatrix, GGUF or .dat.
@@ -91,6 +92,7 @@ def convert(
     settings = Engine(engine, dtype, device, offload_dir, n_threads, n_ctx, rope or Rope())
     plan = _plan(reference, out, quant, imatrix, bool(calibrate), keep_reference, allow_requantize)
     computed_by = settings.chosen(plan.reference)
+    bos_only = bos_only or bool(calibrate and system_prompt is None and prefix_tokens is None)
     check_prefix_tokens(prefix_tokens, bos_only)
     check_prompt(plan.reference.chat_template, system_prompt, bos_only)
     if calibrate:
@@ -255,7 +257,7 @@ def _calibrate(
     from intactkv_export.calibration import PHASES, calibrate
 
     def report(stage: str, done: int, total: int, note: str = "") -> None:
-        if stage in PHASES:  # each of which gets a third of the bar
+        if stage in PHASES:  # each of which gets half of the bar
             progress(1000 * PHASES.index(stage) + 1000 * done // max(total, 1), 1000 * len(PHASES))
 
     calibrate(

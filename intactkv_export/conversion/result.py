@@ -26,7 +26,8 @@ class ConvertResult:
     """What came out, and what it took.
 
     outputs: the GGUFs; prefix: the `.ikv`. curves: by type, or by the model's name, what prefix_tokens="auto" chose by.
-    calibrated: by type, {"prefix": its `.ikv`, "before", "after": held-out KL divergence}; prefix is the first of them.
+    calibrated: by type, {"prefix": its `.ikv`} and what its manifest says of the held-out texts: "n_tokens", their KL
+    divergence "before" and "after", nats a token, and both "by_depth"; prefix is the first of them.
     """
 
     outputs: list[Output]

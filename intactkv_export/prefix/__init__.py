@@ -2,7 +2,7 @@
 
 from intactkv_export.prefix import embedding, ikv, inspection, outputs
 from intactkv_export.prefix.ikv import Prefix, check_reference, of_model
-from intactkv_export.prefix.manifest import EXTRA
+from intactkv_export.prefix.manifest import EXTRA, MAX_EXTRA
 from intactkv_export.prefix.prompt import (
     Prompt,
     Template,
@@ -15,6 +15,7 @@ from intactkv_export.prefix.prompt import (
 from intactkv_export.prefix.run_settings import run_settings
 
 __all__ = [
-    "EXTRA", "Prefix", "Prompt", "Template", "check_prefix_tokens", "check_prompt", "check_reference", "embedding",
-    "first_tokens", "ikv", "inspection", "make_prompt", "of_model", "outputs", "prompt_for", "run_settings",
+    "EXTRA", "MAX_EXTRA", "Prefix", "Prompt", "Template", "check_prefix_tokens", "check_prompt", "check_reference",
+    "embedding", "first_tokens", "ikv", "inspection", "make_prompt", "of_model", "outputs", "prompt_for",
+    "run_settings",
 ]  # fmt: skip

@@ -79,9 +79,9 @@ class Prefix:
     @property
     def contents(self) -> str:
         """For messages: how many tokens, and extra cells if there are some."""
-        n = self.n_extra
-        extra = f" and {n} extra cell{'' if n == 1 else 's'}" if n else ""
-        return f"{len(self.tokens)} tokens{extra}"
+        n, n_extra = len(self.tokens), self.n_extra
+        extra = f" and {n_extra} extra cell{'' if n_extra == 1 else 's'}" if n_extra else ""
+        return f"{n} token{'' if n == 1 else 's'}{extra}"
 
     @property
     def messages(self) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""How many CPU cores this process may use: what every default number of threads goes by."""
+"""The CPU: how many cores this process may use, by which every default number of threads goes, and what they can."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ def usable_cores(root: Path = _ROOT) -> int:
         allowed = os.cpu_count() or 1
     quotas = [math.ceil(quota) for quota in _quotas(root)]
     return max(min([allowed, *quotas]), 1)
+
+
+def multiplies_bfloat16(root: Path = _ROOT) -> bool:
+    """Whether an x86-64 CPU has instructions that multiply bfloat16, twice as fast as float32. Where /proc does not say
+    so, and on other CPUs, for which it is not tried: False."""
+    flags = next((line for line in _lines(root / "proc/cpuinfo") if line.startswith("flags")), "").split()
+    return bool({"avx512_bf16", "amx_bf16"} & set(flags))
 
 
 def _quotas(root: Path) -> Iterator[float]:

@@ -23,8 +23,8 @@ import torch
 from gguf import GGUFReader
 
 from intactkv_export import torch_model
-from intactkv_export.calibration import targets, training
-from intactkv_export.calibration.calibrate import _dtype, calibrate
+from intactkv_export.calibration import passes, targets, training
+from intactkv_export.calibration.calibrate import _dtypes, calibrate
 from intactkv_export.calibration.data import Data, Text
 from intactkv_export.calibration.training import Settings
 from intactkv_export.conversion import convert
@@ -172,7 +172,7 @@ def test_a_tail_is_trained_with(task, monkeypatch):
 
 def test_several_passes_give_one_gradient(task, monkeypatch):
     one = run(task)
-    monkeypatch.setattr(training, "_PASS", N_TOKENS)
+    monkeypatch.setattr(passes, "_PASS", N_TOKENS)
     assert np.allclose(one.history, run(task).history, rtol=1e-4)
 
 
@@ -186,9 +186,10 @@ def test_the_rate_is_a_function_of_the_step(steps):
 
 
 def test_a_model_that_is_close_takes_small_steps():
-    assert [training.peak(Settings(), before) for before in (np.inf, 0.3, 0.04, 0.004, 0)] == [0.02] * 3 + [0.002, 0]
-    assert training.peak(Settings(lr=0.5), 0.001) == 0.5
-    assert training.peak(Settings("mse"), 0.001) == 2e-4
+    assert [training.peak(Settings(), before, 2) for before in (np.inf, 0.3, 0.04, 0.004, 0)] == [0.02] * 3 + [0.002, 0]
+    assert [training.peak(Settings(), before, 1) for before in (0.3, 0.004)] == [0.05, 0.005]
+    assert training.peak(Settings(lr=0.5), 0.001, 1) == 0.5
+    assert training.peak(Settings("mse"), 0.001, 1) == 2e-4
 
 
 @pytest.mark.parametrize("objective", ["kl", "mse"])
@@ -323,12 +324,22 @@ def test_calibrated_is_closer_to_the_reference_in_llama_cpp(calibrated, smol):
 
 
 def test_a_gpu_computes_in_float32_what_is_small(pair, monkeypatch):
-    assert [_dtype(pair[1], device) for device in ("cpu", "cuda", "mps")] == ["float32"] * 3
+    assert [_dtypes(pair[1], device, "kl")[0] for device in ("cpu", "cuda", "mps")] == ["float32"] * 3
     n_weights = sum(tensor.n_elements for tensor in GGUFReader(pair[1]).tensors)
-    monkeypatch.setitem(_dtype.__globals__, "_EXACT", int(n_weights))
-    assert _dtype(pair[1], "cuda") == "float32"
-    monkeypatch.setitem(_dtype.__globals__, "_EXACT", int(n_weights) - 1)
-    assert [_dtype(pair[1], device) for device in ("cpu", "cuda")] == ["float32", "bfloat16"]
+    monkeypatch.setitem(_dtypes.__globals__, "_EXACT", int(n_weights))
+    assert _dtypes(pair[1], "cuda", "kl") == ("float32", "float32")
+    monkeypatch.setitem(_dtypes.__globals__, "_EXACT", int(n_weights) - 1)
+    assert _dtypes(pair[1], "cuda", "kl") == ("bfloat16", "bfloat16")
+
+
+def test_a_cpu_computes_a_coarse_model_in_what_it_multiplies(pair, monkeypatch):
+    for can, kind in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setitem(_dtypes.__globals__, "multiplies_bfloat16", lambda can=can: can)
+        assert _dtypes(pair[1], "cpu", "kl") == ("float32", kind)
+        assert _dtypes(pair[1], "cpu", "mse") == ("float32", "float32")
+    monkeypatch.setitem(_dtypes.__globals__, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setitem(_dtypes.__globals__, "_COARSE", 4.0)
+    assert _dtypes(pair[1], "cpu", "kl") == ("float32", "float32")
 
 
 def test_the_result_is_an_ordinary_prefix_file(calibrated, smol, tmp_path):

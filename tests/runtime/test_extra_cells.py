@@ -173,7 +173,7 @@ def test_a_chat(smol: Smol, files: dict[str, Path]) -> None:
     assert (stats["loads"], stats["tokens"], stats["extra_cells"]) == (1, 1, N)
     assert stats["intact_cells"] == 1 + N + stats["tail_cells"] and talk.llama.n_ctx() == 512 - N
     assert (
-        f"1 tokens and 16 extra cells from {files['bos']}" in talk.report() and f"of {512 - N} tokens" in talk.report()
+        f"1 token and 16 extra cells from {files['bos']}" in talk.report() and f"of {512 - N} tokens" in talk.report()
     )
     with pytest.raises(UsageError, match="has 24 tokens and 16 extra cells, and --ctx-size is 40"):
         open_chat(smol.gguf, notice=pytest.fail, prefix=files["prompt"], n_ctx=40)
@@ -183,7 +183,7 @@ def test_a_context_too_small(smol: Smol, files: dict[str, Path], tmp_path: Path)
     _, K, V = extra_cells.text_rows(smol.reference, n=N)
     many = {il: np.repeat(x, 16, 0) for il, x in K.items()}, {il: np.repeat(x, 16, 0) for il, x in V.items()}
     (tmp_path / "many.ikv").write_bytes(extra_cells.with_extra(ikv.read(smol.bos), *many))
-    with pytest.raises(IntactKVError, match="has 1 tokens and 256 extra cells, the context only n_ctx = 256"):
+    with pytest.raises(IntactKVError, match="has 1 token and 256 extra cells, the context only n_ctx = 256"):
         IntactLlama(smol.gguf, tmp_path / "many.ikv", "q8_0", n_ctx=256)
 
 

@@ -11,8 +11,10 @@ import pytest
 from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama.vocabulary import Vocabulary
 from intactkv_export.prefix import ikv, make_prompt
-from intactkv_export.texts import sampled, token_hash
+from intactkv_export.texts import begin, sampled, token_hash
+from intactkv_export.texts.growing import PROMPT_TOKENS, Growing
 from intactkv_export.texts.seeds import FOLLOW_UPS, OPENINGS, QUESTIONS
+from intactkv_export.texts.system_prompts import PROMPT_OPENINGS, SYSTEM_PROMPTS
 from intactkv_export.texts.turns import Turns
 from tests.support.smol import SYSTEM_PROMPT, Smol
 
@@ -66,7 +68,7 @@ def test_every_second_one_begins_with_a_document_if_asked(
 
 def test_a_document_that_ends_is_replied_to(prefix: ikv.Prefix, vocabulary: Vocabulary, template: str) -> None:
     turns = Turns(prefix, vocabulary, template)
-    row = sampled._Row(turns, Random(0), deque(turns.opening("Dear Ann,")), user=True)
+    row = Growing(turns, Random(0), deque(turns.opening("Dear Ann,")), user=True)
     word, end = vocabulary.tokenize("word", special=False)[0], vocabulary.eos
     for i in range(40):
         row.take(end if i % 10 == 9 else word, i % 10 == 9)
@@ -104,7 +106,7 @@ def test_turns_alternate_and_an_end_is_never_the_models_own(
     prefix: ikv.Prefix, vocabulary: Vocabulary, template: str
 ) -> None:
     turns = Turns(prefix, vocabulary, template)
-    row = sampled._Row(turns, Random(0), deque(turns.first("Hi")))
+    row = Growing(turns, Random(0), deque(turns.first("Hi")))
     word, end = vocabulary.tokenize("word", special=False)[0], vocabulary.eos
     for i in range(150):
         row.take(end if i % 4 == 3 else word, i % 4 == 3)
@@ -112,6 +114,66 @@ def test_turns_alternate_and_an_end_is_never_the_models_own(
     assert [part.split("\n")[0] for part in parts[1:9]] == ["assistant", "user"] * 4
     assert any(f"user\n{text}" == parts[2] for text in FOLLOW_UPS), "the first follow-up is ours"
     assert set(parts[4].removeprefix("user\n")) == set("word"), "the second one the model's"
+
+
+def grown(text: Growing, vocabulary: Vocabulary, n: int = 40) -> str:
+    """What a text becomes where the model says the same word again and again, and ends every tenth time."""
+    word = vocabulary.tokenize("word", special=False)[0]
+    for i in range(n):
+        text.take(vocabulary.eos if i % 10 == 9 else word, i % 10 == 9)
+    return vocabulary.text(text.tokens)
+
+
+def test_a_first_token_stands_before_texts_of_all_kinds(smol: Smol, vocabulary: Vocabulary, template: str) -> None:
+    first = ikv.read(smol.bos)
+    texts = [grown(x, vocabulary, 400) for x in begin(first, vocabulary, template, n=48, seed=5, documents=True)]
+    systems, kinds = set(), dict.fromkeys(("ours", "written", "own", "plain"), 0)
+    for text in texts:
+        prompt, between, rest = text.partition("<|im_end|>\n<|im_start|>user\n")
+        prompt = prompt.removeprefix("system\n")
+        if not text.startswith("system\n"):
+            kinds["plain"] += 1
+            assert any(text.startswith(opening) for opening in OPENINGS) and "<|im_start|>" not in text
+        elif prompt in SYSTEM_PROMPTS:
+            kinds["ours"] += 1
+            systems.add(prompt)
+        elif prompt.endswith("word"):
+            kinds["written"] += 1
+            assert any(prompt.removeprefix("system\n").startswith(opening) for opening in PROMPT_OPENINGS)
+        else:
+            kinds["own"] += 1
+            assert "SmolLM" in prompt, "the template's own, where none is given"
+        if between:
+            assert any(rest.startswith(known) for known in [*QUESTIONS, *OPENINGS])
+    assert kinds == {"ours": 18, "written": 12, "own": 6, "plain": 12} and len(systems) == 18
+    again = [grown(x, vocabulary, 400) for x in begin(first, vocabulary, template, n=48, seed=5, documents=True)]
+    assert again == texts
+
+
+def test_a_system_prompt_of_the_models_own_ends(smol: Smol, vocabulary: Vocabulary, template: str) -> None:
+    """By its end of turn, or where it has become too long."""
+    turns = Turns(ikv.read(smol.bos), vocabulary, template)
+    for ends_at in (4, 10**6):
+        head, after = turns.written_prompt("You are a", "Why?", reply=True) or ([], [])
+        text = Growing(turns, Random(0), deque(head), after_prompt=after)
+        word = vocabulary.tokenize("word", special=False)[0]
+        for i in range(200):
+            text.take(word, len(head) + ends_at == i)
+        prompt, _, reply = vocabulary.text(text.tokens).partition(f"<|im_end|>\n<|im_start|>user\nWhy?{REPLY}")
+        assert set(prompt.removeprefix("system\nYou are a")) == set("word") and set(reply) == set("word")
+        assert prompt.count("word") == min(ends_at, PROMPT_TOKENS - len(head))
+
+
+def test_a_template_without_system_prompts_has_none(smol: Smol, vocabulary: Vocabulary) -> None:
+    refuses = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system prompts') }}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    )
+    first = ikv.read(smol.bos)
+    texts = [grown(x, vocabulary) for x in begin(first, vocabulary, refuses, n=16, seed=1, documents=True)]
+    assert sum(text.startswith("user\n") for text in texts) == 12 and not any("system" in text for text in texts)
+    base = [grown(x, vocabulary) for x in begin(first, vocabulary, None, n=4, seed=1, documents=True)]
+    assert not any("<|im_start|>" in text for text in base)
 
 
 def test_turns_are_those_of_the_rendered_conversation(
