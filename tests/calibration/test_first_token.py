@@ -172,7 +172,8 @@ def test_memory_does_not_grow_with_the_text(made: Any, monkeypatch: pytest.Monke
         monkeypatch.setattr(passes, "PIECE", piece)
         data, run = long_task(exact, n_tokens), training._Training.start(model, rows, rows, 1, Settings())
         most[n_tokens, piece] = most_kept(training._losses(model, run, data, [1], Settings(), None, ()))
-    assert most[128, 16] < 2 * most[32, 16] < most[128, 128], "keys and values grow, activations do not"
+    assert most[128, 16] < 1.25 * most[32, 16], "the weights count; keys and values grow, activations do not"
+    assert most[128, 128] > 1.5 * most[128, 16]
 
 
 def test_half_of_the_tokens_are_in_long_texts() -> None:
