@@ -24,7 +24,9 @@ TOWER = (
 # Floors that load a large library: others may import them inside functions only.
 LOADED_LATE = ("torch_model", "runtime", "replies")
 # Modules and floors that are imported inside functions themselves, because such a library is at their top.
-WITH_LIBRARIES = {f"{PACKAGE}/calibration/{name}.py" for name in ("run", "training", "targets")} | {"runtime"}
+WITH_LIBRARIES = {f"{PACKAGE}/calibration/{name}.py" for name in ("run", "training", "targets", "extra_cells")} | {
+    "runtime"
+}
 
 
 def arrows(source: str, path: Path) -> Iterator[tuple[int, str, str | None, bool]]:

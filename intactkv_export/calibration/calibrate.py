@@ -117,7 +117,8 @@ def calibrate(
     kv_type: that the prefix will be used with, "q8_0" or a pair for K and V. tail: how many of the newest cells will be
         intact; None: what the type has by default (libllama.default_tail).
     device, dtype: of torch; None: float32, but bfloat16 elsewhere than on the CPU for more than 2^30 weights, and on a
-        CPU that multiplies bfloat16 for a model of less than 6 bits a weight (the reference stays at float32).
+        CPU that multiplies bfloat16 for a model of less than 6 bits a weight (the reference only if no directory is
+        given, for it may be shared by finer models).
     directory: for what is on the way, kept afterwards; it may be shared by calibrations for several models of one
         reference, which then share texts and targets. None: OUT.calibrating, removed at the end; one process at a time.
     progress: told of each phase, with the held-out divergence as its note.
@@ -140,7 +141,7 @@ def calibrate(
     if n_tail < 0:
         raise UsageError(f"a tail of {n_tail} tokens: give 0 or more")
     n_tail = 0 if set(pair) <= EXACT else n_tail  # such a cache has none (MixedCache); the prefix file says so
-    settings = Settings(objective, n_steps, lr, n_batch, pair, n_tail, seed, every=max(1, n_steps // 6))
+    settings = Settings(objective, n_steps, lr, n_batch, pair, n_tail, seed, every=max(1, n_steps // 3))
     if min(n_batch, n_tokens) < 1 or n_steps < 0 or n_texts < 2:
         raise UsageError(
             f"{n_steps} steps of {n_batch} sequences of {n_tokens} tokens, {n_texts} in all: give 1 or more, and at "
@@ -164,7 +165,7 @@ def calibrate(
     with atomic.kept_directory(work) if directory is None else nullcontext(work):
         report("hash reference", 0, 0)
         check_reference(start, identity(found), str(found.path))
-        dtypes = (dtype, dtype) if dtype else _dtypes(model, device, objective)
+        dtypes = (dtype, dtype) if dtype else _dtypes(model, device, objective, shared=directory is not None)
         who = Participants(found, model, start, _trained_first_token(model, start), work, device, dtypes, report)
         source = Source(str(data), n_texts, n_tokens, seed, "mse" not in objective, objective != "mse")
         trained, about = train(who, settings, source, cells)
@@ -182,14 +183,14 @@ def calibrate(
     )
 
 
-def _dtypes(model: Path, device: str, objective: str) -> tuple[str, str]:
-    """To compute in, of the reference and of the model."""
+def _dtypes(model: Path, device: str, objective: str, shared: bool) -> tuple[str, str]:
+    """To compute in, of the reference and of the model. shared: what the reference says is for other models too."""
     if device != "cpu":
         n_weights = sum(math.prod(x.shape) for shard in gguf_file.shards(model) for x in gguf_file.read(shard).tensors)
         return ("float32", "float32") if n_weights <= _EXACT else ("bfloat16", "bfloat16")
     coarse = tensor_types.bits_per_weight(gguf_file.read(model)) < _COARSE
-    fast = coarse and objective == "kl" and multiplies_bfloat16()
-    return "float32", "bfloat16" if fast else "float32"
+    fast = "bfloat16" if coarse and objective == "kl" and multiplies_bfloat16() else "float32"
+    return "float32" if shared else fast, fast
 
 
 def _trained_first_token(model: Path, start: Prefix) -> Prefix | None:

@@ -324,22 +324,23 @@ def test_calibrated_is_closer_to_the_reference_in_llama_cpp(calibrated, smol):
 
 
 def test_a_gpu_computes_in_float32_what_is_small(pair, monkeypatch):
-    assert [_dtypes(pair[1], device, "kl")[0] for device in ("cpu", "cuda", "mps")] == ["float32"] * 3
+    assert [_dtypes(pair[1], device, "kl", False)[0] for device in ("cpu", "cuda", "mps")] == ["float32"] * 3
     n_weights = sum(tensor.n_elements for tensor in GGUFReader(pair[1]).tensors)
     monkeypatch.setitem(_dtypes.__globals__, "_EXACT", int(n_weights))
-    assert _dtypes(pair[1], "cuda", "kl") == ("float32", "float32")
+    assert _dtypes(pair[1], "cuda", "kl", False) == ("float32", "float32")
     monkeypatch.setitem(_dtypes.__globals__, "_EXACT", int(n_weights) - 1)
-    assert _dtypes(pair[1], "cuda", "kl") == ("bfloat16", "bfloat16")
+    assert _dtypes(pair[1], "cuda", "kl", False) == ("bfloat16", "bfloat16")
 
 
 def test_a_cpu_computes_a_coarse_model_in_what_it_multiplies(pair, monkeypatch):
     for can, kind in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setitem(_dtypes.__globals__, "multiplies_bfloat16", lambda can=can: can)
-        assert _dtypes(pair[1], "cpu", "kl") == ("float32", kind)
-        assert _dtypes(pair[1], "cpu", "mse") == ("float32", "float32")
+        assert _dtypes(pair[1], "cpu", "kl", False) == (kind, kind)
+        assert _dtypes(pair[1], "cpu", "kl", True) == ("float32", kind)
+        assert _dtypes(pair[1], "cpu", "mse", False) == ("float32", "float32")
     monkeypatch.setitem(_dtypes.__globals__, "multiplies_bfloat16", lambda: True)
     monkeypatch.setitem(_dtypes.__globals__, "_COARSE", 4.0)
-    assert _dtypes(pair[1], "cpu", "kl") == ("float32", "float32")
+    assert _dtypes(pair[1], "cpu", "kl", False) == ("float32", "float32")
 
 
 def test_the_result_is_an_ordinary_prefix_file(calibrated, smol, tmp_path):
