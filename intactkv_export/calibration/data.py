@@ -21,7 +21,7 @@ from intactkv_export.calibration.targets import Targets
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import Vocabulary
 from intactkv_export.models import gguf_file
-from intactkv_export.texts import Growing, batch_size, begin, read_user_file, token_hash, write
+from intactkv_export.texts import Growing, batch_size, begin, read_two_lengths, read_user_file, token_hash, write
 from intactkv_export.work import Steps, atomic
 
 if TYPE_CHECKING:
@@ -221,8 +221,7 @@ class _Reading(_Work):
 
     def groups(self) -> Iterator[list[Callable[[], Part]]]:
         chosen = []
-        for number, (n, n_tokens) in enumerate(self.source.lengths()):
-            found = read_user_file(self.source.data, self.prefix, self.vocabulary, self.template, n_tokens=n_tokens)
+        for number, (n, found) in enumerate(self._read()):
             order = np.random.default_rng(self.source.seed + number).permutation(len(found))[:n]
             chosen.append([found[i] for i in order])
         done, total = 0, sum(len(texts) * len(texts[0]) for texts in chosen)
@@ -233,6 +232,15 @@ class _Reading(_Work):
                 parts.append(self._part(some, self._with_targets(first, len(some), len(texts)), (done, total)))
                 done += len(some) * len(some[0])
             yield parts
+
+    def _read(self) -> list[tuple[int, list[list[int]]]]:
+        """(How many are wanted, texts of one length)."""
+        lengths, about = self.source.lengths(), (self.source.data, self.prefix, self.vocabulary, self.template)
+        if len(lengths) > 1:
+            (n_short, short), (n_long, long) = lengths
+            shorts, longs = read_two_lengths(*about, short=short, long=long, seed=self.source.seed)
+            return [(n_short, shorts), (n_long, longs)] if shorts else [(self.source.sequences, longs)]
+        return [(n, read_user_file(*about, n_tokens=n_tokens)) for n, n_tokens in lengths]
 
     def _part(self, texts: list[list[int]], n_targets: int, counted: tuple[int, int]) -> Callable[[], Part]:
         done, total = counted

@@ -6,9 +6,9 @@ from intactkv_export.texts.growing import Growing
 from intactkv_export.texts.sampled import batch_size, sample, sample_from, write
 from intactkv_export.texts.seeds import FOLLOW_UPS, OPENINGS, QUESTIONS
 from intactkv_export.texts.turns import Turns
-from intactkv_export.texts.user_file import read_user_file
+from intactkv_export.texts.user_file import read_two_lengths, read_user_file
 
 __all__ = [
     "FOLLOW_UPS", "OPENINGS", "QUESTIONS", "Growing", "Turns", "batch_size", "begin", "cut_text", "default_text",
-    "read_user_file", "sample", "sample_from", "token_hash", "write",
+    "read_two_lengths", "read_user_file", "sample", "sample_from", "token_hash", "write",
 ]  # fmt: skip

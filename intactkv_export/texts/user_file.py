@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama import Vocabulary
@@ -30,29 +32,78 @@ def read_user_file(
     Raises UsageError if there is no such file, IntactKVError that names the first line if none can be used, or if the
     file is too short for one sequence.
     """
-    path = Path(path)
-    text = read_text(path)
-    if path.suffix in (".json", ".jsonl"):
-        turns, left_out = Turns(prefix, vocabulary, chat_template), _LeftOut(path)
-        parts = [
-            turns.whole(found) if isinstance(found, list) else vocabulary.tokenize(f"{found}\n\n", special=False)
-            for found in left_out.usable(text)
-        ]
-        left_out.report(bool(parts))
-    else:
-        parts = [vocabulary.tokenize(text, special=False)]
-    sequences, pending = [], []  # type: ignore[var-annotated]
+    return _one_length(path, _parts(Path(path), prefix, vocabulary, chat_template), n_tokens)
+
+
+def read_two_lengths(
+    path: str | Path,
+    prefix: Prefix,
+    vocabulary: Vocabulary,
+    chat_template: str | None,
+    *,
+    short: int,
+    long: int,
+    seed: int,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The texts of a file as sequences of two lengths, about half of its tokens in each, none of them in both: what is
+    held out among the short ones is not in a long one that is trained on. The seed decides which go where.
+
+    Of a text longer than `long` what is left at the end goes among the short ones. A file that is too short for two of
+    each has long ones only. Otherwise as read_user_file().
+    """
+    whole: list[list[int]] = []
+    rests: list[list[int]] = []
+    parts = _parts(Path(path), prefix, vocabulary, chat_template)
+    for part in parts:
+        units = [part[start : start + long] for start in range(0, len(part), long)]
+        rests += [units.pop()] if len(units) > 1 and len(units[-1]) < long else []
+        whole += units
+    n_tokens, chosen = 0, set[int]()
+    enough = max(2 * long, sum(map(len, parts)) / 2)
+    for i in np.random.default_rng(seed).permutation(len(whole)).tolist():
+        if n_tokens < enough:
+            chosen.add(i)
+            n_tokens += len(whole[i])
+    longs = _sequences([unit for i, unit in enumerate(whole) if i in chosen], long)
+    shorts = _sequences([*(unit for i, unit in enumerate(whole) if i not in chosen), *rests], short)
+    if min(len(longs), len(shorts)) < 2:
+        return [], _one_length(path, parts, long)
+    return shorts, longs
+
+
+def _one_length(path: str | Path, parts: Sequence[list[int]], n_tokens: int) -> list[list[int]]:
+    found = _sequences(parts, n_tokens)
+    if not found:
+        raise IntactKVError(
+            f"{path} has {sum(map(len, parts))} tokens and one sequence needs {n_tokens}: give more text, or shorter "
+            "sequences"
+        )
+    return found
+
+
+def _sequences(parts: Sequence[list[int]], n_tokens: int) -> list[list[int]]:
+    sequences: list[list[int]] = []
+    pending: list[int] = []
     for part in parts:
         pending = pending + part
         n_whole = len(pending) // n_tokens
         sequences += [pending[i * n_tokens : (i + 1) * n_tokens] for i in range(n_whole)]
         pending = [] if n_whole else pending  # the next sequence begins where a conversation begins
-    if not sequences:
-        raise IntactKVError(
-            f"{path} has {sum(map(len, parts))} tokens and one sequence needs {n_tokens}: give more text, or shorter "
-            "sequences"
-        )
     return sequences
+
+
+def _parts(path: Path, prefix: Prefix, vocabulary: Vocabulary, chat_template: str | None) -> list[list[int]]:
+    """Each conversation or text of a file, as tokens behind the prefix."""
+    text = read_text(path)
+    if path.suffix not in (".json", ".jsonl"):
+        return [vocabulary.tokenize(text, special=False)]
+    turns, left_out = Turns(prefix, vocabulary, chat_template), _LeftOut(path)
+    parts = [
+        turns.whole(found) if isinstance(found, list) else vocabulary.tokenize(f"{found}\n\n", special=False)
+        for found in left_out.usable(text)
+    ]
+    left_out.report(bool(parts))
+    return parts
 
 
 @dataclass

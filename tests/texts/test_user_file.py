@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama.vocabulary import Vocabulary
 from intactkv_export.prefix import ikv
-from intactkv_export.texts import read_user_file
+from intactkv_export.texts import read_two_lengths, read_user_file
 
 REPLY = "<|im_end|>\n<|im_start|>assistant\n"
 USER = "<|im_end|>\n<|im_start|>user\n"
@@ -163,3 +164,38 @@ def test_unreadable_files(tmp_path: Path, prefix: ikv.Prefix, vocabulary: Vocabu
     file.write_bytes("Zürich".encode("latin-1"))
     with pytest.raises(IntactKVError, match="UTF-8 at byte 1"):
         read_user_file(file, prefix, vocabulary, template, n_tokens=8)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_no_text_of_one_length_is_in_one_of_the_other(
+    tmp_path: Path, prefix: ikv.Prefix, vocabulary: Vocabulary, template: str, suffix: str
+) -> None:
+    """What is held out among the short texts would else be trained on in the long ones."""
+    file = tmp_path / f"data{suffix}"
+    numbers = [" ".join(str(10000 + 100 * i + j) for j in range(40)) for i in range(60)]
+    record = json.dumps
+    chats = (record({"prompt": f"Count from {i}.", "completion": text}) for i, text in enumerate(numbers))
+    file.write_text(" ".join(numbers) if suffix == ".txt" else "\n".join(chats))
+    shorts, longs = read_two_lengths(file, prefix, vocabulary, template, short=32, long=320, seed=1)
+    assert {len(text) for text in shorts} == {32} and {len(text) for text in longs} == {320}
+    assert len(shorts) > 40 and len(longs) > 4
+    of_shorts, of_longs = (
+        {number for text in texts for number in re.findall(r"\b[0-9]{5}\b", vocabulary.text(text[4:-4]))}
+        for texts in (shorts, longs)
+    )
+    assert min(len(of_shorts), len(of_longs)) > 100 and not of_shorts & of_longs
+    again = read_two_lengths(file, prefix, vocabulary, template, short=32, long=320, seed=1)
+    other = read_two_lengths(file, prefix, vocabulary, template, short=32, long=320, seed=2)
+    assert again == (shorts, longs) != other
+
+
+def test_a_file_too_short_for_two_lengths_has_one(
+    tmp_path: Path, prefix: ikv.Prefix, vocabulary: Vocabulary, template: str
+) -> None:
+    file = tmp_path / "data.txt"
+    file.write_text(" ".join(f"{number}" for number in range(200)))
+    n = len(vocabulary.tokenize(file.read_text(), special=False))
+    shorts, longs = read_two_lengths(file, prefix, vocabulary, template, short=8, long=n // 2, seed=0)
+    assert shorts == [] and len(longs) == 2
+    with pytest.raises(IntactKVError, match=f"has {n} tokens and one sequence needs {2 * n}"):
+        read_two_lengths(file, prefix, vocabulary, template, short=8, long=2 * n, seed=0)
