@@ -47,6 +47,7 @@ DEFAULTS = {"kl": (120, 4, 1024), "mse": (160, 16, 1024), "kl+mse": (120, 4, 256
 PHASES = ("texts", "train")
 SEQUENCES = 160
 _EXACT = 1 << 30  # weights up to which a GPU computes in float32 too: bfloat16 alone costs SmolLM2 0.001 nats
+_SEEDS = 1 << 32  # every generator takes these
 _COARSE = 6.0  # bits per weight, below which that does not matter to a quantized model
 
 
@@ -108,7 +109,7 @@ def calibrate(
     reference: the full-precision model, as for convert(). model: a GGUF quantized from it.
     prefix: what to begin with: an `.ikv` or a GGUF with one embedded; None: the model's own (ikv.find). Of the first
         token alone it is trained for every prompt, on texts of all kinds (texts/beginnings.py). A longer one begins
-        with the trained first token that is the model's own, if there is one.
+        with the trained first token that is the model's own, if there is one and it is not calibrated itself.
     data: "self": texts that the reference writes itself behind the prefix; else a file (texts.read_user_file).
     objective: training.OBJECTIVES. steps, batch, seq_len: None: those of DEFAULTS. lr: training.Settings.
     sequences: how many texts to sample, or to take of the file at most; one in eight is held out; None: SEQUENCES.
@@ -147,6 +148,8 @@ def calibrate(
             f"{n_steps} steps of {n_batch} sequences of {n_tokens} tokens, {n_texts} in all: give 1 or more, and at "
             "least 2 sequences, of which one is held out"
         )
+    if not 0 <= seed < _SEEDS or (lr is not None and not 0 < lr < math.inf):
+        raise UsageError(f"seed {seed} and lr {lr}: give a seed of 0 to {_SEEDS - 1} and a finite lr larger than 0")
     if not 0 <= cells <= MAX_EXTRA:
         raise UsageError(f"{cells} extra cells: give 0 to {MAX_EXTRA}")
     found, start = locate(reference, allow_requantize), of_model(model, prefix)
@@ -194,9 +197,12 @@ def _dtypes(model: Path, device: str, objective: str, shared: bool) -> tuple[str
 
 
 def _trained_first_token(model: Path, start: Prefix) -> Prefix | None:
-    """The model's own prefix, if it is a trained first token with which a longer prefix can begin."""
+    """The model's own prefix, if it is a trained first token with which a longer prefix can begin.
+
+    One that is calibrated already begins as it is: its rows were trained together.
+    """
     path = ikv.find(model)
-    if path is None or len(start.tokens) < 2:
+    if path is None or len(start.tokens) < 2 or start.manifest["calibrated"] is not None:
         return None
     own, file_type = ikv.read(path), gguf_file.read(model).values.get(ikv.KEY_FILE_TYPE)
     trained = own.manifest["calibrated"] is not None and ikv.calibrated_for_another(own, file_type) is None

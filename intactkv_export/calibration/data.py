@@ -101,7 +101,8 @@ class Data:
 
 
 def same_source(directory: Path, source: Source, prefix: Prefix, dtype: str) -> None:
-    """Note in a directory what its texts are of. Raises UsageError if they are there already, of other settings."""
+    """Note in a directory what its texts are of. Raises UsageError if they are there already, of other settings; a note
+    that a failed start has left without texts does not count."""
     path = directory / "data.json"
     about = {
         **asdict(source),
@@ -109,7 +110,7 @@ def same_source(directory: Path, source: Source, prefix: Prefix, dtype: str) -> 
         "reference": prefix.manifest["reference"]["sha256"],
         "prefix": prefix.sha256,
     }
-    if path.is_file():
+    if path.is_file() and any(directory.glob("texts-*.npz")):
         check_same(directory, json.loads(path.read_text()), about)
         return
     with atomic.output(path) as file:
@@ -260,11 +261,11 @@ class _Reading(_Work):
 _FIELDS = ("ids", "log_p", "log_rest")
 
 
-def check_same(directory: Path, kept: dict[str, Any], about: dict[str, Any]) -> None:
-    """Raises UsageError if what a directory keeps was made with other settings."""
+def check_same(path: Path, kept: dict[str, Any], about: dict[str, Any]) -> None:
+    """Raises UsageError if what a file or directory keeps was made with other settings."""
     other = next((name for name, value in about.items() if kept.get(name) != value), None)
     if other is not None:
         raise UsageError(
-            f"{directory} holds a calibration with other settings ({other} is {kept.get(other)!r} there and "
-            f"{about[other]!r} here): give the same ones to go on with it, or remove the directory"
+            f"{path} holds a calibration with other settings ({other} is {kept.get(other)!r} there and "
+            f"{about[other]!r} here): give the same ones to go on with it, or remove it"
         )

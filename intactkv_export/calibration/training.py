@@ -162,6 +162,8 @@ def train(
                 (loss * len(part) / len(index)).backward()
         norm = torch.nn.utils.clip_grad_norm_(run.parameters, _CLIP)
         if not torch.isfinite(norm):
+            if state is not None:
+                state.unlink(missing_ok=True)  # of settings that lead nowhere: others may begin here
             raise IntactKVError(
                 f"the gradient of step {run.step + 1} is {float(norm)}: give a smaller --lr, or compute in float32"
             )
@@ -256,7 +258,7 @@ class _Training:
 
     def restore(self, path: Path, about: dict[str, Any]) -> None:
         kept = torch.load(path, map_location=self.K.device, weights_only=True)
-        check_same(path.parent, kept["about"], about)
+        check_same(path, kept["about"], about)
         with torch.no_grad():
             self.K.copy_(kept["K"])
             self.V.copy_(kept["V"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from intactkv_export.conversion.checks import check_space, check_targets
 from intactkv_export.conversion.intact_tokens import Curve, shortest
 from intactkv_export.conversion.result import ConvertResult, result
 from intactkv_export.engines import Engine, check_in_torch, compute
+from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import Rope
 from intactkv_export.models import (
     KEY_REFERENCE,
@@ -45,13 +47,16 @@ def prefix(
 
     out: the `.ikv` to write; None: MODEL.ikv beside the model, without the number of a part. embed: also store it in
     the model; None: if the model has one embedded, which would hide the new file, and `out` is not given. Otherwise as
-    convert(). Raises IntactKVError if the model was quantized from another reference, by identity or by structure.
+    convert(). Raises UsageError if a calibrated prefix would be replaced and `out` is not given, IntactKVError if the
+    model was quantized from another reference, by identity or by structure.
     """
     settings = Engine(engine, dtype, device, offload_dir, n_threads, n_ctx, rope or Rope())
     model = gguf_file.first_part(model)
     header = gguf_file.read(model)
     beside = model.with_name(f"{gguf_file.whole_name(model)}.ikv")
     target = outputs.named(beside if out is None else out, ".ikv").absolute()
+    if out is None:
+        _check_not_calibrated(model, target)
     if embed is None:
         embed = out is None and embedding.has(header)
     found = locate(reference, allow_requantize)
@@ -79,3 +84,16 @@ def prefix(
             work.run("embed", ikv.embed_file, model, directory / target.name, model)
         atomic.publish(directory / target.name, target)
     return result([], target, new, embed, curves, {}, work.done)
+
+
+def _check_not_calibrated(model: Path, target: Path) -> None:
+    """Raises UsageError if the model's own prefix took a training that nobody asked to throw away."""
+    own = ikv.find(model)
+    try:
+        about = None if own is None else ikv.read(own).manifest["calibrated"]
+    except IntactKVError:
+        return  # damaged: a new one is what it needs
+    if own is not None and about is not None and any(outputs.same_file(own, path) for path in (model, target)):
+        raise UsageError(
+            f"{own} holds a calibrated prefix, which this one would replace: give this one another name with --out"
+        )

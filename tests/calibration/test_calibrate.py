@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -389,9 +390,21 @@ def test_refuses_what_makes_no_sense(pair, models, smol, tmp_path):
     assert "0 sequences" in refusal(pair, tmp_path, UsageError, batch=0)
     assert "-1" in refusal(pair, tmp_path, UsageError, tail=-1)
     assert "q3_0" in refusal(pair, tmp_path, UsageError, kv_type="q3_0")
+    for changes in ({"seed": -1}, {"seed": 1 << 32}, {"lr": 0.0}, {"lr": -0.1}, {"lr": math.nan}, {"lr": math.inf}):
+        assert "give a seed of" in refusal(pair, tmp_path, UsageError, **changes)
     assert "prefix" in refusal(pair, tmp_path, UsageError, model=models["qwen2"].with_suffix(".gguf"), prefix=None)
     assert "belong together" in refusal(pair, tmp_path, reference=models["qwen2"])
     assert "belong together" in refusal(pair, tmp_path, prefix=smol.ikv)
+
+
+def test_a_start_that_failed_does_not_stand_in_the_way(pair, tmp_path):
+    """A file that is not there, then one that is; a rate that leads nowhere, then another: the same directory."""
+    quick = {"steps": 2, "batch": 2, "seq_len": 16, "sequences": 4}
+    refusal(pair, tmp_path, UsageError, data=tmp_path / "nowhere.txt", **quick)
+    assert "gradient" in refusal(pair, tmp_path, lr=1e38, **quick)
+    directory, gguf, prefix = pair
+    made = calibrate(directory, gguf, prefix=prefix, out=tmp_path / "out.ikv", **quick)
+    assert made.manifest["steps"] == 2 and not list(tmp_path.glob("*.calibrating"))
 
 
 def test_convert_calibrates_each_type(models, tmp_path):

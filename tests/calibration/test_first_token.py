@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from intactkv_export import torch_model
 from intactkv_export.calibration import calibrate, extra_cells, passes, targets, training
 from intactkv_export.calibration.data import SHORT, Data, Source, Text
 from intactkv_export.calibration.training import Settings
-from intactkv_export.conversion import convert
+from intactkv_export.conversion import convert, prefix
+from intactkv_export.errors import UsageError
 from intactkv_export.prefix import ikv
 from intactkv_export.runtime.intact_llama import IntactLlama
 from tests.support.log_probs import divergence, llama_log_probs
@@ -68,6 +70,31 @@ def test_a_prompt_begins_with_the_trained_first_token(made: Any, tmp_path: Path)
     assert calibrated.manifest["first_token"] == first.sha256
     kept = torch_model.prefix_rows(ikv.read(calibrated.out))[0]
     assert all(np.array_equal(a, c) for a, c in zip(kept, prompt, strict=True))
+
+
+def test_a_calibrated_prompt_begins_as_it_is(made: Any, tmp_path: Path) -> None:
+    """Its rows were trained together: the model's own first token would take the place of a trained one."""
+    reference, result = made
+    gguf = result.outputs[0].path
+    start = convert(reference, tmp_path / "prompt", quant="Q8_0", system_prompt=PROMPTS[0], embed=False).prefix
+    once = calibrate(reference, gguf, prefix=start, out=tmp_path / "once.ikv", **QUICK)
+    twice = calibrate(reference, gguf, prefix=once.out, out=tmp_path / "twice.ikv", **{**QUICK, "steps": 1})
+    assert once.manifest["first_token"] == ikv.read(gguf).sha256 and twice.manifest["first_token"] is None
+
+
+def test_a_new_prefix_replaces_a_trained_one_only_by_name(made: Any, tmp_path: Path) -> None:
+    reference, result = made
+    gguf, beside = shutil.copy(result.outputs[0].path, tmp_path / "tiny.gguf"), tmp_path / "tiny.ikv"
+    trained = ikv.read(gguf)
+    with pytest.raises(UsageError, match="calibrated prefix, which this one would replace"):
+        prefix(reference, gguf, system_prompt=PROMPTS[0])
+    assert ikv.read(gguf).data == trained.data and not beside.exists()
+    prefix(reference, gguf, system_prompt=PROMPTS[0], out=tmp_path / "other.ikv")
+    assert ikv.read(gguf).data == trained.data
+    prefix(reference, gguf, system_prompt=PROMPTS[0], out=beside, embed=True)
+    assert ikv.read(gguf).data == beside.read_bytes() != trained.data
+    prefix(reference, gguf, system_prompt=PROMPTS[1])
+    assert ikv.read(gguf).data == beside.read_bytes()
 
 
 def test_extra_cells_are_trained_and_loaded(made: Any, tmp_path: Path) -> None:
