@@ -47,11 +47,18 @@ def begin(
     """n texts that begin behind a prefix, each in its own way; the same for a seed.
 
     documents: every second one of a system prompt's conversations begins with a document. A prefix of the first token
-    only, of a model with a chat template, has texts of all kinds. Raises UsageError if the template refuses.
+    only, of a model with a chat template, has texts of all kinds, and plain ones if the template refuses even a plain
+    conversation. Raises UsageError if it refuses that of a system prompt.
     """
     choose = random.Random(seed)
     questions, openings = _spread(QUESTIONS, n, choose), _spread(OPENINGS, n, choose)
-    own = Turns(prefix, vocabulary, chat_template)
+    try:
+        own = Turns(prefix, vocabulary, chat_template)
+    except UsageError:
+        if not prefix.manifest["bos_only"]:
+            raise
+        chat_template = None
+        own = Turns(prefix, vocabulary, None)
     every_kind = documents and prefix.manifest["bos_only"] and chat_template is not None
     kinds = _Kinds(prefix, vocabulary, chat_template, n, choose) if every_kind else None
     texts = []

@@ -43,7 +43,7 @@ class Growing:
         """Whether the model ends what it writes in the user's or the system's name by what the template puts next."""
         if self.after_prompt is not None:
             return drawn == self.after_prompt[0] or len(self.tokens) >= PROMPT_TOKENS
-        return self.user and drawn == self.turns.to_reply[0]
+        return self.user and drawn in self.turns.to_reply[:1]
 
     def _between(self) -> list[int]:
         if self.after_prompt is not None:

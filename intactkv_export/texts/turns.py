@@ -49,14 +49,15 @@ class Turns:
     def written_prompt(self, opening: str, text: str, reply: bool) -> tuple[list[int], list[int]] | None:
         """Behind a prefix of the first token, a system prompt that the model goes on with, and a user's first message:
         (from the end of the prefix to the end of the opening, from the end of the system prompt to the end of the text,
-        or to the beginning of the reply). None: the template has no place for a system prompt."""
+        or to the beginning of the reply). None: the template has no place for a system prompt
+        before that message."""
         assert self._template is not None  # the caller's part of the contract
         try:
             whole = self._template.conversation(_MARKS[0], _MARKS[1], _MARKS[2])
         except UsageError:
             return None
         head, found, rest = whole.partition(_MARKS[0])
-        if not found:
+        if not found or _MARKS[1] in head or _MARKS[1] not in rest:
             return None
         between = rest.split(_MARKS[1], 1)[0]
         after = self._tokens(between + text + (self._to_reply if reply else ""))

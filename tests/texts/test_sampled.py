@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from intactkv_export.errors import IntactKVError
+from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama.vocabulary import Vocabulary
 from intactkv_export.prefix import ikv, make_prompt
 from intactkv_export.texts import begin, sampled, token_hash
@@ -174,6 +174,30 @@ def test_a_template_without_system_prompts_has_none(smol: Smol, vocabulary: Voca
     assert sum(text.startswith("user\n") for text in texts) == 12 and not any("system" in text for text in texts)
     base = [grown(x, vocabulary) for x in begin(first, vocabulary, None, n=4, seed=1, documents=True)]
     assert not any("<|im_start|>" in text for text in base)
+
+
+def test_marks_stand_in_no_text_whatever_the_template_does(smol: Smol, vocabulary: Vocabulary) -> None:
+    """One that puts the system prompt behind the user's message has no place for one that the model writes."""
+    behind = (
+        "{% set system = messages[0].content if messages[0].role == 'system' else '' %}{% for m in messages "
+        "if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ system if m.role == 'user' }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    for text in begin(ikv.read(smol.bos), vocabulary, behind, n=16, seed=1, documents=True):
+        assert "KRAM" not in vocabulary.text([*text.forced, *(text.after_prompt or [])])
+
+
+def test_templates_that_say_little_or_nothing(smol: Smol, vocabulary: Vocabulary) -> None:
+    """One without anything between messages; one that refuses all: the first token stands before plain texts."""
+    bare = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    for text in begin(ikv.read(smol.bos), vocabulary, bare, n=16, seed=1, documents=True):
+        drawn = [text.take(vocabulary.eos if i % 9 == 8 else 100 + i, i % 9 == 8) for i in range(60)]
+        assert len(drawn) == len(text.tokens) == 60
+    refuses = "{{ raise_exception('no chat') }}"
+    texts = begin(ikv.read(smol.bos), vocabulary, refuses, n=4, seed=1, documents=True)
+    assert [text.user for text in texts] == [False, True] * 2
+    with pytest.raises(UsageError, match="no chat"):
+        begin(ikv.read(smol.ikv), vocabulary, refuses, n=4, seed=1)
 
 
 def test_turns_are_those_of_the_rendered_conversation(
