@@ -130,10 +130,11 @@ def train(
     bit for bit. identity: of whatever else the result depends on (model, data), so that a file of another training is
     refused. progress(step, steps, held-out divergence).
 
-    Raises UsageError if the state is of another training, IntactKVError if a gradient is not finite.
+    Raises UsageError if the state is of another training, IntactKVError if a gradient is not finite, or the divergence
+    before training.
     """
     first = before or (K, V, n_extra)
-    begun = {"prefix": _hash(K, V), "before": _hash(*first[:2]), "n_extra": n_extra}
+    begun = {"cells": n_extra, "prefix": _hash(K, V), "before": _hash(*first[:2])}
     about = {**asdict(settings), "identity": identity, "texts": data.sha256(), **begun}
     about = json.loads(json.dumps(about))
     run = _Training.start(student, (K, V), first[:2], len(K[0]) - n_extra, settings)
@@ -146,6 +147,11 @@ def train(
             rows = run.rounded() if run.step else run.best
             run.candidate(rows, *_held_out(student, rows, run.n_tokens, data, settings))
             saved = -math.inf
+            if not math.isfinite(run.history[0][1]):
+                raise IntactKVError(
+                    f"the held-out divergence before training is {run.history[0][1]}, so there is nothing to compare "
+                    "with: compute in float32, or give another prefix whose K and V a cache can hold"
+                )
         if state is not None and time.monotonic() - saved > _SAVE:
             run.save(state, about)
             saved = time.monotonic()

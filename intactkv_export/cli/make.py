@@ -201,7 +201,8 @@ def calibrate(
         int | None, typer.Option("--sequences", help="Texts to sample or read; one in eight is held out. Default: 160.")
     ] = None,
     cells: Annotated[
-        int, typer.Option("--cells", min=0, help="Extra cells to train, K and V that stand for no token.")
+        int,
+        typer.Option("--cells", min=0, help="Extra cells to train, K and V that stand for no token; kept if better."),
     ] = 0,
     kv_type: KvType = "q8_0",
     kv_tail: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,5 +74,14 @@ def short_path(path: Path) -> str:
 
 
 def print_json(value: Any) -> None:
-    """Values as they are: what a terminal would obey is written as JSON writes it."""
-    print(shown_in_json(json.dumps(value, ensure_ascii=False, default=str)))
+    """Values as they are: what a terminal would obey is written as JSON writes it, and a number that JSON has no way
+    to write, infinite or none, as null."""
+    print(shown_in_json(json.dumps(_writable(value), ensure_ascii=False, default=str)))
+
+
+def _writable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _writable(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_writable(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

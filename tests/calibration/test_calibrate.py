@@ -407,6 +407,14 @@ def test_a_start_that_failed_does_not_stand_in_the_way(pair, tmp_path):
     assert made.manifest["steps"] == 2 and not list(tmp_path.glob("*.calibrating"))
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_divergence_that_is_no_number_ends_it(pair, tmp_path, monkeypatch, value):
+    """Before the training, not when the prefix file is written."""
+    monkeypatch.setattr(training, "_held_out", lambda *_: (value, [value]))
+    quick = {"steps": 1, "batch": 2, "seq_len": 16, "sequences": 4}
+    assert f"before training is {value}" in refusal(pair, tmp_path, **quick)
+
+
 def test_convert_calibrates_each_type(models, tmp_path):
     """Two types: each GGUF has its own prefix, embedded or beside it, and none that was not calibrated."""
     settings = {"steps": 2, "batch": 2, "seq_len": 16, "sequences": 8}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from intactkv_export import cli
+from intactkv_export.cli import output
 from intactkv_export.escapes import shown, shown_in_json
 from intactkv_export.prefix import ikv, inspection
 from tests.support.paths import REPO
@@ -83,6 +85,17 @@ def test_a_terminal_gets_colours_from_us_alone(evil: Path) -> None:
     for line in inspection.report(ikv.read(evil), None, EVIL):
         console.print(line, soft_wrap=True)
     assert not OBEYED.search(re.sub(r"\x1b\[[0-9;]*m", "", console.export_text(styles=True)))
+
+
+def test_json_is_read_by_whoever_keeps_to_the_standard(capsys: pytest.CaptureFixture[str]) -> None:
+    """A divergence can be infinite, and JSON has no such number."""
+    output.print_json({"history": [(1, math.inf), [2, 0.5]], "x": {"y": math.nan}, "path": Path("a"), "n": 3})
+
+    def refuse(name: str) -> None:
+        raise ValueError(name)
+
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert found == {"history": [[1, None], [2, 0.5]], "x": {"y": None}, "path": "a", "n": 3}
 
 
 def test_the_page_of_an_analysis() -> None:
