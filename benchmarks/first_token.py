@@ -266,9 +266,7 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     rows = measure(args, models_of(args.models))
-    lines = [*table(rows), "", machine.line(machine.describe())]
-    print("\n".join(["", *lines]))
-    (args.out / "first_token.md").write_text("\n".join(lines) + "\n")
+    machine.publish(table(rows), args.out / "first_token.md")
     print(f"written: {args.out / 'first_token.jsonl'}, {args.out / 'first_token.md'}")
 
 

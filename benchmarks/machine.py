@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -31,6 +32,13 @@ def line(machine: dict[str, object]) -> str:
     return (
         f"{machine['cpu']}, {machine['cores']} cores, load {load[0]:.1f}, commit {machine['commit']}, {machine['time']}"
     )
+
+
+def publish(table: Iterable[str], path: Path) -> None:
+    """Print a table with a line on this machine below it, and write both to a file."""
+    lines = [*table, "", line(describe())]
+    print("\n".join(["", *lines]))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _proc(path: str, field: str) -> str | None:

@@ -148,9 +148,7 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     rows = measure(args, models_of(args.models))
-    lines = [*table(rows), "", machine.line(machine.describe())]
-    print("\n".join(["", *lines]))
-    (args.out / "tasks.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    machine.publish(table(rows), args.out / "tasks.md")
     (args.out / "tasks.json").write_text(json.dumps(as_json(args, rows), indent=1))
     print(f"written: {args.out / 'tasks.json'}, {args.out / 'tasks.md'}")
 

@@ -9,8 +9,10 @@ says while it writes.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +86,8 @@ class Data:
 
     @property
     def trained(self) -> list[int]:
-        return [i for i in range(len(self.texts)) if i not in set(self.held_out)]
+        held_out = set(self.held_out)
+        return [i for i in range(len(self.texts)) if i not in held_out]
 
     def n_tokens(self, index: Sequence[int]) -> int:
         return sum(len(self.texts[i].tokens) for i in index)
@@ -158,7 +161,7 @@ def _kept(directory: Path, group: int, parts: Sequence[Callable[[], Part]]) -> I
 
 
 @dataclass
-class _Work:
+class _Work(ABC):
     """Parts of texts that are still to be made."""
 
     source: Source
@@ -168,8 +171,9 @@ class _Work:
     reference: Callable[[], TorchModel]
     steps: Steps
 
+    @abstractmethod
     def groups(self) -> Iterator[list[Callable[[], Part]]]:
-        raise NotImplementedError
+        """For each length of texts, how its parts are made."""
 
     def _with_targets(self, first: int, size: int, n: int) -> int:
         """How many texts of a part have targets: of n texts of the group, it has `size` from the first one."""
@@ -212,7 +216,7 @@ class _Writing(_Work):
                 written=lambda n: self.steps(done + n * len(texts), total),
             )
             tokens = np.array([text.tokens for text in texts], np.int32)
-            return tokens, Targets(*(np.stack([getattr(x, name) for x in said], 1) for name in _FIELDS))
+            return tokens, targets.joined(said, partial(np.stack, axis=1))
 
         return make
 
@@ -256,9 +260,6 @@ class _Reading(_Work):
             return np.array(texts, np.int32), made[:n_targets]
 
         return make
-
-
-_FIELDS = ("ids", "log_p", "log_rest")
 
 
 def check_same(path: Path, kept: dict[str, Any], about: dict[str, Any]) -> None:

@@ -146,12 +146,11 @@ def _about(
     weights: Reference,
     sha256: str,
 ) -> dict[str, Any]:
-    n_rows = len(who.prefix.tokens) + trained.n_extra
     return {
         "objective": settings.objective,
         "steps": trained.steps,
         "best_step": trained.best_step,
-        "lr": training.peak(settings, trained.before, n_rows),
+        "lr": trained.lr,
         "batch": settings.batch,
         "seq_len": source.seq_len,
         "kv_type": "/".join(dict.fromkeys(settings.kv_type)),

@@ -45,9 +45,9 @@ class Targets:
         return ids.long(), log_p, log_rest
 
 
-def stack(targets: Sequence[Targets]) -> Targets:
-    """Those of single texts of one length, together."""
-    return Targets(*(np.stack([getattr(x, name) for x in targets]) for name in ("ids", "log_p", "log_rest")))
+def joined(parts: Sequence[Targets], join: Callable[[list[np.ndarray]], np.ndarray] = np.stack) -> Targets:
+    """Several as one, each array by join(): np.stack makes those of single texts of one length into those of all."""
+    return Targets(join([x.ids for x in parts]), join([x.log_p for x in parts]), join([x.log_rest for x in parts]))
 
 
 def of_logits(logits: Tensor, top_k: int = TOP_K) -> Targets:
@@ -78,7 +78,7 @@ def make(
             parts.append(of_logits(reference.forward(whole)[:, len(prefix) :], top_k))
             if progress is not None:
                 progress(min(start + step, len(texts)))
-    return Targets(*(np.concatenate([getattr(x, name) for x in parts]) for name in ("ids", "log_p", "log_rest")))
+    return joined(parts, np.concatenate)
 
 
 def divergence(logits: Tensor, ids: Tensor, log_p: Tensor, log_rest: Tensor) -> Tensor:

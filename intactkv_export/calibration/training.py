@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from intactkv_export.calibration import passes
 from intactkv_export.calibration.data import Data, check_same
-from intactkv_export.calibration.targets import divergence, stack
+from intactkv_export.calibration.targets import divergence, joined
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.torch_model import MixedCache, TorchModel, rounding
 from intactkv_export.work import atomic
@@ -86,7 +86,7 @@ class Result:
     they are the uncalibrated ones.
 
     history: (step, held-out divergence) of each evaluation. steps: how many were made. depths: step -> the divergence
-    at each of DEPTHS that the held-out texts reach, of the first and the best evaluation.
+    at each of DEPTHS that the held-out texts reach, of each evaluation. lr: the largest of all steps.
     """
 
     K: Rows
@@ -96,6 +96,7 @@ class Result:
     steps: int
     history: list[tuple[int, float]]
     depths: dict[int, list[float]]
+    lr: float
 
     @property
     def before(self) -> float:
@@ -162,7 +163,7 @@ def train(
         index = texts_of(run.step)
         run.optimizer.zero_grad()
         for group in run.optimizer.param_groups:
-            group["lr"] = peak(settings, run.history[0][1], run.K.shape[1]) * _rate(run.step, settings)
+            group["lr"] = run.peak(settings) * _rate(run.step, settings)
         for part in passes.together(index, _piece(data, index, settings)):
             for loss in _losses(student, run, data, part, settings, reference, prefix):
                 (loss * len(part) / len(index)).backward()
@@ -175,7 +176,7 @@ def train(
             )
         run.optimizer.step()
         run.step += 1
-    return run.result()
+    return run.result(settings)
 
 
 @dataclass
@@ -232,17 +233,19 @@ class _Training:
         """Take note of the held-out divergence of K and V, float16."""
         self.history.append((self.step, divergence))
         self.evaluated = self.step
-        if self.step == 0:
-            self.depths[0] = by_depth
+        self.depths[self.step] = by_depth
         if divergence < dict(self.history)[self.best_step]:
-            self.depths.pop(self.best_step if self.best_step else -1, None)
-            self.depths[self.step] = by_depth
             self.best_step = self.step
             self.best = rows[0].cpu(), rows[1].cpu()
 
-    def result(self) -> Result:
+    def peak(self, settings: Settings) -> float:
+        """The largest lr, which depends on where training began."""
+        return peak(settings, self.history[0][1], self.K.shape[1])
+
+    def result(self, settings: Settings) -> Result:
         K, V = (list(x.numpy()) for x in self.best)
-        return Result(K, V, len(K[0]) - self.n_tokens, self.best_step, self.step, self.history, self.depths)
+        n_extra, lr = len(K[0]) - self.n_tokens, self.peak(settings)
+        return Result(K, V, n_extra, self.best_step, self.step, self.history, self.depths, lr)
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
         with atomic.output(path) as file:
@@ -343,7 +346,7 @@ def _tokens(student: TorchModel, data: Data, index: Sequence[int]) -> Tensor:
 
 def _divergence(logits: Tensor, data: Data, index: Sequence[int], at: slice) -> Tensor:
     """By token, of a piece of some texts."""
-    wanted = stack([data.texts[i].targets[at] for i in index])  # type: ignore[index]
+    wanted = joined([data.texts[i].targets[at] for i in index])  # type: ignore[index]
     return divergence(logits, *wanted.tensors(logits.device))
 
 

@@ -77,7 +77,7 @@ def tokens(data, index):
 
 
 def wanted(data, index):
-    return targets.stack([data.texts[i].targets for i in index]).tensors(torch.device("cpu"))
+    return targets.joined([data.texts[i].targets for i in index]).tensors(torch.device("cpu"))
 
 
 def test_divergence_of_everything_is_the_kl_divergence():

@@ -126,6 +126,10 @@ def test_extra_cells_that_do_not_pay_are_not_kept(made: Any, tmp_path: Path) -> 
         reference, result.outputs[0].path, out=tmp_path / "none.ikv", cells=2, **{**QUICK, "steps": 0}
     )
     assert ikv.read(calibrated.out).n_extra == 0 and calibrated.manifest["best_step"] == 0
+    own = calibrate(
+        reference, result.outputs[0].path, out=tmp_path / "own.ikv", cells=2, seq_len=16, sequences=16, steps=0
+    )
+    assert own.manifest["lr"] == training.peak(Settings(), own.before, 3), "of the rows that were trained, not kept"
     assert calibrated.contents == "1 token"
 
 
