@@ -66,7 +66,7 @@ class Settings:
     """
 
     objective: str = "kl"
-    steps: int = 120
+    steps: int = 100
     lr: float | None = None
     batch: int = 4
     kv_type: tuple[str, str] = ("q8_0", "q8_0")

@@ -178,7 +178,7 @@ def calibrate(
         str, typer.Option("--data", help="self: texts the reference writes itself; or FILE: .jsonl, .json, text.")
     ] = "self",
     objective: Annotated[str, typer.Option("--objective", help="kl, mse or kl+mse.")] = "kl",
-    steps: Annotated[int | None, typer.Option("--steps", min=0, help="Default: kl 120, mse 160.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=0, help="Default: kl 100, mse 160.")] = None,
     lr: Annotated[
         float | None,
         typer.Option(
@@ -198,7 +198,7 @@ def calibrate(
         ),
     ] = None,
     sequences: Annotated[
-        int | None, typer.Option("--sequences", help="Texts to sample or read; one in eight is held out. Default: 160.")
+        int | None, typer.Option("--sequences", help="Texts to sample or read; one in eight is held out. Default: 128.")
     ] = None,
     cells: Annotated[
         int,

@@ -39,7 +39,8 @@ def print_result(result: Any, as_json: bool) -> None:
     where = " and embedded" if result.embedded else ""
     for name, made in result.calibrated.items():
         print_gain(f"{name}, {short_path(made['prefix'])}", made, made["prefix"].stat().st_size)
-    say(f"\nprefix: {result.n_tokens} tokens at F16, by the {result.engine} engine, in a file of its own{where}")
+    tokens = f"{result.n_tokens} token{'s' if result.n_tokens > 1 else ''}"
+    say(f"\nprefix: {tokens} at F16, by the {result.engine} engine, in a file of its own{where}")
     say(f"\n{'stage':24} {'time':>9} {'peak memory':>14}")
     for stage in result.stages:
         say(f"{stage.name:24} {stage.seconds:7.1f} s {megabytes(stage.peak_bytes):>14}")
@@ -65,7 +66,7 @@ def _print_curve(name: str, curve: Any) -> None:
 
 
 def megabytes(n_bytes: int) -> str:
-    return f"{n_bytes / 1e6:,.1f} MB"
+    return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 100_000 else f"{n_bytes / 1e3:,.1f} kB"
 
 
 def short_path(path: Path) -> str:

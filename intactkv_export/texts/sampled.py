@@ -84,7 +84,7 @@ def write(
     ends = torch.zeros(model.n_vocab, dtype=torch.bool)
     ends[[token for token in range(model.n_vocab) if vocabulary.ends_reply(token)]] = True
     generator = torch.Generator().manual_seed(seed)
-    logits = _Logits(model, prefix.tokens, len(texts))
+    logits = _Logits(model, prefix.tokens, len(texts), n_tokens)
     for i in range(n_tokens):
         drawn = _draw(logits.last, generator).cpu()
         pairs = zip(texts, drawn.tolist(), ends[drawn].tolist(), strict=True)
@@ -119,12 +119,10 @@ def sample_from(
 
 
 class _Logits:
-    """The model behind its own prefix, for several sequences that grow by a token at a time."""
+    """The model behind its own prefix, for n sequences that grow by a token at a time, to n_tokens."""
 
-    def __init__(self, model: TorchModel, prefix: Sequence[int], n: int) -> None:
-        from transformers import DynamicCache
-
-        self._model, self._cache = model, DynamicCache()
+    def __init__(self, model: TorchModel, prefix: Sequence[int], n: int, n_tokens: int) -> None:
+        self._model, self._cache = model, model.roomy_cache(len(prefix) + n_tokens)
         self.last: Any = None
         for start in range(0, len(prefix), _CHUNK):
             self.advance([prefix[start : start + _CHUNK]])

@@ -4,7 +4,7 @@ Imported inside functions only: it loads torch and transformers.
 """
 
 from intactkv_export.torch_model import from_gguf, from_huggingface, layers, rope_pairs, rounding
-from intactkv_export.torch_model.mixed_cache import Layout, MixedCache
+from intactkv_export.torch_model.caches import Layout, MixedCache
 from intactkv_export.torch_model.model import TorchModel, load, prefix_factors, prefix_rows
 
 __all__ = [

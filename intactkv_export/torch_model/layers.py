@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from intactkv_export.torch_model.mixed_cache import MixedCache
+from intactkv_export.torch_model.caches import MixedCache
 from intactkv_export.torch_model.model import TorchModel
 
 

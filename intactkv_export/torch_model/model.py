@@ -1,7 +1,7 @@
 """A model in torch: the reference, or the weights of a quantized GGUF, dequantized (the student of a calibration).
 
 A GGUF's tensors are dequantized one by one (gguf-py, every type it knows) and put under the names, and in the order of
-rows, that transformers uses. Its rows of K in llama.cpp's layout, its cache with an intact prefix: mixed_cache.py.
+rows, that transformers uses. Its rows of K in llama.cpp's layout, its cache with an intact prefix: caches.py.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from transformers.cache_utils import Cache
 from intactkv_export.errors import UsageError
 from intactkv_export.models import FLOATS, PROVEN, check_dtype, gguf_file
 from intactkv_export.prefix import Prefix
-from intactkv_export.torch_model import attention_mask, experts, from_gguf, from_huggingface
-from intactkv_export.torch_model.mixed_cache import Layout, MixedCache
+from intactkv_export.torch_model import attention, experts, from_gguf, from_huggingface
+from intactkv_export.torch_model.caches import Layout, MixedCache, RoomyLayer
 
 _EAGER_ONLY = {"gemma2"}  # the soft cap of its attention
 
@@ -96,6 +96,10 @@ class TorchModel:
         )
         return MixedCache(k, v, self.layout, kinds, grows, tail, extra) if after is None else after.followed(k, v)
 
+    def roomy_cache(self, n_tokens: int) -> Cache:
+        """An empty cache with room for n_tokens tokens in the net's dtype; it keeps every position of every layer."""
+        return Cache(layers=[RoomyLayer(n_tokens) for _ in range(self.n_layer)])
+
     def forward(
         self, tokens: Tensor | Sequence[Sequence[int]], cache: Cache | None = None, hidden: bool = False
     ) -> Any:
@@ -106,7 +110,7 @@ class TorchModel:
         """
         ids = torch.as_tensor(tokens, device=self.device)
         outputs: list[Tensor] = []
-        with self.outputs_of_layers(outputs.append) if hidden else nullcontext():
+        with attention.one_token(ids), self.outputs_of_layers(outputs.append) if hidden else nullcontext():
             out = self.net(input_ids=ids, use_cache=cache is not None, **self._behind(cache, ids))
         logits = out.logits.float()
         return (logits, outputs) if hidden else logits
@@ -123,8 +127,8 @@ class TorchModel:
             n = ids.shape[1]
             if cache.n_extra:
                 arguments["position_ids"] = cache.positions(n)[None, -n:].to(self.device)
-            if attention_mask.needed(self.net, cache):
-                arguments["attention_mask"] = attention_mask.build(self.net, cache, *ids.shape)
+            if attention.needed(self.net, cache):
+                arguments["attention_mask"] = attention.build(self.net, cache, *ids.shape)
         return arguments
 
     def at_first_position(self, K: Sequence[Tensor | np.ndarray], positions: Sequence[int]) -> list[Tensor]:

@@ -82,7 +82,7 @@ def test_the_model_writes_what_is_likely_behind_the_prefix(
     import torch
 
     question = Turns(prefix, vocabulary, template).first("What is the capital of France?")
-    batch = sampled._Logits(net, prefix.tokens, 2)
+    batch = sampled._Logits(net, prefix.tokens, 2, len(question))
     for token in question:
         batch.advance([[token], [token]])
     with torch.inference_mode():

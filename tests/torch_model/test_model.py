@@ -31,7 +31,7 @@ from intactkv_export.libllama.vocabulary import Vocabulary
 from intactkv_export.models import gguf_file
 from intactkv_export.prefix import ikv
 from intactkv_export.runtime.intact_llama import KV_TYPES
-from intactkv_export.torch_model import mixed_cache, rounding
+from intactkv_export.torch_model import caches, rounding
 from tests.support.attention_cases import FITTED, rows_to_round, stored
 from tests.support.cache_rows import Llama, random_tokens, state_of
 from tests.support.log_probs import divergence, llama_log_probs
@@ -223,6 +223,23 @@ def test_behind_a_prefix_as_without_a_cache(models, name):
         assert (logits - whole[:, 20:]).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma3"])
+def test_a_token_at_a_time_as_all_at_once(models, name):
+    """Query heads grouped by their KV head, in a cache that has its room from the beginning."""
+    model = torch_model.load(models[name])
+    one, other = random_tokens(48)[:24], random_tokens(48)[24:]
+    both, cache = [one, [*one[:3], *other[3:]]], model.roomy_cache(24)
+    with torch.inference_mode():
+        model.forward([one[:3]], cache)  # one text, then two
+        cache.batch_repeat_interleave(2)
+        steps = [model.forward([[text[i]] for text in both], cache) for i in range(3, 24)]
+        whole = model.forward(both)[:, 3:]
+    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-4, rtol=1e-4)
+    room = cache.layers[0].keys
+    assert cache.get_seq_length() == 24 and room.shape[-2] == 24
+    assert room.untyped_storage().nbytes() == room.numel() * room.itemsize  # no second one beside it
+
+
 def test_rows_of_the_prefix_are_those_of_the_engine(models):
     """The torch engine's rows and the cache's agree, for both RoPE types."""
     for name in ("llama-gqa", "qwen2"):
@@ -286,18 +303,18 @@ def test_gradients_pass_the_rounding_straight_through(models, monkeypatch):
         torch.logsumexp(logits, -1).sum().backward()
         return [x.grad for x in leaves]
 
-    original = mixed_cache.Layout.as_cached
+    original = caches.Layout.as_cached
 
     def recorded(self, states, kind, kv_type):
         out = original(self, states, kind, kv_type)
         offsets.append((out - states).detach())
         return out
 
-    monkeypatch.setattr(mixed_cache.Layout, "as_cached", recorded)
+    monkeypatch.setattr(caches.Layout, "as_cached", recorded)
     straight = gradients()
     left = list(offsets)
     assert max(x.abs().max() for x in left) > 0.01
-    monkeypatch.setattr(mixed_cache.Layout, "as_cached", lambda self, states, kind, kv_type: states + left.pop(0))
+    monkeypatch.setattr(caches.Layout, "as_cached", lambda self, states, kind, kv_type: states + left.pop(0))
     for a, b in zip(straight, gradients(), strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
 

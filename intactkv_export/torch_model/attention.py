@@ -7,17 +7,23 @@ A mixed cache with a tail returns rounded rows for all cells, and behind them in
 a pass are computed at once, but each sees what it would if they had come one by one: itself and the tail - 1 cells
 before it intact, older ones rounded, the prefix as it is. So the mask is the model's own, over both halves, and each
 cell is visible in exactly one of them. The scores are up to twice as many as without a tail.
+
+And how one token a text attends on a CPU, where PyTorch's own way reads K and V several times: one_token().
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
+from intactkv_export.torch_model.caches import MixedCache
 from intactkv_export.torch_model.from_huggingface import layer_type
-from intactkv_export.torch_model.mixed_cache import MixedCache
 
 
 def build(net: Any, cache: MixedCache, batch: int, n_new: int) -> Tensor | dict[str, Tensor]:
@@ -52,6 +58,32 @@ def n_intact(n_appended: int, n_new: int, tail: int) -> int:
     n_appended: cells behind the prefix, the new ones included.
     """
     return min(n_appended, tail - 1 + n_new)
+
+
+def one_token(tokens: Tensor) -> AbstractContextManager[object]:
+    """Within, a forward pass of tokens [batch, n]; of one token each, on a CPU, it attends as _Grouped says."""
+    return _Grouped() if tokens.shape[1] == 1 and tokens.device.type == "cpu" else nullcontext()
+
+
+class _Grouped(TorchFunctionMode):
+    """Query heads that share a KV head are that head's queries, so that one matrix product reads its rows once.
+
+    PyTorch's kernel for CPUs reads them once for each query head. In bfloat16, 3 heads to a KV head, 32 texts of 900
+    tokens: 14 ms a layer against 3.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        whole = options.get("attn_mask") is None and not options.get("is_causal")
+        if func is not scaled_dot_product_attention or not options.get("enable_gqa") or not whole:
+            return func(*args, **options)
+        query, key, value = args
+        batch, n_head, n_tokens, head_dim = query.shape
+        assert n_tokens == 1
+        grouped = query.reshape(batch, key.shape[1], n_head // key.shape[1], head_dim)
+        return func(grouped, key, value, **{**options, "enable_gqa": False}).reshape(batch, n_head, 1, -1)
 
 
 def _visible(positions: Tensor, n_prefix: int, n_new: int, tail: int, window: int | None) -> Tensor:

@@ -1,11 +1,12 @@
-"""The mixed KV cache in torch: an intact prefix, and behind it rows rounded as llama.cpp's KV type rounds them.
+"""KV caches in torch: the mixed one, and one with room for what is written a token at a time.
 
-A transformers cache, so every architecture and attention implementation works on it unchanged. Gradients reach the
-prefix's K and V, and pass the rounding of the other rows straight through.
+MixedCache: an intact prefix, and behind it rows rounded as llama.cpp's KV type rounds them. A transformers cache, so
+every architecture and attention implementation works on it unchanged. Gradients reach the prefix's K and V, and pass
+the rounding of the other rows straight through.
 
 With a tail, the newest rows are also there as intact cells hold them. update() then returns both versions, the rounded
 ones of all cells and behind them the intact ones of the newest, and the mask shows each query one of the two
-(attention_mask.py). A softmax over both is the softmax over the cells, whatever comes between: a cap, a scale.
+(attention.py). A softmax over both is the softmax over the cells, whatever comes between: a cap, a scale.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class MixedLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """All K and V so far with these appended, each [batch, n_head_kv, n, head_dim].
 
-        With a tail, behind the n rows the newest ones again, intact: those that attention_mask.n_intact() counts.
+        With a tail, behind the n rows the newest ones again, intact: those that attention.n_intact() counts.
         """
         k = self._layout.as_cached(key_states, "K", self._kv_type[0])
         v = self._layout.as_cached(value_states, "V", self._kv_type[1])
@@ -171,3 +172,37 @@ class MixedCache(Cache):
         positions[self.n_prefix :] -= self.n_extra
         positions[self.n_prefix - self.n_extra : self.n_prefix] = 0
         return positions
+
+
+class RoomyLayer(DynamicLayer):
+    """One layer's K and V, in room for n_tokens tokens from the beginning; what update() returns are views of it.
+
+    transformers' own layer moves all of them to a new place for each token.
+    """
+
+    def __init__(self, n_tokens: int) -> None:
+        super().__init__()
+        self._n_tokens = n_tokens
+        self._room: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All K and V so far with these appended, each [batch, n_head_kv, n, head_dim]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self._room is None or self._room[0].shape[0] != key_states.shape[0]:
+            # the first tokens, or the first after batch_repeat_interleave()
+            self._room = self._moved(self.keys, key_states), self._moved(self.values, value_states)
+        first = self.get_seq_length()
+        n = first + key_states.shape[-2]
+        for room, states in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, first:n] = states
+        self.keys, self.values = (room[:, :, :n] for room in self._room)
+        return self.keys, self.values
+
+    def _moved(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Room for this layer's K or V, which begins with these rows."""
+        batch, n_head_kv, _, head_dim = like.shape
+        room = like.new_empty(batch, n_head_kv, self._n_tokens, head_dim)
+        if rows.numel():
+            room[:, :, : rows.shape[-2]] = rows
+        return room
