@@ -180,6 +180,9 @@ class RoomyLayer(DynamicLayer):
     transformers' own layer moves all of them to a new place for each token.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, n_tokens: int) -> None:
         super().__init__()
         self._n_tokens = n_tokens
