@@ -142,7 +142,7 @@ def calibrate(
     if n_tail < 0:
         raise UsageError(f"a tail of {n_tail} tokens: give 0 or more")
     n_tail = 0 if set(pair) <= EXACT else n_tail  # such a cache has none (MixedCache); the prefix file says so
-    settings = Settings(objective, n_steps, lr, n_batch, pair, n_tail, seed, every=max(1, n_steps // 3))
+    settings = Settings(objective, n_steps, lr, n_batch, pair, n_tail, seed, every=max(1, -(-n_steps // 3)))
     if min(n_batch, n_tokens) < 1 or n_steps < 0 or n_texts < 2:
         raise UsageError(
             f"{n_steps} steps of {n_batch} sequences of {n_tokens} tokens, {n_texts} in all: give 1 or more, and at "

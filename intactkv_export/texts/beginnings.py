@@ -5,7 +5,7 @@ that the user pastes. A prefix of the first token alone stands before everything
 
     a system prompt of ours (half of those with one), one that the model writes itself, or none
     behind it a question, or a document and a reply to it
-    a document by itself, as programs feed it that know no chat template
+    a document by itself, as programs feed it that know no chat template, from anywhere in its opening on
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ class _Kinds:
     def begin(self, i: int, question: str, opening: str, choose: random.Random) -> Growing:
         prompt, what = _KINDS[i % len(_KINDS)]
         if what == "plain":
-            return Growing(self._plain, choose, deque(self._plain.opening(opening)), more=OPENINGS)
+            tokens = self._plain.opening(opening)
+            # from any of its tokens on: what programs feed begins anywhere, and the first token's rows must serve that
+            return Growing(self._plain, choose, deque(tokens[choose.randrange(len(tokens)) :]), more=OPENINGS)
         text, user = (question, False) if what == "question" else (opening, True)
         turns = self._none
         if prompt == "ours" and self._with_prompts:
