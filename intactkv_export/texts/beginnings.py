@@ -47,8 +47,8 @@ def begin(
     """n texts that begin behind a prefix, each in its own way; the same for a seed.
 
     documents: every second one of a system prompt's conversations begins with a document. A prefix of the first token
-    only, of a model with a chat template, has texts of all kinds, and plain ones if the template refuses even a plain
-    conversation. Raises UsageError if it refuses that of a system prompt.
+    only, of a model with a chat template, has texts of all kinds; without one, or if it refuses even a plain
+    conversation, questions and documents that begin anywhere. Raises UsageError if it refuses that of a system prompt.
     """
     choose = random.Random(seed)
     questions, openings = _spread(QUESTIONS, n, choose), _spread(OPENINGS, n, choose)
@@ -66,6 +66,8 @@ def begin(
         its_own = random.Random(choose.random())
         if kinds is not None:
             texts.append(kinds.begin(i, question, opening, its_own))
+        elif documents and i % 2 and prefix.manifest["bos_only"]:
+            texts.append(_from_anywhere(own, opening, its_own))
         elif documents and i % 2:
             texts.append(Growing(own, its_own, deque(own.opening(opening)), user=True))
         else:
@@ -87,9 +89,7 @@ class _Kinds:
     def begin(self, i: int, question: str, opening: str, choose: random.Random) -> Growing:
         prompt, what = _KINDS[i % len(_KINDS)]
         if what == "plain":
-            tokens = self._plain.opening(opening)
-            # from any of its tokens on: what programs feed begins anywhere, and the first token's rows must serve that
-            return Growing(self._plain, choose, deque(tokens[choose.randrange(len(tokens)) :]), more=OPENINGS)
+            return _from_anywhere(self._plain, opening, choose)
         text, user = (question, False) if what == "question" else (opening, True)
         turns = self._none
         if prompt == "ours" and self._with_prompts:
@@ -106,6 +106,13 @@ class _Kinds:
             return Turns(*self._models, self._template, system_prompt)
         except UsageError:
             return None
+
+
+def _from_anywhere(plain: Turns, opening: str, choose: random.Random) -> Growing:
+    """A document by itself, from any token of its opening on: what programs feed begins anywhere, and the first token's
+    rows must serve that."""
+    tokens = plain.opening(opening)
+    return Growing(plain, choose, deque(tokens[choose.randrange(len(tokens)) :]), more=OPENINGS)
 
 
 def _spread(texts: Sequence[str], n: int, choose: random.Random) -> list[str]:

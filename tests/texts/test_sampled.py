@@ -175,8 +175,11 @@ def test_a_template_without_system_prompts_has_none(smol: Smol, vocabulary: Voca
     first = ikv.read(smol.bos)
     texts = [grown(x, vocabulary) for x in begin(first, vocabulary, refuses, n=16, seed=1, documents=True)]
     assert sum(text.startswith("user\n") for text in texts) == 12 and not any("system" in text for text in texts)
-    base = [grown(x, vocabulary) for x in begin(first, vocabulary, None, n=4, seed=1, documents=True)]
+    base = [grown(x, vocabulary) for x in begin(first, vocabulary, None, n=16, seed=1, documents=True)]
     assert not any("<|im_start|>" in text for text in base)
+    heads = [text.partition("word")[0] for text in base[1::2]]
+    assert all(any(opening.endswith(head) for opening in OPENINGS) for head in heads)
+    assert sum(head not in OPENINGS for head in heads) >= 5, "they begin anywhere in it"
 
 
 def test_marks_stand_in_no_text_whatever_the_template_does(smol: Smol, vocabulary: Vocabulary) -> None:
@@ -198,7 +201,7 @@ def test_templates_that_say_little_or_nothing(smol: Smol, vocabulary: Vocabulary
         assert len(drawn) == len(text.tokens) == 60
     refuses = "{{ raise_exception('no chat') }}"
     texts = begin(ikv.read(smol.bos), vocabulary, refuses, n=4, seed=1, documents=True)
-    assert [text.user for text in texts] == [False, True] * 2
+    assert [text.more is OPENINGS for text in texts] == [False, True] * 2
     with pytest.raises(UsageError, match="no chat"):
         begin(ikv.read(smol.ikv), vocabulary, refuses, n=4, seed=1)
 
