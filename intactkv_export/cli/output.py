@@ -48,7 +48,7 @@ def print_result(result: Any, as_json: bool) -> None:
 
 def print_gain(name: str, held_out: dict[str, Any], n_bytes: int) -> None:
     """What a calibration brought. held_out: of the prefix file's manifest; n_bytes: its size."""
-    say(f"\n{name}: {n_bytes / 1000:,.0f} kB, trained")
+    say(f"\n{name}: {megabytes(n_bytes)}, trained")
     say(f"KL divergence from the reference, nats a token, {held_out['n_tokens']:,} tokens of held-out texts:")
     say(f"{'depth':>14} {'before':>9} {'trained':>9}  trained/before")
     for line in [{"depth": "all", **held_out}, *held_out["by_depth"]]:
