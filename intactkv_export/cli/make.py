@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from intactkv_export.cli.options import (
+    PREFIX_HELP,
     PREFIX_NAME,
     AsJson,
     BosOnly,
@@ -172,7 +173,8 @@ def calibrate(
         Path, typer.Option("--out", "-o", help=f"The prefix file to write: {PREFIX_NAME}.", show_default=False)
     ],
     prefix_path: Annotated[
-        Path | None, typer.Option("--prefix", help="To begin with. Default: the one embedded or beside the model.")
+        Path | None,
+        typer.Option("--prefix", help=f"To begin with. {PREFIX_HELP}"),
     ] = None,
     data: Annotated[
         str, typer.Option("--data", help="self: texts the reference writes itself; or FILE: .jsonl, .json, text.")

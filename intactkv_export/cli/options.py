@@ -20,6 +20,7 @@ KV_TYPE_NAMES = ", ".join(KV_TYPES)
 FILE_RULE = "its last line break is left out, CRLF read as LF"
 # One rule for names (prefix/outputs.py), in the help of each --out
 PREFIX_NAME, MODEL_NAME = "NAME or NAME.ikv", "NAME or NAME.gguf"
+PREFIX_HELP = "A prefix file, or the name of one in the model. Default: the first embedded, or the file beside it."
 
 app = typer.Typer(
     add_completion=False,

@@ -57,6 +57,7 @@ def as_json(prefix: Prefix) -> dict[str, Any]:
     return {
         "file": str(prefix.source),
         "embedded": prefix.embedded,
+        "name": prefix.name,
         "bytes": len(prefix.data),
         "sha256": prefix.sha256,
         "extra_cells": prefix.n_extra,
@@ -79,6 +80,17 @@ def report(prefix: Prefix, pieces: Sequence[str] | None, fits: str | None, every
     return [*_facts(prefix, fits), Text(), *_heat_map(prefix, pieces, every)]
 
 
+def listing(prefixes: Sequence[Prefix]) -> list[Text]:
+    """A line for each of several in one file, the default first."""
+    width = max(len(str(prefix.name)) for prefix in prefixes)
+    lines = [Text(f"{len(prefixes)} prefixes in {prefixes[0].source}, the first is the default:")]
+    for prefix in prefixes:
+        text = repr(prefix.manifest["text"])[1:-1]
+        what = _one_line(f"{prefix.contents}, {len(prefix.data):,} bytes: {text}")
+        lines.append(Text(f"  {prefix.name or '':{width}}  {_cut(what, WIDTH - width - 4)}"))
+    return lines
+
+
 def token_texts(prefix: Prefix, model: Path | None) -> list[str] | None:
     """Text of each token, from a GGUF with its vocabulary: `model`, or the one the prefix is embedded in."""
     gguf = model or (prefix.source if prefix.embedded else None)
@@ -92,9 +104,9 @@ def _facts(prefix: Prefix, fits: str | None) -> list[Text]:
     m = prefix.manifest
     model, reference, engine, rope = m["model"], m["reference"], m["engine"], m["model"]["rope"]
     versions = ", ".join(f"{name} {version}" for name, version in engine["versions"].items())
+    where = f", embedded as {prefix.name}" if prefix.embedded else ""
     facts = [
-        ("prefix", f"{prefix.source}{', embedded' if prefix.embedded else ''}: {prefix.contents}, "
-                   f"{len(prefix.data):,} bytes"),
+        ("prefix", f"{prefix.source}{where}: {prefix.contents}, {len(prefix.data):,} bytes"),
         ("prompt", repr(m["text"])[1:-1] + (" (BOS only)" if m["bos_only"] else "")),
         ("reference", f"{reference['name']}, {reference['dtype']}"
                       f"{', itself quantized' if reference['quantized'] else ''}, weights {reference['sha256'][:16]}"),
