@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from intactkv_export.conversion.checks import check_space, check_targets
 from intactkv_export.conversion.intact_tokens import Curve, shortest
@@ -20,7 +22,7 @@ from intactkv_export.models import (
     locate,
     weights,
 )
-from intactkv_export.prefix import check_prefix_tokens, embedding, ikv, outputs, prompt_for
+from intactkv_export.prefix import Rendering, check_prefix_tokens, check_prompt, embedding, ikv, outputs, prompt_for
 from intactkv_export.work import Progress, Stages, atomic
 
 
@@ -31,6 +33,8 @@ def prefix(
     out: str | os.PathLike[str] | None = None,
     system_prompt: str | None = None,
     bos_only: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    template_args: Mapping[str, Any] | None = None,
     prefix_tokens: int | str | None = None,
     embed: bool | None = None,
     allow_requantize: bool = False,
@@ -66,9 +70,11 @@ def prefix(
     settings.chosen(found)
     check_targets([target], found, [model])
     check_prefix_tokens(prefix_tokens, bos_only)
+    rendering = Rendering.checked(tools, template_args)
+    check_prompt(header.values.get("tokenizer.chat_template"), system_prompt, bos_only, rendering)
     if prefix_tokens == "auto":
         check_in_torch(found, model, device, "--prefix-tokens auto")
-    prompt = prompt_for(model, system_prompt, bos_only, prefix_tokens, settings.rope)
+    prompt = prompt_for(model, system_prompt, bos_only, prefix_tokens, settings.rope, rendering)
     computed_by = settings.chosen(found, len(prompt.tokens))
     if computed_by == "llama":
         check_convertible(found)

@@ -162,9 +162,7 @@ def first_token(prefix: Prefix) -> bytes:
 
 def _computed(calibrated: Prefix, work: Stages, reference: Reference, gguf: Path) -> Prefix:
     """The prefix that a calibrated one began as."""
-    m = calibrated.manifest
-    prompt = Prompt(calibrated.tokens, m["text"], m["messages"], m["bos_only"], m["chat_template_sha256"])
-    return _reference_prefix(prompt, calibrated, work, reference, gguf)
+    return _reference_prefix(Prompt.of(calibrated.tokens, calibrated.manifest), calibrated, work, reference, gguf)
 
 
 def _reference_prefix(prompt: Prompt, like: Prefix, work: Stages, reference: Reference, gguf: Path) -> Prefix:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from intactkv_export.errors import IntactKVError, UsageError
-from intactkv_export.libllama import state
+from intactkv_export.libllama import rope_of, state
 from intactkv_export.models import KEY_REFERENCE, check_same_reference, gguf_file
 from intactkv_export.prefix import embedding, outputs, structure
 from intactkv_export.prefix import manifest as manifests
@@ -226,6 +226,20 @@ def calibrated_for_another(prefix: Prefix, file_type: int | str | None) -> str |
         return None
     wanted = about.get("file_type")
     return str(about.get("name")) if None not in (wanted, file_type) and str(wanted) != str(file_type) else None
+
+
+def run_settings(prefix: Prefix, model: str | os.PathLike[str]) -> dict[str, Any]:
+    """How a model must be run for a prefix to fit: arguments of llama_cpp.Llama for the RoPE settings and LongRoPE
+    factors that it was made with, whatever n_ctx is: a short context takes the long factors too.
+
+    model: the GGUF that is run. Raises IntactKVError if it cannot be read.
+    """
+    settings = rope_of(prefix.manifest.get("rope_options")).llama_kwargs
+    long = gguf_file.longrope(model)
+    if long is not None and prefix.manifest["model"]["rope"]["factors"] == long.sha256:
+        settings["kv_overrides"] = {long.key: 1}
+        settings["yarn_orig_ctx"] = settings["yarn_orig_ctx"] or long.n_ctx_orig
+    return settings
 
 
 def write(path: str | os.PathLike[str], data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -108,6 +109,7 @@ def _facts(prefix: Prefix, fits: str | None) -> list[Text]:
     facts = [
         ("prefix", f"{prefix.source}{where}: {prefix.contents}, {len(prefix.data):,} bytes"),
         ("prompt", repr(m["text"])[1:-1] + (" (BOS only)" if m["bos_only"] else "")),
+        *_rendering(m),
         ("reference", f"{reference['name']}, {reference['dtype']}"
                       f"{', itself quantized' if reference['quantized'] else ''}, weights {reference['sha256'][:16]}"),
         ("engine", f"{engine['name']}, {engine['dtype']}{f' ({versions})' if versions else ''}"),
@@ -126,6 +128,18 @@ def _facts(prefix: Prefix, fits: str | None) -> list[Text]:
     for name, value in facts:
         for i, part in enumerate(_wrap(_one_line(value), WIDTH - 12)):
             lines.append(Text(f"{name if i == 0 else '':11} ", style="dim") + Text(part, style="default"))
+    return lines
+
+
+def _rendering(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """With what else conversations are rendered, a line each."""
+    lines = []
+    if tools := manifest.get("tools"):
+        lines.append(("tools", f"{len(tools)}: {', '.join(tool['function']['name'] for tool in tools)}"))
+    if "template_args" in manifest:
+        args = manifest["template_args"]
+        given = f" with {json.dumps(args, ensure_ascii=False)}" if args else ""
+        lines.append(("rendered", f"as llama-server does{given}"))
     return lines
 
 
