@@ -21,6 +21,7 @@ from typing import Any
 
 from intactkv_export import library
 from intactkv_export.errors import UsageError, first_line
+from intactkv_export.libllama import Vocabulary
 from intactkv_export.prefix.server_jinja import compile_template
 
 Messages = Sequence[Mapping[str, Any]]
@@ -69,7 +70,7 @@ class Rendering:
         """What a user gives; None: neither. Raises UsageError if the server would not take it."""
         if tools is None and args is None:
             return None
-        return cls([] if tools is None else _checked_tools(tools), {} if args is None else _checked_args(args))
+        return cls([] if tools is None else checked_tools(tools), {} if args is None else _checked_args(args))
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -81,8 +82,8 @@ class Rendering:
 class Template:
     """A chat template as the runtime renders it. Raises UsageError if there is none or it cannot be compiled.
 
-    bos, eos: texts of these tokens. adds_bos: whether the tokenizer puts a BOS before plain text, as the server lets it
-    do. rendering: None: as llama-cpp-python's formatter.
+    bos, eos: texts of these tokens. adds_bos: whether the tokenizer puts a BOS before a text, as the server lets it do:
+    then a template need not. rendering: None: as llama-cpp-python's formatter.
     """
 
     def __init__(
@@ -113,9 +114,9 @@ class Template:
         if self.rendering is None:
             self._formatter.strftime_now = now.strftime
             text: str = self._formatter(messages=messages, tools=tools).prompt
-            return text
-        tools = self.rendering.tools if tools is None else tools
-        text = self._as_the_server(self._for_the_template(messages), tools, now)
+        else:
+            tools = self.rendering.tools if tools is None else tools
+            text = self._as_the_server(self._for_the_template(messages), tools, now)
         return text if not self._adds_bos or text.startswith(self._bos) else self._bos + text
 
     def conversation(self, system_prompt: str | None, *turns: str, date: datetime = DATE) -> str:
@@ -129,6 +130,11 @@ class Template:
             raise UsageError(
                 f"the model's chat template refuses the conversation ({first_line(error)}): {without}{BOS_ONLY}"
             ) from error
+
+    @property
+    def differs(self) -> bool:
+        """Whether what it renders is not what llama-cpp-python's formatter renders."""
+        return self.rendering is not None or self._adds_bos
 
     @property
     def stated(self) -> Rendering | None:
@@ -226,6 +232,21 @@ def _ends_otherwise(a: str, b: str) -> bool:
     return False
 
 
+def chat_template_of(header: Mapping[str, Any], rendering: Rendering | None) -> str | None:
+    """The chat template in a GGUF's header: where there are tools the one for tools, if it has such, as the server."""
+    for_tools = header.get("tokenizer.chat_template.tool_use") if rendering is not None and rendering.tools else None
+    return for_tools or header.get("tokenizer.chat_template")
+
+
+def of_prefix(
+    template: str | None, manifest: Mapping[str, Any], tokens: Sequence[int], vocabulary: Vocabulary
+) -> Template:
+    """A model's chat template, rendered as it was for a prefix: a BOS that the tokenizer adds is there if the prefix
+    begins with it."""
+    bos, eos = (vocabulary.token_name(token) for token in (vocabulary.bos, vocabulary.eos))
+    return Template(template, bos, eos, Rendering.of(manifest), vocabulary.adds_bos and tokens[0] == vocabulary.bos)
+
+
 def from_json(text: str, name: str) -> Any:
     """What a user wrote as JSON. Raises UsageError, which says where it comes from, if it is none."""
     try:
@@ -238,8 +259,9 @@ def _no_constant(word: str) -> None:
     raise ValueError(f"{word} is not of JSON")
 
 
-def _checked_tools(tools: object) -> list[dict[str, Any]]:
-    """As the server passes them on to a template: type, name, description and parameters, and nothing else."""
+def checked_tools(tools: object) -> list[dict[str, Any]]:
+    """As the server passes them on to a template: type, name, description and parameters, and nothing else. Raises
+    UsageError if they are not in OpenAI's format."""
     if not isinstance(tools, list) or not tools:
         raise UsageError(f"the tools are {_kind(tools)}: {_TOOL_FORMAT}")
     made = []

@@ -73,6 +73,11 @@ class Prefix:
         """
         return [dict(message) for message in self.manifest["messages"] or []]
 
+    @property
+    def tools(self) -> list[dict[str, Any]]:
+        """What a conversation is given with those messages, so that its tokens begin with the prefix; often none."""
+        return [dict(tool) for tool in self.manifest.get("tools") or []]
+
 
 def build(
     model: Mapping[str, Any],

@@ -21,7 +21,14 @@ from intactkv_export import extras
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import Rope, Vocabulary
 from intactkv_export.models import gguf_file
-from intactkv_export.prefix.chat_template import BOS_ONLY, DATE, Rendering, Template, system_messages
+from intactkv_export.prefix.chat_template import (
+    BOS_ONLY,
+    DATE,
+    Rendering,
+    Template,
+    chat_template_of,
+    system_messages,
+)
 
 Messages = list[dict[str, str]]
 
@@ -208,11 +215,12 @@ def prompt_for(
     """
     values = gguf_file.read(gguf).values
     arch = values.get("general.architecture")
+    template = chat_template_of(values, rendering)
     with Vocabulary(gguf) as vocabulary:
         why_not = vocabulary.refusal(_all_attention(gguf, arch))
         if why_not:
             raise IntactKVError(f"a model of architecture {arch!r} cannot carry a prefix: {why_not}")
-        made = make_prompt(vocabulary, values.get("tokenizer.chat_template"), system_prompt, bos_only, rendering)
+        made = make_prompt(vocabulary, template, system_prompt, bos_only, rendering)
         if isinstance(prefix_tokens, int):
             made = first_tokens(made, prefix_tokens, vocabulary)
     limit = values.get(f"{arch}.context_length")
@@ -258,28 +266,22 @@ def check_prompt(
 
 
 def _bos(vocabulary: Vocabulary, template: str | None, names: tuple[str, str]) -> Prompt:
-    """The first token of every conversation, or of every text where no template says how conversations begin.
+    """The first token of every text: the BOS that the tokenizer adds, or else that of every conversation.
 
-    A template need not render the BOS that the tokenizer puts before plain text. What is evaluated in a chat is what
-    the template renders, and nothing else.
+    A template need not render the BOS that llama.cpp's programs put before any text. Where they put none, a
+    conversation begins with what the template renders, and nothing else.
     """
     token = vocabulary.bos
     sha256 = None
     if template:
         with contextlib.suppress(UsageError):  # a template that is of no use is as good as none
-            chat = Template(template, *names)
+            chat = Template(template, *names, adds_bos=vocabulary.adds_bos)
             tokens = _common([vocabulary.tokenize(text, special=True) for text in _conversations(chat, None)])
             token, sha256 = (tokens or [token])[0], chat.sha256
     if token < 0:
         raise UsageError(
             "the model has no BOS token and no chat template, so its texts have no common beginning: "
             "there is no prefix to keep intact"
-        )
-    if vocabulary.adds_bos and token != vocabulary.bos:
-        warnings.warn(
-            f"conversations of this chat template begin with {vocabulary.token_name(token)!r}, plain texts with "
-            f"{vocabulary.token_name(vocabulary.bos)!r}: the prefix serves the conversations",
-            stacklevel=2,
         )
     return Prompt([token], vocabulary.text([token]), None, True, sha256)
 

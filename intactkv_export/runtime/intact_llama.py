@@ -140,9 +140,11 @@ class IntactLlama(CompletionLlama):
 
     def _keep_text_text(self) -> None:
         """The names of control tokens in messages are text, as far as the chat format leaves tokenizing to us."""
-        from intactkv_export.runtime.chat_tokens import text_stays_text
+        from intactkv_export.runtime.chat_tokens import formatter_of_prefix, text_stays_text
 
         name = self.chat_format
+        if name == "chat_template.default" and (formatter := formatter_of_prefix(self)) is not None:
+            self._chat_handlers[name] = L.llama_chat_format.chat_formatter_to_chat_completion_handler(formatter)
         handler = self._chat_handlers.get(name)
         if handler is None:
             with suppress(L.llama_chat_format.LlamaChatCompletionHandlerNotFoundException):  # said when it is used
@@ -317,6 +319,12 @@ class IntactLlama(CompletionLlama):
     def prefix_messages(self) -> list[dict[str, str]]:
         """What a chat begins with so that it uses the prefix: Prefix.messages, or [] where there is no prefix."""
         return [] if self.prefix is None else self.prefix.messages
+
+    @property
+    def prefix_tools(self) -> list[dict[str, Any]]:
+        """The tools that the prefix was made with: a chat that begins with prefix_messages and names no others has
+        these. [] where there are none."""
+        return [] if self.prefix is None else self.prefix.tools
 
     @property
     def prefix_stats(self) -> dict[str, Any]:

@@ -67,11 +67,11 @@ class _AddsBos(Vocabulary):
 
 
 def test_bos_only_is_what_chats_begin_with(model):
-    """A tokenizer that adds a BOS and a template that renders none: the token of the conversations, and a warning."""
+    """A tokenizer that adds a BOS and a template that renders none: llama.cpp's programs put it before them."""
     with _AddsBos(model("F16")) as vocabulary:
-        with pytest.warns(UserWarning, match=r"begin with '<\|im_start\|>', plain texts with '<\|endoftext\|>'"):
-            made = make_prompt(vocabulary, NO_BOS, None, bos_only=True)
-        assert made.tokens == vocabulary.tokenize("<|im_start|>", special=True) and made.chat_template_sha256
+        made = make_prompt(vocabulary, NO_BOS, None, bos_only=True)
+        assert made.tokens == [0] and made.chat_template_sha256
+        assert make_prompt(vocabulary, NO_BOS, SYSTEM).tokens[:2] == [0, 1]
         assert make_prompt(vocabulary, "{{ bos_token }}" + NO_BOS, None, bos_only=True).tokens == [0]
         assert make_prompt(vocabulary, None, None, bos_only=True).tokens == [0]
 
