@@ -22,7 +22,7 @@ from typing import Any
 from intactkv_export import library
 from intactkv_export.errors import UsageError, first_line
 from intactkv_export.libllama import Vocabulary
-from intactkv_export.prefix.server_jinja import compile_template
+from intactkv_export.prefix.server_jinja import compile_template, numbers
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -146,8 +146,8 @@ class Template:
     def _as_the_server(self, messages: Messages, tools: Sequence[Mapping[str, Any]], now: datetime) -> str:
         """Rendered with the server's variables; what it leaves undefined is undefined."""
         assert self.rendering is not None
-        args = {"preserve_reasoning": True, **self.rendering.args}
-        given = {"tools": tools} if tools else {}
+        args = {"preserve_reasoning": True, **numbers(self.rendering.args)}
+        given = {"tools": numbers(tools)} if tools else {}
         if isinstance(effort := args.get("reasoning_effort"), str):
             args = {"reasoning_strength": effort, **args}
         if isinstance(keep := args.get("preserve_reasoning"), bool):
@@ -199,7 +199,7 @@ class Template:
         assistant's reasoning, or begins or leaves out reasoning at the end where it is asked to."""
         if any(all(mark in self._source for mark in marks) for marks in _THINKING):
             return True
-        user = {"role": "user", "content": "Hi"}
+        user = {"role": "user", "content": "What is it, 2 plus 2 ?"}  # as long as the server's own
         reply = {"role": "assistant", "content": "Hello", "reasoning_content": _PROBE}
         call = {"name": "add", "arguments": {"a": "1"}}
         calls = {**reply, "content": None, "tool_calls": [{"id": "call00001", "type": "function", "function": call}]}

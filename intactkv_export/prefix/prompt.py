@@ -146,6 +146,8 @@ def _of_conversations(vocabulary: Vocabulary, chat: Template, system_prompt: str
         _refuse_unreached(vocabulary, tokens, variants[0], neutral)
     if not tokens:
         raise UsageError(f"conversations of this chat template have no token in common at their beginning: {BOS_ONLY}")
+    if chat.rendering is not None and chat.rendering.tools:
+        _warn_of_tools(vocabulary.text(tokens), chat, system_prompt)
     messages = None if system_prompt is None else system_messages(system_prompt)
     return Prompt(tokens, vocabulary.text(tokens), messages, False, chat.sha256, chat.stated)
 
@@ -176,6 +178,17 @@ def _tool_turns(rendering: Rendering) -> Iterator[list[dict[str, Any]]]:
             result = {"role": "tool", "tool_call_id": "call00001", "name": function["name"], "content": "42"}
             asked = {"role": "assistant", "content": "", "tool_calls": [call]}
             yield [{"role": "user", "content": "What is it?"}, asked, result]
+
+
+def _warn_of_tools(prefix: str, chat: Template, system_prompt: str | None) -> None:
+    """Where a prefix does not hold the tools that it was made with."""
+    assert chat.rendering is not None  # the caller's part of the contract
+    name = chat.rendering.tools[-1]["function"]["name"]
+    if name in prefix:
+        return
+    shown = name in chat.conversation(system_prompt, _FIRST_MESSAGES[0])
+    where = "behind the beginning that conversations share, so the prefix ends before them" if shown else "nowhere"
+    warnings.warn(f"the model's chat template shows the tools {where}", stacklevel=4)
 
 
 def _clause(refused: UsageError) -> str:

@@ -34,7 +34,7 @@ def compile_template(template: str) -> jinja2.Template:
         finalize=_printed,
         extensions=[Jinja2ChatFormatter.IgnoreGenerationTags, loopcontrols],
     )
-    environment.filters |= {"tojson": to_json, "safe": lambda value: value}
+    environment.filters |= {"tojson": to_json, "safe": lambda value: value, "string": _string}
     return environment.from_string(template)
 
 
@@ -94,8 +94,34 @@ class _Undefined(jinja2.ChainableUndefined):
     __radd__ = __add__
 
 
+class _Float(float):
+    """A number that is printed, by itself or within a list or an object, with six decimals at most."""
+
+    def __repr__(self) -> str:
+        text = f"{float(self):f}".rstrip("0")
+        return f"{text}0" if text.endswith(".") else text
+
+    __str__ = __repr__
+
+
+def numbers(value: Any) -> Any:
+    """What a request brings, its numbers as the server prints them."""
+    if isinstance(value, Mapping):
+        return {key: numbers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [numbers(item) for item in value]
+    return _Float(value) if isinstance(value, float) else value
+
+
+def _string(value: Any) -> str:
+    """The filter string."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _printed(value: Any) -> Any:
     """What {{ value }} writes."""
+    if isinstance(value, float):
+        return str(_Float(value))
     if value is None or isinstance(value, Mapping):
         return ""
     if isinstance(value, list | tuple):
