@@ -201,10 +201,12 @@ def _trained_first_token(model: Path, start: Prefix) -> Prefix | None:
 
     One that is calibrated already begins as it is: its rows were trained together.
     """
-    path = ikv.find(model)
-    if path is None or len(start.tokens) < 2 or start.manifest["calibrated"] is not None:
+    if len(start.tokens) < 2 or start.manifest["calibrated"] is not None:
         return None
-    own, file_type = ikv.read(path), gguf_file.read(model).values.get(ikv.KEY_FILE_TYPE)
+    own = ikv.first_token_of(model)
+    if own is None:
+        return None
+    file_type = gguf_file.read(model).values.get(ikv.KEY_FILE_TYPE)
     trained = own.manifest["calibrated"] is not None and ikv.calibrated_for_another(own, file_type) is None
     fits = own.tokens == start.tokens[:1] and own.manifest["reference"] == start.manifest["reference"]
     return own if trained and fits else None

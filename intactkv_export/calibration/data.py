@@ -23,11 +23,11 @@ from intactkv_export.calibration.targets import Targets
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import Vocabulary
 from intactkv_export.models import gguf_file
+from intactkv_export.prefix import Prefix, Rendering, chat_template_of
 from intactkv_export.texts import Growing, batch_size, begin, read_two_lengths, read_user_file, token_hash, write
 from intactkv_export.work import Steps, atomic
 
 if TYPE_CHECKING:
-    from intactkv_export.prefix import Prefix
     from intactkv_export.torch_model import TorchModel
 
 SHORT = 256  # tokens in a short text
@@ -129,7 +129,7 @@ def gather(
     what follows; called when a part is missing. steps counts tokens. Raises IntactKVError if there are too few texts to
     hold one out.
     """
-    template = gguf_file.read(model).values.get("tokenizer.chat_template")
+    template = chat_template_of(gguf_file.read(model).values, Rendering.of(prefix.manifest))
     with Vocabulary(model) as vocabulary:
         kind = _Writing if source.data == "self" else _Reading
         work = kind(source, prefix, vocabulary, template, reference, steps)

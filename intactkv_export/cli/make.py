@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from intactkv_export.cli.options import (
+    PREFIX_HELP,
     PREFIX_NAME,
     AsJson,
     BosOnly,
@@ -22,10 +23,14 @@ from intactkv_export.cli.options import (
     Reference,
     Requantize,
     SystemPrompt,
+    TemplateArgs,
     Threads,
+    Tools,
     app,
     number_or_word,
+    template_args_of,
     text_or_file,
+    tools_of,
     with_rope,
 )
 from intactkv_export.cli.output import megabytes, print_gain, print_json, print_result, say, short_path
@@ -42,6 +47,8 @@ def convert(
     ],
     quant: Annotated[str, typer.Option("--quant", "-q", help="Types of llama.cpp, comma-separated.")] = "Q4_K_M",
     system_prompt: SystemPrompt = None,
+    tools: Tools = None,
+    template_args: TemplateArgs = None,
     bos_only: BosOnly = False,
     prefix_tokens: PrefixTokens = None,
     imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix (llama-imatrix).")] = None,
@@ -69,8 +76,9 @@ def convert(
 ) -> None:
     """Quantize a model and compute its prefix: NAME.gguf, ready to chat with, and NAME.ikv.
 
-    The system prompt is rendered by the model's own chat template; the prefix is what every conversation with it
-    begins with. With several types, NAME-TYPE.gguf share one NAME.ikv; calibrated, each has its own NAME-TYPE.ikv.
+    The system prompt is rendered by the model's own chat template as llama-server renders it, with --tools and
+    --template-args if they are given; the prefix is what every conversation with the same ones begins with. With
+    several types, NAME-TYPE.gguf share one NAME.ikv; calibrated, each has its own NAME-TYPE.ikv.
     Files of these names are replaced if a conversion made them. A prefix made with --rope-... or --yarn-... options is
     for programs that are given the same ones.
 
@@ -83,6 +91,7 @@ def convert(
     from intactkv_export.conversion import convert as run
 
     prompt = None if system_prompt is None else text_or_file(system_prompt)
+    given_tools, given_args = tools_of(tools), template_args_of(template_args)
     with ProgressBar(quiet=as_json) as progress:
         result = run(
             reference,
@@ -90,6 +99,8 @@ def convert(
             quant=quant,
             system_prompt=prompt,
             bos_only=bos_only,
+            tools=given_tools,
+            template_args=given_args,
             prefix_tokens=number_or_word(prefix_tokens),
             imatrix=imatrix,
             calibrate=calibrate,
@@ -114,6 +125,8 @@ def prefix(
     reference: Reference,
     model: Annotated[Path, typer.Option("--model", "-m", help="A GGUF quantized from it.", show_default=False)],
     system_prompt: SystemPrompt = None,
+    tools: Tools = None,
+    template_args: TemplateArgs = None,
     bos_only: BosOnly = False,
     prefix_tokens: PrefixTokens = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help=f"{PREFIX_NAME}. Default: MODEL with .ikv.")] = None,
@@ -135,13 +148,19 @@ def prefix(
 ) -> None:
     """Compute a prefix for another system prompt, for a model that is quantized already.
 
+    Agents give their tools with every request, and most chat templates put them before or behind the system prompt: a
+    prefix for an agent is made with the same --tools and --template-args. They are noted in the file, and chat renders
+    with them.
+
     \b
+    intactkv-export prefix ./SmolLM2 -m smol.gguf -s @agent.txt --tools tools.json -o agent.ikv
     intactkv-export prefix ./SmolLM2 -m smol.gguf --system-prompt "You are a poet." -o poet.ikv
     intactkv-export chat smol.gguf --prefix poet.ikv
     """
     from intactkv_export.conversion import prefix as run
 
     prompt = None if system_prompt is None else text_or_file(system_prompt)
+    given_tools, given_args = tools_of(tools), template_args_of(template_args)
     with ProgressBar(quiet=as_json) as progress:
         result = run(
             reference,
@@ -149,6 +168,8 @@ def prefix(
             out=out,
             system_prompt=prompt,
             bos_only=bos_only,
+            tools=given_tools,
+            template_args=given_args,
             prefix_tokens=number_or_word(prefix_tokens),
             embed=embed,
             engine=engine,
@@ -172,7 +193,8 @@ def calibrate(
         Path, typer.Option("--out", "-o", help=f"The prefix file to write: {PREFIX_NAME}.", show_default=False)
     ],
     prefix_path: Annotated[
-        Path | None, typer.Option("--prefix", help="To begin with. Default: the one embedded or beside the model.")
+        Path | None,
+        typer.Option("--prefix", help=f"To begin with. {PREFIX_HELP}"),
     ] = None,
     data: Annotated[
         str, typer.Option("--data", help="self: texts the reference writes itself; or FILE: .jsonl, .json, text.")

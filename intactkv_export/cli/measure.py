@@ -12,6 +12,7 @@ from rich.console import Console
 from intactkv_export.cli.options import (
     FILE_RULE,
     KV_TYPE_NAMES,
+    PREFIX_HELP,
     AsJson,
     Device,
     Encoding,
@@ -65,7 +66,8 @@ def evaluate(
     reference: Reference,
     models: Annotated[list[Path], typer.Argument(help="GGUFs quantized from it.", show_default=False)],
     prefix_path: Annotated[
-        Path | None, typer.Option("--prefix", help="Prefix file. Default: the one embedded or beside each model.")
+        Path | None,
+        typer.Option("--prefix", help=PREFIX_HELP),
     ] = None,
     calibrated: Annotated[Path | None, typer.Option("--calibrated", help="A prefix calibrated for the model.")] = None,
     kv_type: Annotated[
@@ -195,7 +197,8 @@ def analyze(
     model: Annotated[Path, typer.Option("--model", "-m", help="A GGUF quantized from it.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the figures.", show_default=False)],
     prefix_path: Annotated[
-        Path | None, typer.Option("--prefix", help="Prefix file. Default: the one embedded or beside the model.")
+        Path | None,
+        typer.Option("--prefix", help=PREFIX_HELP),
     ] = None,
     html: Annotated[bool, typer.Option("--html/--no-html", help="Write report.html, one file with everything.")] = True,
     text: Annotated[

@@ -14,12 +14,14 @@ import typer
 
 from intactkv_export.libllama import KV_TYPES, SCALINGS, Rope, option
 from intactkv_export.models import read_text, text_file
+from intactkv_export.prefix import from_json
 
 PROG = "intactkv-export"
 KV_TYPE_NAMES = ", ".join(KV_TYPES)
 FILE_RULE = "its last line break is left out, CRLF read as LF"
 # One rule for names (prefix/outputs.py), in the help of each --out
 PREFIX_NAME, MODEL_NAME = "NAME or NAME.ikv", "NAME or NAME.gguf"
+PREFIX_HELP = "A prefix file, or the name of one in the model. Default: the first embedded, or the file beside it."
 
 app = typer.Typer(
     add_completion=False,
@@ -63,6 +65,24 @@ SystemPrompt = Annotated[
         "--system-prompt",
         "-s",
         help=f"TEXT or @FILE ({FILE_RULE}). Default: the chat template's own.",
+        show_default=False,
+    ),
+]
+Tools = Annotated[
+    Path | None,
+    typer.Option(
+        "--tools",
+        metavar="FILE",
+        help='Tools that every conversation will have, JSON as in requests to a server: [{"type": "function", ...}].',
+        show_default=False,
+    ),
+]
+TemplateArgs = Annotated[
+    str | None,
+    typer.Option(
+        "--template-args",
+        metavar="JSON|@FILE",
+        help='Variables of the chat template, as llama-server\'s chat_template_kwargs: {"enable_thinking": false}.',
         show_default=False,
     ),
 ]
@@ -156,6 +176,16 @@ def text_or_file(value: str) -> str:
     if not value.startswith("@"):
         return text_file.argument_text(value, "the text on the command line")
     return read_text(value[1:]).removesuffix("\n")
+
+
+def tools_of(path: Path | None) -> Any:
+    """What --tools names. Raises UsageError, IntactKVError if it is no text."""
+    return None if path is None else from_json(read_text(path), str(path))
+
+
+def template_args_of(value: str | None) -> Any:
+    """What --template-args gives, as tools_of()."""
+    return None if value is None else from_json(text_or_file(value), "--template-args")
 
 
 def number_or_word(value: str | None) -> int | str | None:

@@ -15,6 +15,7 @@ from intactkv_export import __version__
 from intactkv_export.cli.options import (
     FILE_RULE,
     KV_TYPE_NAMES,
+    PREFIX_HELP,
     AsJson,
     Encoding,
     Threads,
@@ -38,7 +39,8 @@ def chat(
         str | None, typer.Option("--prompt", "-p", help="Answer this message and exit; a pipe's text follows it.")
     ] = None,
     prefix_path: Annotated[
-        Path | None, typer.Option("--prefix", help="Prefix file. Default: the one embedded or beside the model.")
+        Path | None,
+        typer.Option("--prefix", help=PREFIX_HELP),
     ] = None,
     no_prefix: Annotated[bool, typer.Option("--no-prefix", help="Chat without a prefix.")] = False,
     system_prompt: Annotated[

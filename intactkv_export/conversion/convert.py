@@ -34,7 +34,7 @@ from intactkv_export.models import (
     weights,
 )
 from intactkv_export.models import imatrix as imatrices
-from intactkv_export.prefix import check_prefix_tokens, check_prompt, ikv, outputs, prompt_for
+from intactkv_export.prefix import Rendering, check_prefix_tokens, check_prompt, ikv, outputs, prompt_for
 from intactkv_export.work import Progress, Stages, Steps, atomic
 
 
@@ -45,6 +45,8 @@ def convert(
     quant: str | Sequence[str] = ("Q4_K_M",),
     system_prompt: str | None = None,
     bos_only: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    template_args: Mapping[str, Any] | None = None,
     prefix_tokens: int | str | None = None,
     imatrix: str | os.PathLike[str] | None = None,
     calibrate: bool | Mapping[str, Any] = False,
@@ -68,7 +70,9 @@ def convert(
         and name.ikv. A GGUF that is there already is replaced if a conversion made it.
     quant: types upstream quantizes to (weights.TYPES), a sequence or comma-separated. They share one prefix.
     system_prompt: the text; None: the chat template's own. bos_only: keep only the first token intact, as calibrate
-        does without system_prompt and prefix_tokens: trained, it serves every prompt.
+        does without system_prompt, tools, template_args and prefix_tokens: trained, it serves every prompt.
+    tools, template_args: what else conversations are rendered with: definitions in OpenAI's format, and variables of
+        the chat template, as llama-server's chat_template_kwargs. The prefix is of use where the same are given.
     prefix_tokens: keep the first so many tokens of the prefix; None: all; "auto": the fewest after which the layers'
         error no longer falls for any of the types (intact_tokens.smallest_flat; needs torch), behind a q8_0 cache.
     imatrix: importance matrix of upstream's llama-imatrix, GGUF or .dat.
@@ -92,9 +96,10 @@ def convert(
     settings = Engine(engine, dtype, device, offload_dir, n_threads, n_ctx, rope or Rope())
     plan = _plan(reference, out, quant, imatrix, bool(calibrate), keep_reference, allow_requantize)
     computed_by = settings.chosen(plan.reference)
-    bos_only = bos_only or bool(calibrate and system_prompt is None and prefix_tokens is None)
+    rendering = Rendering.checked(tools, template_args)
+    bos_only = bos_only or bool(calibrate and system_prompt is prefix_tokens is rendering is None)
     check_prefix_tokens(prefix_tokens, bos_only)
-    check_prompt(plan.reference.chat_template, system_prompt, bos_only)
+    check_prompt(plan.reference.chat_template, system_prompt, bos_only, rendering)
     if calibrate:
         extras.require("torch", for_="--calibrate")
         if settings.rope:
@@ -107,7 +112,7 @@ def convert(
         widens = computed_by == "llama" and settings.widens(plan.reference)
         check_space(directory, plan.reference, list(plan.ggufs), widen=widens)
         header = _header(work, plan.reference)
-        prompt = prompt_for(header, system_prompt, bos_only, prefix_tokens, settings.rope)
+        prompt = prompt_for(header, system_prompt, bos_only, prefix_tokens, settings.rope, rendering)
         if settings.chosen(plan.reference, len(prompt.tokens)) != computed_by:  # the prompt is too long for torch
             check_space(directory, plan.reference, list(plan.ggufs), widen=settings.widens(plan.reference))
         if calibrate or prefix_tokens == "auto":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from intactkv_export.conversion.checks import check_space, check_targets
 from intactkv_export.conversion.intact_tokens import Curve, shortest
@@ -20,7 +22,7 @@ from intactkv_export.models import (
     locate,
     weights,
 )
-from intactkv_export.prefix import check_prefix_tokens, embedding, ikv, outputs, prompt_for
+from intactkv_export.prefix import Rendering, check_prefix_tokens, check_prompt, embedding, ikv, outputs, prompt_for
 from intactkv_export.work import Progress, Stages, atomic
 
 
@@ -31,6 +33,8 @@ def prefix(
     out: str | os.PathLike[str] | None = None,
     system_prompt: str | None = None,
     bos_only: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    template_args: Mapping[str, Any] | None = None,
     prefix_tokens: int | str | None = None,
     embed: bool | None = None,
     allow_requantize: bool = False,
@@ -46,26 +50,31 @@ def prefix(
     """Compute a prefix for a GGUF that was made from this reference.
 
     out: the `.ikv` to write; None: MODEL.ikv beside the model, without the number of a part. embed: also store it in
-    the model; None: if the model has one embedded, which would hide the new file, and `out` is not given. Otherwise as
-    convert(). Raises UsageError if a calibrated prefix would be replaced and `out` is not given, IntactKVError if the
-    model was quantized from another reference, by identity or by structure.
+    the model; None: if the model has one embedded, which would hide the new file, and `out` is not given. Without `out`
+    it is the model's own: it becomes the default, in place of the embedded one of the usual name, beside the others;
+    with `out` it has the file's name there (ikv.add). Otherwise as convert(). Raises UsageError if a calibrated prefix
+    would be replaced and `out` is not given, IntactKVError if the model was quantized from another reference, by
+    identity or by structure.
     """
     settings = Engine(engine, dtype, device, offload_dir, n_threads, n_ctx, rope or Rope())
     model = gguf_file.first_part(model)
     header = gguf_file.read(model)
     beside = model.with_name(f"{gguf_file.whole_name(model)}.ikv")
     target = outputs.named(beside if out is None else out, ".ikv").absolute()
-    if out is None:
-        _check_not_calibrated(model, target)
+    name = None if out is not None else embedding.FIRST_TOKEN if bos_only else embedding.PROMPT
+    if name is not None:
+        _check_not_calibrated(model, target, name)
     if embed is None:
         embed = out is None and embedding.has(header)
     found = locate(reference, allow_requantize)
     settings.chosen(found)
     check_targets([target], found, [model])
     check_prefix_tokens(prefix_tokens, bos_only)
+    rendering = Rendering.checked(tools, template_args)
+    check_prompt(header.values.get("tokenizer.chat_template"), system_prompt, bos_only, rendering)
     if prefix_tokens == "auto":
         check_in_torch(found, model, device, "--prefix-tokens auto")
-    prompt = prompt_for(model, system_prompt, bos_only, prefix_tokens, settings.rope)
+    prompt = prompt_for(model, system_prompt, bos_only, prefix_tokens, settings.rope, rendering)
     computed_by = settings.chosen(found, len(prompt.tokens))
     if computed_by == "llama":
         check_convertible(found)
@@ -81,19 +90,23 @@ def prefix(
         new = compute(work, settings, found, gguf, prompt, sha256, reader=model)
         ikv.write(directory / target.name, new.data)
         if embed:
-            work.run("embed", ikv.embed_file, model, directory / target.name, model)
+            work.run("embed", ikv.add_file, model, directory / target.name, name, out is None)
         atomic.publish(directory / target.name, target)
     return result([], target, new, embed, curves, {}, work.done)
 
 
-def _check_not_calibrated(model: Path, target: Path) -> None:
-    """Raises UsageError if the model's own prefix took a training that nobody asked to throw away."""
-    own = ikv.find(model)
+def _check_not_calibrated(model: Path, target: Path, name: str) -> None:
+    """Raises UsageError if the model's own prefix, the file or the one embedded under this name, took a training that
+    nobody asked to throw away."""
     try:
-        about = None if own is None else ikv.read(own).manifest["calibrated"]
+        there = embedding.embedded(model)
+        own = [ikv.read(model, one.name) for one in there if one.name == name]
+        own += [ikv.read(target)] if target.is_file() else []
     except IntactKVError:
         return  # damaged: a new one is what it needs
-    if own is not None and about is not None and any(outputs.same_file(own, path) for path in (model, target)):
-        raise UsageError(
-            f"{own} holds a calibrated prefix, which this one would replace: give this one another name with --out"
-        )
+    for prefix in own:
+        if prefix.manifest["calibrated"] is not None:
+            raise UsageError(
+                f"{prefix.source} holds a calibrated prefix, which this one would replace: give this one another name "
+                "with --out"
+            )

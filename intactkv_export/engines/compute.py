@@ -77,6 +77,7 @@ def compute(
         "messages": prompt.messages,
         "bos_only": prompt.bos_only,
         "chat_template_sha256": prompt.chat_template_sha256,
+        **({} if prompt.rendering is None else prompt.rendering.fields),
         "reference": {
             "sha256": identity,
             "dtype": reference.dtype,

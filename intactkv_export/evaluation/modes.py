@@ -9,7 +9,7 @@ from intactkv_export.engines import Engine, compute
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import Vocabulary, rope_of
 from intactkv_export.models import Reference, gguf_file
-from intactkv_export.prefix import EXTRA, Prefix, Prompt, ikv, of_model, prompt_for, run_settings
+from intactkv_export.prefix import EXTRA, Prefix, Prompt, Rendering, ikv, of_model, prompt_for, run_settings
 from intactkv_export.work import Stages
 
 # How the model gets the prefix, in the order of tables and legends: name -> what that is
@@ -112,7 +112,7 @@ def behind_prompt(given: Given, gguf: Path, system_prompt: str) -> Given:
     """
     rope = rope_of(given.prefix.manifest.get("rope_options"))
     if gguf_file.read(gguf).values.get("tokenizer.chat_template"):
-        prompt = prompt_for(gguf, system_prompt, False, None, rope)
+        prompt = prompt_for(gguf, system_prompt, False, None, rope, Rendering.of(given.prefix.manifest))
     else:
         prompt = _paragraph(gguf, system_prompt)
     own = given.prefix.tokens
@@ -162,9 +162,7 @@ def first_token(prefix: Prefix) -> bytes:
 
 def _computed(calibrated: Prefix, work: Stages, reference: Reference, gguf: Path) -> Prefix:
     """The prefix that a calibrated one began as."""
-    m = calibrated.manifest
-    prompt = Prompt(calibrated.tokens, m["text"], m["messages"], m["bos_only"], m["chat_template_sha256"])
-    return _reference_prefix(prompt, calibrated, work, reference, gguf)
+    return _reference_prefix(Prompt.of(calibrated.tokens, calibrated.manifest), calibrated, work, reference, gguf)
 
 
 def _reference_prefix(prompt: Prompt, like: Prefix, work: Stages, reference: Reference, gguf: Path) -> Prefix:

@@ -11,7 +11,7 @@ from intactkv_export.errors import UsageError
 from intactkv_export.evaluation import multiple_choice
 from intactkv_export.libllama import Vocabulary
 from intactkv_export.models import Reference, gguf_file
-from intactkv_export.prefix import Prefix
+from intactkv_export.prefix import Prefix, Rendering, chat_template_of
 from intactkv_export.texts import Turns, cut_text, default_text, sample_from
 from intactkv_export.work import Stages
 
@@ -89,5 +89,5 @@ class Texts:
         if not self.questions:
             return []
         with Vocabulary(gguf) as vocabulary:
-            template = gguf_file.read(gguf).values.get("tokenizer.chat_template")
+            template = chat_template_of(gguf_file.read(gguf).values, Rendering.of(prefix.manifest))
             return multiple_choice.encode(self.questions, Turns(prefix, vocabulary, template))

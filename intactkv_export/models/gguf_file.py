@@ -14,7 +14,7 @@ import os
 import re
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,11 +27,15 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _UINT8, _UINT32, _STRING, _ARRAY, _UINT64 = 0, 4, 8, 9, 10
 _COPY_BLOCK = 1 << 22  # bytes read and written at a time
 _SETTLED = 2_000_000_000  # ns; what was written this long ago will not change without a change of its times
+_OURS = "intactkv."  # arrays of such keys are decoded in any case: they are short, but for the one of uint8
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 
 
 class Uint64(int):
     """A value that copy() writes as uint64; another int is a uint32."""
+
+
+Value = int | str | Sequence[str] | Sequence[Uint64]  # that copy() writes; a sequence becomes an array
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Gguf:
-    """The header of a GGUF file. `values` decodes scalars and strings; arrays are None unless they were asked for.
+    """The header of a GGUF file. `values` decodes scalars, strings, and arrays of our own; others are None unless they
+    were asked for.
 
     data: where the tensor data begins, n_bytes: the size of the file, both in bytes.
     """
@@ -177,9 +182,9 @@ def whole_name(path: str | os.PathLike[str]) -> str:
 
 
 def copy(
-    source: str | os.PathLike[str], out: IO[bytes], changes: Mapping[str, int | str | None], cut: int | None = None
+    source: str | os.PathLike[str], out: IO[bytes], changes: Mapping[str, Value | None], cut: int | None = None
 ) -> None:
-    """Write `source` to `out` with some keys set (int: uint32, or Uint64; str) or removed (None).
+    """Write `source` to `out` with some keys set (int: uint32, or Uint64; str; a sequence: an array) or removed (None).
 
     Everything else stays byte for byte, also what lies behind the last tensor: up to `cut`, bytes from the beginning of
     the tensor data, None: all of it. Raises IntactKVError if the source is damaged, OSError if writing fails.
@@ -195,12 +200,16 @@ def copy(
             out.write(entry)
         out.write(data[slice(*gguf._tensor_list)])
         out.write(b"\0" * (-out.tell() % gguf.alignment))
-    with open(gguf.path, "rb") as file:
-        file.seek(gguf.data)
-        left = max(gguf.n_bytes - gguf.data, 0) if cut is None else cut
-        while left and (block := file.read(min(left, _COPY_BLOCK))):
+    copy_bytes(gguf.path, out, gguf.data, max(gguf.n_bytes - gguf.data, 0) if cut is None else cut)
+
+
+def copy_bytes(path: Path, out: IO[bytes], start: int, n: int) -> None:
+    """Write n bytes of a file to another, a block at a time. Raises IntactKVError if it cannot be read."""
+    with _opened(path) as file:
+        file.seek(start)
+        while n and (block := file.read(min(n, _COPY_BLOCK))):
             out.write(block)
-            left -= len(block)
+            n -= len(block)
 
 
 def read_bytes(path: Path, start: int, n: int) -> bytes:
@@ -210,14 +219,24 @@ def read_bytes(path: Path, start: int, n: int) -> bytes:
         return file.read(n)
 
 
-def _entry(key: str, value: int | str) -> bytes:
-    head = struct.pack("<Q", len(key.encode())) + key.encode()
+def _entry(key: str, value: Value) -> bytes:
+    name = struct.pack("<Q", len(key.encode())) + key.encode()
+    if isinstance(value, int | str):
+        kind, raw = _encoded(value)
+        return name + struct.pack("<i", kind) + raw
+    elements = [_encoded(element) for element in value]
+    head = struct.pack("<iiQ", _ARRAY, elements[0][0], len(elements))
+    return name + head + b"".join(raw for _, raw in elements)
+
+
+def _encoded(value: int | str) -> tuple[int, bytes]:
+    """Type and bytes of a value that is no array."""
     if isinstance(value, Uint64):
-        return head + struct.pack("<iQ", _UINT64, value)
+        return _UINT64, struct.pack("<Q", value)
     if isinstance(value, int):
-        return head + struct.pack("<iI", _UINT32, value)
+        return _UINT32, struct.pack("<I", value)
     text = value.encode()
-    return head + struct.pack("<iQ", _STRING, len(text)) + text
+    return _STRING, struct.pack("<Q", len(text)) + text
 
 
 @contextmanager
@@ -242,6 +261,7 @@ class _Parser:
     def __init__(self, path: Path, data: mmap.mmap, arrays: bool) -> None:
         self.path, self.data, self.arrays, self.at, self.size = path, data, arrays, 0, len(data)
         self.elements: int | None = None  # where those of a uint8 array begin, after value()
+        self.decode = arrays  # the arrays of the key at hand
 
     def gguf(self) -> Gguf:
         if self.take(4) != MAGIC:
@@ -258,6 +278,7 @@ class _Parser:
             key = self.string()
             if key in entries:
                 self.refuse(f"it has the key {key} twice: get the file again")
+            self.decode = self.arrays or key.startswith(_OURS)
             values[key] = self.value(self.number("i"))
             entries[key] = start, self.at
             if self.elements is not None:
@@ -296,10 +317,10 @@ class _Parser:
         if kind in _SCALARS:
             layout = f"<{n}{_SCALARS[kind]}" if n <= self.size else ""
             raw = self.take(n * struct.calcsize("<" + _SCALARS[kind]))
-            return list(struct.unpack(layout, raw)) if self.arrays else None
+            return list(struct.unpack(layout, raw)) if self.decode else None
         if kind != _STRING:
             self.refuse(f"an array before byte {self.at} has elements of type {kind}: get the file again")
-        if self.arrays:
+        if self.decode:
             return [self.string() for _ in range(n)]
         self.skip_strings(n)
         return None

@@ -1,21 +1,27 @@
 """The prefix: a system prompt becomes tokens; their K and V become an `.ikv`, which is read back verified."""
 
 from intactkv_export.prefix import embedding, ikv, inspection, outputs
-from intactkv_export.prefix.ikv import Prefix, check_reference, of_model
+from intactkv_export.prefix.chat_template import (
+    Rendering,
+    Template,
+    chat_template_of,
+    checked_tools,
+    from_json,
+    of_prefix,
+)
+from intactkv_export.prefix.ikv import Prefix, check_reference, of_model, run_settings
 from intactkv_export.prefix.manifest import EXTRA, MAX_EXTRA
 from intactkv_export.prefix.prompt import (
     Prompt,
-    Template,
     check_prefix_tokens,
     check_prompt,
     first_tokens,
     make_prompt,
     prompt_for,
 )
-from intactkv_export.prefix.run_settings import run_settings
 
 __all__ = [
-    "EXTRA", "MAX_EXTRA", "Prefix", "Prompt", "Template", "check_prefix_tokens", "check_prompt", "check_reference",
-    "embedding", "first_tokens", "ikv", "inspection", "make_prompt", "of_model", "outputs", "prompt_for",
-    "run_settings",
+    "EXTRA", "MAX_EXTRA", "Prefix", "Prompt", "Rendering", "Template", "chat_template_of", "check_prefix_tokens",
+    "check_prompt", "check_reference", "checked_tools", "embedding", "first_tokens", "from_json", "ikv", "inspection",
+    "make_prompt", "of_model", "of_prefix", "outputs", "prompt_for", "run_settings",
 ]  # fmt: skip

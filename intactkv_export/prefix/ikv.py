@@ -13,11 +13,10 @@ tokens. They are all at the first token's position, 0, so whoever loads the stat
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,33 +24,14 @@ from typing import Any
 import numpy as np
 
 from intactkv_export.errors import IntactKVError, UsageError
-from intactkv_export.libllama import state
+from intactkv_export.libllama import rope_of, state
 from intactkv_export.models import KEY_REFERENCE, check_same_reference, gguf_file
-from intactkv_export.prefix import embedding, outputs
+from intactkv_export.prefix import embedding, outputs, structure
 from intactkv_export.prefix import manifest as manifests
 from intactkv_export.work import atomic
 
 KEY_FORMAT = "intactkv.format"
 KEY_FILE_TYPE = "general.file_type"  # llama.cpp's own: how a GGUF is quantized, a number of its enum llama_ftype
-
-_TRAILER_MAGIC = embedding.END
-_TRAILER = struct.Struct("<Q32s8s")
-_DOWNLOAD = "get it again"
-
-
-@dataclass(frozen=True)
-class Layer:
-    """K and V of a layer: float16 [len(positions), n_head_kv, head_dim_k or head_dim_v].
-
-    positions: of the cells that are kept; in files made here the tokens' come first, ascending. A sliding window keeps
-    the last ones. cells: which they are: token i is cell i, and extra cells are counted behind all tokens.
-    """
-
-    il: int
-    positions: np.ndarray
-    cells: np.ndarray
-    K: np.ndarray
-    V: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -60,11 +40,12 @@ class Prefix:
 
     tokens: list[int]
     manifest: dict[str, Any]
-    layers: list[Layer]
+    layers: list[structure.Layer]
     sha256: str
     source: Path | None  # None: read from bytes
     embedded: bool  # source is a GGUF
     data: bytes = field(repr=False)
+    name: str | None = None  # in that GGUF
 
     @property
     def n_extra(self) -> int:
@@ -92,6 +73,11 @@ class Prefix:
         """
         return [dict(message) for message in self.manifest["messages"] or []]
 
+    @property
+    def tools(self) -> list[dict[str, Any]]:
+        """What a conversation is given with those messages, so that its tokens begin with the prefix; often none."""
+        return [dict(tool) for tool in self.manifest.get("tools") or []]
+
 
 def build(
     model: Mapping[str, Any],
@@ -112,26 +98,44 @@ def build(
     n_extra = manifests.n_extra(manifest)
     caches = (state.f16_section(cache, len(tokens), n_extra, K, V) for cache in state.shapes(model))
     body = b"".join([state.file_header(tokens), *caches, text])
-    data = body + _TRAILER.pack(len(text), hashlib.sha256(body).digest(), _TRAILER_MAGIC)
+    data = body + structure.trailer(body, len(text))
     read(data)  # what is written can be read: finite, complete, and as the manifest says
     return data
 
 
-def read(source: str | os.PathLike[str] | bytes) -> Prefix:
-    """Read and verify a prefix: an `.ikv` file, a GGUF with one embedded, or the bytes of an `.ikv`.
+def read(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Prefix:
+    """Read and verify a prefix: an `.ikv` file, one embedded in a GGUF, or the bytes of an `.ikv`.
 
-    Checksum, manifest, structure and finite values are checked; nothing in the file is trusted before. Whether it
-    fits a model is for bindings.verify. Raises IntactKVError, one sentence.
+    name: of several in a GGUF; None: the first, its default. Checksum, manifest, structure and finite values are
+    checked; nothing in the file is trusted before. Whether it fits a model is for bindings.verify. Raises
+    IntactKVError, one sentence.
     """
     if isinstance(source, bytes):
         return _parse(source, None, False)
     path = gguf_file.first_part(source)
-    embedded = gguf_file.is_gguf(path)
-    data = embedding.data(path) if embedded else _file_bytes(path)
+    if gguf_file.is_gguf(path):
+        return _read_embedded(embedding.choose(path, name))
+    data = _file_bytes(path)
     try:
-        return _parse(data, path, embedded)
+        return _parse(data, path, False)
     except IntactKVError as error:
         raise IntactKVError(f"{path}: {error}") from error
+
+
+def read_all(path: str | os.PathLike[str]) -> Iterator[Prefix]:
+    """As load(), every one of several in a GGUF, the default first."""
+    there = embedding.embedded(path) if gguf_file.is_gguf(gguf_file.first_part(path)) else []
+    if there:
+        yield from map(_read_embedded, there)
+    else:
+        yield load(path)
+
+
+def _read_embedded(place: embedding.Embedded) -> Prefix:
+    try:
+        return _parse(place.read(), place.path, True, place.name)
+    except IntactKVError as error:
+        raise IntactKVError(f"{place.path}, prefix {place.name}: {error}") from error
 
 
 def find(model_path: str | os.PathLike[str]) -> Path | None:
@@ -157,15 +161,56 @@ def find(model_path: str | os.PathLike[str]) -> Path | None:
     return path if embedded else None
 
 
+def own(model: str | os.PathLike[str]) -> Prefix | None:
+    """The prefix of a model where find() finds it, the default of several, or None."""
+    path = find(model)
+    return None if path is None else read(path)
+
+
+def named(model: str | os.PathLike[str], given: str | os.PathLike[str]) -> Prefix:
+    """The prefix that is meant for a model: a file of this path, or one embedded in the model that has this name.
+
+    Raises IntactKVError if there is neither.
+    """
+    header = gguf_file.read(gguf_file.first_part(model)) if gguf_file.is_gguf(model) else None
+    if Path(given).exists() or header is None or not embedding.has(header) or os.sep in str(given):
+        return read(given)
+    there = embedding.embedded(model)
+    if str(given) in [one.name for one in there]:
+        return read(model, str(given))
+    raise IntactKVError(
+        f"there is no prefix file {given}, and {model} has no prefix of this name but {embedding.listed(there)}: check "
+        "the path, or give one of these names"
+    )
+
+
+def given(prefix: Prefix) -> Path | str | Prefix:
+    """What names this prefix to whoever opens its model again: its file, or its name among several of a GGUF."""
+    if prefix.source is None:
+        return prefix
+    if not prefix.embedded or embedding.embedded(prefix.source)[0].name == prefix.name:
+        return prefix.source
+    return str(prefix.name)
+
+
+def first_token_of(model: str | os.PathLike[str]) -> Prefix | None:
+    """A model's own prefix of the first token: embedded, among others it may be, or beside it."""
+    path = find(model)
+    if path is None or not gguf_file.is_gguf(path):
+        prefix = None if path is None else read(path)
+        return prefix if prefix is not None and len(prefix.tokens) == 1 else None
+    return next((_read_embedded(one) for one in embedding.embedded(path) if len(one.tokens) == 1), None)
+
+
 def of_model(model: str | os.PathLike[str], given: str | os.PathLike[str] | None = None) -> Prefix:
-    """The prefix of a model: the one given, or else where find() finds it. Raises UsageError if there is none."""
-    path = find(model) if given is None else Path(given)
-    if path is None:
+    """The prefix of a model: the one given (named()), or else its own. Raises UsageError if there is none."""
+    prefix = own(model) if given is None else named(model, given)
+    if prefix is None:
         raise UsageError(
             f"{model} has no prefix, neither embedded nor beside it: make one with `intactkv-export prefix`, or name "
             "one with --prefix"
         )
-    return read(path)
+    return prefix
 
 
 def load(path: str | os.PathLike[str]) -> Prefix:
@@ -188,6 +233,20 @@ def calibrated_for_another(prefix: Prefix, file_type: int | str | None) -> str |
     return str(about.get("name")) if None not in (wanted, file_type) and str(wanted) != str(file_type) else None
 
 
+def run_settings(prefix: Prefix, model: str | os.PathLike[str]) -> dict[str, Any]:
+    """How a model must be run for a prefix to fit: arguments of llama_cpp.Llama for the RoPE settings and LongRoPE
+    factors that it was made with, whatever n_ctx is: a short context takes the long factors too.
+
+    model: the GGUF that is run. Raises IntactKVError if it cannot be read.
+    """
+    settings = rope_of(prefix.manifest.get("rope_options")).llama_kwargs
+    long = gguf_file.longrope(model)
+    if long is not None and prefix.manifest["model"]["rope"]["factors"] == long.sha256:
+        settings["kv_overrides"] = {long.key: 1}
+        settings["yarn_orig_ctx"] = settings["yarn_orig_ctx"] or long.n_ctx_orig
+    return settings
+
+
 def write(path: str | os.PathLike[str], data: bytes) -> None:
     """Write the bytes of a prefix file: whole, or not at all. Raises UsageError if another kind of file is there,
     IntactKVError if it cannot be written."""
@@ -196,22 +255,90 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
         file.write(data)
 
 
+@dataclass(frozen=True)
+class Added:
+    """What add() did. path: of the file that has the prefix; replaced: names of those that it took the place of; names:
+    of all that are there now, the default first."""
+
+    path: Path
+    name: str
+    replaced: list[str]
+    names: list[str]
+
+
 def embed(gguf: str | os.PathLike[str], prefix: Prefix, out: str | os.PathLike[str] | None = None) -> Path:
-    """Store a prefix in a GGUF, replacing one that is there; everything else of the GGUF stays byte for byte.
+    """Store a prefix in a GGUF, replacing all that are there; everything else of the GGUF stays byte for byte.
 
     out: where to write; None: the GGUF itself. Of a model in parts the first gets it; with `out`, NAME or the name of a
-    part, the others are copied to NAME-0000i-of-0000n.gguf too. Returns the file that has it. Raises UsageError if
-    another model is there, IntactKVError if the GGUF was made from another reference, is damaged, or cannot be written.
+    part, the others are copied to NAME-0000i-of-0000n.gguf too. It has the usual name (embedding.default_name). Returns
+    the file that has it. Raises UsageError if another model is there, IntactKVError if the GGUF was made from another
+    reference, is damaged, or cannot be written.
     """
+    return _write(gguf, out, [(embedding.default_name(len(prefix.tokens)), prefix.data)], prefix)
+
+
+def add(
+    gguf: str | os.PathLike[str],
+    prefix: Prefix,
+    out: str | os.PathLike[str] | None = None,
+    name: str | None = None,
+    default: bool = False,
+) -> Added:
+    """As embed(), beside those that are there.
+
+    It takes the place of the one of its name, and of one of its tokens, which would never be used beside it. name:
+    None: that of the one of its tokens; or, as the only one, the usual name; else the stem of its file. default: it
+    becomes the first, which is used where none is named. What is embedded and cannot be read is left out, with a
+    warning.
+    """
+    there = _readable(gguf)
+    same = next((one.name for one in there if one.tokens == prefix.tokens), None)
+    if name is None:
+        stem = prefix.source.stem if prefix.source is not None and there else ""
+        usual = embedding.default_name(len(prefix.tokens), [one.name for one in there])
+        name = same or (stem if embedding.is_name(stem) else usual)
+    embedding.check_name(name)
+    before = [one.name for one in there]
+    replaced = [old for old in before if old in (name, same)]
+    kept: list[tuple[str, bytes | embedding.Embedded]] = [(x.name, x) for x in there if x.name not in replaced]
+    kept.insert(0 if default or replaced and before[0] in replaced else len(kept), (name, prefix.data))
+    return Added(_write(gguf, out, kept, prefix), name, replaced, [name for name, _ in kept])
+
+
+def remove(gguf: str | os.PathLike[str], name: str, out: str | os.PathLike[str] | None = None) -> Added:
+    """Write a GGUF without the prefix of this name. Raises IntactKVError if it has none."""
+    gone = embedding.choose(gguf, name)
+    kept = [(x.name, x) for x in embedding.embedded(gguf) if x != gone]
+    return Added(_write(gguf, out, kept, None), name, [name], [name for name, _ in kept])
+
+
+def _readable(gguf: str | os.PathLike[str]) -> list[embedding.Embedded]:
+    """What is embedded, or none of it, with a warning."""
+    try:
+        return embedding.embedded(gguf)
+    except IntactKVError as error:
+        warnings.warn(f"what was embedded before is left out ({error})", stacklevel=3)
+        return []
+
+
+def _write(
+    gguf: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None,
+    prefixes: Sequence[tuple[str, bytes | embedding.Embedded]],
+    new: Prefix | None,
+) -> Path:
+    """Write a GGUF with these prefixes and no others, of which the new one is checked against its reference."""
     source = gguf_file.first_part(gguf)
-    ours = prefix.manifest["reference"]["sha256"]
-    check_reference(prefix, gguf_file.read(source).values.get(KEY_REFERENCE), str(gguf))
+    changes: dict[str, gguf_file.Value | None] = {}
+    if new is not None:
+        check_reference(new, gguf_file.read(source).values.get(KEY_REFERENCE), str(gguf))
+        changes = {KEY_FORMAT: manifests.FORMAT, KEY_REFERENCE: new.manifest["reference"]["sha256"]}
     targets = {source: source} if out is None else outputs.of_parts(source, out)
     for part, target in targets.items():
         outputs.check_gguf(target, part)
     for part, target in reversed(targets.items()):
         if part == source:
-            embedding.write(source, target, {KEY_FORMAT: manifests.FORMAT, KEY_REFERENCE: ours}, prefix.data)
+            embedding.write(source, target, changes, prefixes)
         elif not outputs.same_file(part, target):
             with atomic.output(target) as file:
                 gguf_file.copy(part, file, {})
@@ -223,9 +350,15 @@ def embed_file(gguf: Path, prefix: Path, out: Path) -> None:
     embed(gguf, read(prefix), out)
 
 
-def extract(gguf: str | os.PathLike[str], out: str | os.PathLike[str]) -> Prefix:
-    """Write the prefix embedded in a GGUF to a file of its own, verified. Raises IntactKVError."""
-    prefix = _parse(embedding.data(gguf), Path(gguf), True)
+def add_file(gguf: Path, prefix: Path, name: str | None, default: bool) -> None:
+    """As add(), of a prefix file: a stage of its own."""
+    add(gguf, read(prefix), name=name, default=default)
+
+
+def extract(gguf: str | os.PathLike[str], out: str | os.PathLike[str], name: str | None = None) -> Prefix:
+    """Write a prefix embedded in a GGUF to a file of its own, verified. name: None: the default. Raises
+    IntactKVError."""
+    prefix = _read_embedded(embedding.choose(gguf, name))
     write(out, prefix.data)
     return prefix
 
@@ -233,13 +366,13 @@ def extract(gguf: str | os.PathLike[str], out: str | os.PathLike[str]) -> Prefix
 def stamp(gguf: str | os.PathLike[str], reference_sha256: str, out: str | os.PathLike[str] | None = None) -> Path:
     """Note in a GGUF which reference it was quantized from; a prefix embedded before is removed."""
     path = Path(gguf if out is None else out)
-    embedding.write(gguf, path, {KEY_FORMAT: manifests.FORMAT, KEY_REFERENCE: reference_sha256}, None)
+    embedding.write(gguf, path, {KEY_FORMAT: manifests.FORMAT, KEY_REFERENCE: reference_sha256}, [])
     return path
 
 
 def rewrite(
     gguf: str | os.PathLike[str],
-    changes: Mapping[str, int | str | None],
+    changes: Mapping[str, gguf_file.Value | None],
     out: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write a GGUF again with some keys set or removed (None): to `out`, or in its own place. A prefix stays in it."""
@@ -255,7 +388,7 @@ def _file_bytes(path: Path) -> bytes:
     except OSError as error:
         raise IntactKVError(f"cannot read {path}: {os.strerror(error.errno or 0)}: check the path") from error
     if not data:
-        raise IntactKVError(f"{path} is empty: {_DOWNLOAD}")
+        raise IntactKVError(f"{path} is empty: {structure.DOWNLOAD}")
     if data[:4] != struct.pack("<I", state.MAGIC):
         raise IntactKVError(
             f"{path} is neither a prefix file nor a GGUF: it begins with the bytes {data[:4].hex()}: check the path"
@@ -263,108 +396,21 @@ def _file_bytes(path: Path) -> bytes:
     return data
 
 
-def _parse(data: bytes, source: Path | None, embedded: bool) -> Prefix:
-    body, text, sha256 = _check_trailer(data)
+def _parse(data: bytes, source: Path | None, embedded: bool, name: str | None = None) -> Prefix:
+    body, text, sha256 = structure.check_trailer(data)
     manifest = manifests.decode(text)
     tokens: list[int] = manifest["tokens"]
-    start = _check_header(data, len(body), tokens)
-    layers: list[Layer] = []
+    start = structure.check_header(data, len(body), tokens)
+    layers: list[structure.Layer] = []
     end = start
     found = state.sections(data, start, len(body))
     for cache in manifests.caches(manifest):
         section = next(found, None)
         if section is None:
             raise IntactKVError(f"its state ends at byte {end}, before its last KV cache: {state.REMAKE}")
-        layers += _checked_layers(section, cache, len(tokens), manifests.n_extra(manifest))
+        layers += structure.checked_layers(section, cache, len(tokens), manifests.n_extra(manifest))
         end = section.end
     if end != len(body):
         raise IntactKVError(f"its state ends at byte {end} and its manifest begins at {len(body)}: {state.REMAKE}")
     layers.sort(key=lambda layer: layer.il)
-    return Prefix(tokens, manifest, layers, sha256, source, embedded, data)
-
-
-def _check_trailer(data: bytes) -> tuple[memoryview, bytes, str]:
-    """(state, manifest, SHA-256 of the whole file), after the checksum was found right."""
-    size = len(data) - _TRAILER.size
-    if size < 0:
-        raise IntactKVError(f"the prefix file has {len(data)} bytes and its trailer alone {_TRAILER.size}: {_DOWNLOAD}")
-    length, checksum, magic = _TRAILER.unpack_from(data, size)
-    if magic != _TRAILER_MAGIC:
-        raise IntactKVError(
-            f"the prefix file ends in {magic.hex()}, not {_TRAILER_MAGIC.hex()} (INTACTKV), so it is cut off or no "
-            f"prefix file: {_DOWNLOAD}"
-        )
-    if length > size:
-        raise IntactKVError(f"its manifest should have {length} bytes and only {size} are before it: {_DOWNLOAD}")
-    body = memoryview(data)[:size]
-    actual = hashlib.sha256(body)
-    if actual.digest() != checksum:
-        raise IntactKVError(
-            f"the prefix file is damaged: its bytes have the SHA-256 {actual.hexdigest()} and byte {size + 8} says "
-            f"{checksum.hex()}: {_DOWNLOAD}"
-        )
-    actual.update(memoryview(data)[size:])  # what was hashed already is not hashed again
-    return body[: size - length], bytes(body[size - length :]), actual.hexdigest()
-
-
-def _check_header(data: bytes, end: int, tokens: Sequence[int]) -> int:
-    """Compare what a state file begins with; returns where the first cache begins."""
-    wanted = state.file_header(tokens)
-    if end < len(wanted):
-        raise IntactKVError(
-            f"its state has {end} bytes, the tokens of its manifest alone need {len(wanted)}: {state.REMAKE}"
-        )
-    names = ("magic number", "state version", "n_tokens")
-    found, expected = np.frombuffer(data, "<i4", len(wanted) // 4), np.frombuffer(wanted, "<i4")
-    for i in np.flatnonzero(found != expected)[:1].tolist():
-        state.refuse(names[i] if i < 3 else "token", int(found[i]), 4 * i, int(expected[i]))
-    return len(wanted)
-
-
-def _checked_layers(section: state.Section, cache: state.CacheShape, n_tokens: int, n_extra: int) -> list[Layer]:
-    """A cache's layers, after everything in its section was found to be as the manifest says."""
-    expected = cache.positions(n_tokens, n_extra)
-    if section.n_cells != len(expected):
-        state.refuse("number of cells", section.n_cells, section.at + 4, len(expected))
-    missing = Counter(expected)
-    for i, (pos, (at, sequences)) in enumerate(zip(section.positions.tolist(), section.cells, strict=True)):
-        if not missing[pos]:
-            of_extra = f" and {n_extra} extra cells" if n_extra else ""
-            raise IntactKVError(
-                f"its cell {i} has position {pos} at byte {at}, which is given too often or not among the "
-                f"{len(expected)} that a prefix of {n_tokens} tokens{of_extra} has in this cache: {state.REMAKE}"
-            )
-        missing[pos] -= 1
-        if sequences != [0]:
-            raise IntactKVError(
-                f"its cell {i} at byte {at} is of the sequences {sequences} and must be of 0: {state.REMAKE}"
-            )
-    if section.v_trans:
-        state.refuse("flag for a transposed V", section.v_trans, section.layers_at, 0)
-    if section.n_layer != len(cache.layers) or section.intact is not None:
-        flagged = section.n_layer | (state.INTACT if section.intact is not None else 0)
-        state.refuse("number of layers", flagged, section.layers_at + 4, len(cache.layers))
-    cells, layers = state.which_cells(section.positions, n_tokens), []
-    for x, k, v in zip(cache.layers, section.K, section.V, strict=True):
-        K = _finite(cells, n_tokens, k, f"K of layer {x.il}", x.n_head_kv, x.head_dim_k)
-        V = _finite(cells, n_tokens, v, f"V of layer {x.il}", x.n_head_kv, x.head_dim_v)
-        layers.append(Layer(x.il, section.positions, cells, K, V))
-    return layers
-
-
-def _finite(cells: np.ndarray, n_tokens: int, rows: state.Rows, name: str, n_head_kv: int, head_dim: int) -> np.ndarray:
-    """K or V of a layer, float16 [n_cells, n_head_kv, head_dim]."""
-    if rows.type != state.F16:
-        state.refuse("type of a layer's rows", rows.type, rows.at, state.F16)
-    if rows.row_bytes != 2 * n_head_kv * head_dim:
-        state.refuse("row size of a layer", rows.row_bytes, rows.at + 4, 2 * n_head_kv * head_dim)
-    values = np.frombuffer(rows.data, "<f2").reshape(len(cells), n_head_kv, head_dim)
-    finite = np.isfinite(values).all(axis=(1, 2))
-    if not finite.all():
-        cell = int(cells[np.argmin(finite)])
-        which = f"token {cell}" if cell < n_tokens else f"extra cell {cell - n_tokens}"
-        raise IntactKVError(
-            f"it has NaN or infinity in {name}, {which}, where all values must be finite: compute it again with the "
-            "engine in F32"
-        )
-    return values
+    return Prefix(tokens, manifest, layers, sha256, source, embedded, data, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -57,6 +58,7 @@ def as_json(prefix: Prefix) -> dict[str, Any]:
     return {
         "file": str(prefix.source),
         "embedded": prefix.embedded,
+        "name": prefix.name,
         "bytes": len(prefix.data),
         "sha256": prefix.sha256,
         "extra_cells": prefix.n_extra,
@@ -79,6 +81,17 @@ def report(prefix: Prefix, pieces: Sequence[str] | None, fits: str | None, every
     return [*_facts(prefix, fits), Text(), *_heat_map(prefix, pieces, every)]
 
 
+def listing(prefixes: Sequence[Prefix]) -> list[Text]:
+    """A line for each of several in one file, the default first."""
+    width = max(len(str(prefix.name)) for prefix in prefixes)
+    lines = [Text(f"{len(prefixes)} prefixes in {prefixes[0].source}, the first is the default:")]
+    for prefix in prefixes:
+        text = repr(prefix.manifest["text"])[1:-1]
+        what = _one_line(f"{prefix.contents}, {len(prefix.data):,} bytes: {text}")
+        lines.append(Text(f"  {prefix.name or '':{width}}  {_cut(what, WIDTH - width - 4)}"))
+    return lines
+
+
 def token_texts(prefix: Prefix, model: Path | None) -> list[str] | None:
     """Text of each token, from a GGUF with its vocabulary: `model`, or the one the prefix is embedded in."""
     gguf = model or (prefix.source if prefix.embedded else None)
@@ -92,10 +105,11 @@ def _facts(prefix: Prefix, fits: str | None) -> list[Text]:
     m = prefix.manifest
     model, reference, engine, rope = m["model"], m["reference"], m["engine"], m["model"]["rope"]
     versions = ", ".join(f"{name} {version}" for name, version in engine["versions"].items())
+    where = f", embedded as {prefix.name}" if prefix.embedded else ""
     facts = [
-        ("prefix", f"{prefix.source}{', embedded' if prefix.embedded else ''}: {prefix.contents}, "
-                   f"{len(prefix.data):,} bytes"),
+        ("prefix", f"{prefix.source}{where}: {prefix.contents}, {len(prefix.data):,} bytes"),
         ("prompt", repr(m["text"])[1:-1] + (" (BOS only)" if m["bos_only"] else "")),
+        *_rendering(m),
         ("reference", f"{reference['name']}, {reference['dtype']}"
                       f"{', itself quantized' if reference['quantized'] else ''}, weights {reference['sha256'][:16]}"),
         ("engine", f"{engine['name']}, {engine['dtype']}{f' ({versions})' if versions else ''}"),
@@ -114,6 +128,18 @@ def _facts(prefix: Prefix, fits: str | None) -> list[Text]:
     for name, value in facts:
         for i, part in enumerate(_wrap(_one_line(value), WIDTH - 12)):
             lines.append(Text(f"{name if i == 0 else '':11} ", style="dim") + Text(part, style="default"))
+    return lines
+
+
+def _rendering(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """With what else conversations are rendered, a line each."""
+    lines = []
+    if tools := manifest.get("tools"):
+        lines.append(("tools", f"{len(tools)}: {', '.join(tool['function']['name'] for tool in tools)}"))
+    if "template_args" in manifest:
+        args = manifest["template_args"]
+        given = f" with {json.dumps(args, ensure_ascii=False)}" if args else ""
+        lines.append(("rendered", f"as llama-server does{given}"))
     return lines
 
 

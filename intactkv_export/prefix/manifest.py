@@ -145,12 +145,26 @@ def _check_rope(rope: _Field) -> None:
         rope[key].expect(not isinstance(value, list | dict), "a number or a string")
 
 
+def _check_rendering(root: _Field) -> None:
+    """What conversations are rendered with besides their messages; files of before have neither."""
+    if "template_args" in root.value:
+        args = root["template_args"]
+        args.expect(isinstance(args.value, dict), "an object")
+    for tool in root["tools"].items(1, 1 << 16) if "tools" in root.value else ():
+        function = tool["function"]
+        function["name"].text()
+        function["description"].text()
+        parameters = function["parameters"]
+        parameters.expect(isinstance(parameters.value, dict), "an object")
+
+
 def _check_origin(root: _Field) -> None:
     root["text"].text()
     if root["messages"].value is not None:
         for message in root["messages"].items(0, 1 << 16):
             message["role"].text()
             message["content"].text()
+    _check_rendering(root)
     root["bos_only"].truth()
     if root["chat_template_sha256"].value is not None:
         root["chat_template_sha256"].sha256()

@@ -1,27 +1,34 @@
 """A system prompt as prefix tokens: what every later conversation with this prompt begins with.
 
-The model's own chat template is rendered by llama-cpp-python's formatter and tokenized whole by llama.cpp, as the
-runtime does for every request, for several conversations that begin with the same system prompt. Their longest common
-token prefix is the prefix. Tokens at its end that merge with what follows, or that depend on the date, fall out by
-themselves.
+The model's own chat template is rendered as llama.cpp's server and the runtime do it (chat_template.py) and tokenized
+whole by llama.cpp, for several conversations that begin with the same system prompt, tools and template switches. Their
+longest common token prefix is the prefix. Tokens at its end that merge with what follows, or that depend on the date,
+fall out by themselves.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from intactkv_export import extras, library
-from intactkv_export.errors import IntactKVError, UsageError, first_line
+from intactkv_export import extras
+from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import Rope, Vocabulary
 from intactkv_export.models import gguf_file
+from intactkv_export.prefix.chat_template import (
+    BOS_ONLY,
+    DATE,
+    Rendering,
+    Template,
+    chat_template_of,
+    system_messages,
+)
 
 Messages = list[dict[str, str]]
 
@@ -57,8 +64,12 @@ _FIRST_MESSAGES = (
     "😀",
 )
 # Every part of a date differs.
-_DATES = (datetime(2024, 7, 26, 9, 8, 7), datetime(2031, 12, 5, 21, 45, 30), datetime(1999, 2, 13, 14, 36, 59))
-_BOS_ONLY = "use --bos-only"
+_DATES = (DATE, datetime(2031, 12, 5, 21, 45, 30), datetime(1999, 2, 13, 14, 36, 59))
+_REASONING: list[dict[str, Any]] = [
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": "4", "reasoning_content": "Two and two."},
+    {"role": "user", "content": "And 3 + 3?"},
+]
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,7 @@ class Prompt:
 
     text: that of the tokens. messages: what a conversation has to begin with, so that its tokens begin with these;
     None if no system prompt was given. The tokens may be only the first of what these messages render (first_tokens()).
+    rendering: with what else they are rendered; None: by llama-cpp-python's formatter.
     """
 
     tokens: list[int]
@@ -74,32 +86,121 @@ class Prompt:
     messages: Messages | None
     bos_only: bool
     chat_template_sha256: str | None
+    rendering: Rendering | None = None
+
+    @classmethod
+    def of(cls, tokens: list[int], manifest: Mapping[str, Any]) -> Prompt:
+        """That of a prefix file."""
+        m = manifest
+        return cls(tokens, m["text"], m["messages"], m["bos_only"], m["chat_template_sha256"], Rendering.of(m))
 
 
 def make_prompt(
-    vocabulary: Vocabulary, template: str | None, system_prompt: str | None, bos_only: bool = False
+    vocabulary: Vocabulary,
+    template: str | None,
+    system_prompt: str | None,
+    bos_only: bool = False,
+    rendering: Rendering | None = None,
 ) -> Prompt:
     """The prefix of a system prompt (None: of the template's own), or with `bos_only` of every text.
 
-    template: the model's chat template, None if it has none. Raises UsageError if there is no template, it refuses
-    the conversation or puts the system prompt where no common prefix can hold it, or if the prompt's text contains
-    control tokens of the model.
+    template: the model's chat template, None if it has none. rendering: tools and switches of the template; None: none.
+    Where the server renders conversations in a way that leaves no place for the prompt, as behind the date of the day,
+    and none is given, the prompt is rendered by llama-cpp-python's formatter, with a warning. Raises UsageError if
+    there is no template, it refuses the conversation or puts the system prompt where no common prefix can hold it, or
+    if the prompt's text contains control tokens of the model.
     """
     names = vocabulary.token_name(vocabulary.bos), vocabulary.token_name(vocabulary.eos)
     if bos_only:
         return _bos(vocabulary, template, names)
-    chat = Template(template, *names)
-    variants = [vocabulary.tokenize(text, special=True) for text in chat.conversations(system_prompt)]
+    try:
+        chat = Template(template, *names, rendering or Rendering(), vocabulary.adds_bos)
+        return _of_conversations(vocabulary, chat, system_prompt)
+    except UsageError as error:
+        if not template:
+            raise
+        hint = _date_hint(template, rendering)
+        refused = UsageError(f"{error}{hint}")
+        if rendering is not None:
+            raise refused from None
+        try:
+            made = _of_conversations(vocabulary, Template(template, *names), system_prompt)
+        except UsageError:
+            raise refused from None
+        warnings.warn(
+            f"as llama-server renders this chat template, {_clause(refused)}: the prefix is made for IntactLlama and "
+            f"chat alone{hint}",
+            stacklevel=2,
+        )
+        return made
+
+
+def _of_conversations(vocabulary: Vocabulary, chat: Template, system_prompt: str | None) -> Prompt:
+    """What all conversations with a prompt have in common."""
+    variants = [vocabulary.tokenize(text, special=True) for text in _conversations(chat, system_prompt)]
     tokens = _common(variants)
     if system_prompt is not None:
         other = "Z" if not system_prompt.startswith("Z") else "Q"
-        neutral = vocabulary.tokenize(chat.conversation(other), special=True)
+        neutral = vocabulary.tokenize(chat.conversation(other, _FIRST_MESSAGES[0], date=_DATES[0]), special=True)
         _refuse_control_tokens(vocabulary, variants[0], neutral)
         _refuse_unreached(vocabulary, tokens, variants[0], neutral)
     if not tokens:
-        raise UsageError(f"conversations of this chat template have no token in common at their beginning: {_BOS_ONLY}")
-    messages = None if system_prompt is None else _messages(system_prompt)
-    return Prompt(tokens, vocabulary.text(tokens), messages, False, chat.sha256)
+        raise UsageError(f"conversations of this chat template have no token in common at their beginning: {BOS_ONLY}")
+    if chat.rendering is not None and chat.rendering.tools:
+        _warn_of_tools(vocabulary.text(tokens), chat, system_prompt)
+    messages = None if system_prompt is None else system_messages(system_prompt)
+    return Prompt(tokens, vocabulary.text(tokens), messages, False, chat.sha256, chat.stated)
+
+
+def _conversations(chat: Template, system_prompt: str | None) -> Iterator[str]:
+    """Conversations that differ in everything but the system prompt, the tools and the template's switches.
+
+    The first ones must be possible; of the others those that the template refuses will be refused at run time too.
+    """
+    for date in _DATES:
+        yield chat.conversation(system_prompt, _FIRST_MESSAGES[0], date=date)
+    yield chat.conversation(system_prompt, "Hello", "Hi! What can I do?", "2 + 2?", date=_DATES[0])
+    before = [] if system_prompt is None else system_messages(system_prompt)
+    others: list[list[dict[str, Any]]] = [[{"role": "user", "content": text}] for text in _FIRST_MESSAGES[1:]]
+    if chat.rendering is not None:
+        others += [_REASONING, *_tool_turns(chat.rendering)]
+    for messages in others:
+        with contextlib.suppress(Exception):  # a template is a program: anything can happen
+            yield chat.render([*before, *messages], date=_DATES[0])
+
+
+def _tool_turns(rendering: Rendering) -> Iterator[list[dict[str, Any]]]:
+    """A question, the call of a tool, and what comes of it: its arguments as an object, and as a text."""
+    for tool in rendering.tools[:1]:
+        for arguments in ({"x": "1"}, '{"x": "1"}'):
+            function = {"name": tool["function"]["name"], "arguments": arguments}
+            call = {"id": "call00001", "type": "function", "function": function}
+            result = {"role": "tool", "tool_call_id": "call00001", "name": function["name"], "content": "42"}
+            asked = {"role": "assistant", "content": "", "tool_calls": [call]}
+            yield [{"role": "user", "content": "What is it?"}, asked, result]
+
+
+def _warn_of_tools(prefix: str, chat: Template, system_prompt: str | None) -> None:
+    """Where a prefix does not hold the tools that it was made with."""
+    assert chat.rendering is not None  # the caller's part of the contract
+    name = chat.rendering.tools[-1]["function"]["name"]
+    if name in prefix:
+        return
+    shown = name in chat.conversation(system_prompt, _FIRST_MESSAGES[0])
+    where = "behind the beginning that conversations share, so the prefix ends before them" if shown else "nowhere"
+    warnings.warn(f"the model's chat template shows the tools {where}", stacklevel=4)
+
+
+def _clause(refused: UsageError) -> str:
+    """Of a refusal, without what it says is to be done."""
+    return str(refused).partition(f": {BOS_ONLY}")[0]
+
+
+def _date_hint(template: str, rendering: Rendering | None) -> str:
+    """How a template that takes the date as a variable can be given one that stays."""
+    if "date_string" not in template or (rendering is not None and "date_string" in rendering.args):
+        return ""
+    return """, or fix the date with --template-args '{"date_string": "26 Jul 2024"}', the server's requests too"""
 
 
 def first_tokens(made: Prompt, n: int, vocabulary: Vocabulary) -> Prompt:
@@ -118,18 +219,21 @@ def prompt_for(
     bos_only: bool,
     prefix_tokens: int | str | None,
     rope: Rope | None = None,
+    rendering: Rendering | None = None,
 ) -> Prompt:
     """Prefix tokens by the GGUF's tokenizer; refused if its header tells that the model can have no prefix.
 
-    rope: settings it will be used with; if there are any, the model's own context is no limit.
+    rendering: tools and switches of the template. rope: settings it will be used with; if there are any, the model's
+    own context is no limit.
     """
     values = gguf_file.read(gguf).values
     arch = values.get("general.architecture")
+    template = chat_template_of(values, rendering)
     with Vocabulary(gguf) as vocabulary:
         why_not = vocabulary.refusal(_all_attention(gguf, arch))
         if why_not:
             raise IntactKVError(f"a model of architecture {arch!r} cannot carry a prefix: {why_not}")
-        made = make_prompt(vocabulary, values.get("tokenizer.chat_template"), system_prompt, bos_only)
+        made = make_prompt(vocabulary, template, system_prompt, bos_only, rendering)
         if isinstance(prefix_tokens, int):
             made = first_tokens(made, prefix_tokens, vocabulary)
     limit = values.get(f"{arch}.context_length")
@@ -155,79 +259,42 @@ def check_prefix_tokens(prefix_tokens: int | str | None, bos_only: bool) -> None
         raise UsageError(f"--bos-only keeps one token and --prefix-tokens says {prefix_tokens}: give one of both")
 
 
-def check_prompt(chat_template: str | None, system_prompt: str | None, bos_only: bool) -> None:
+def check_prompt(
+    chat_template: str | None, system_prompt: str | None, bos_only: bool, rendering: Rendering | None = None
+) -> None:
     """What can be known about the prompt without a tokenizer, before any work."""
     if bos_only and system_prompt is not None:
         raise UsageError("--bos-only keeps no system prompt: give one of both")
-    if not bos_only:
-        Template(chat_template, "<s>", "</s>").conversation(system_prompt)
-
-
-class Template:
-    """A chat template as the runtime renders it. Raises UsageError if there is none or it cannot be compiled."""
-
-    def __init__(self, template: str | None, bos: str, eos: str) -> None:
-        library.load()
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-        if not template:
-            raise UsageError(f"the model has no chat template, so a system prompt has no place: {_BOS_ONLY}")
-        self.sha256 = hashlib.sha256(template.encode()).hexdigest()
-        try:
-            self._formatter: Any = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)
-        except Exception as error:  # a template is a program: anything can happen
-            reason = first_line(error)
-            raise UsageError(f"the model's chat template cannot be compiled ({reason}): {_BOS_ONLY}") from error
-
-    def conversation(self, system_prompt: str | None, *rest: str, date: datetime = _DATES[0]) -> str:
-        """The text of a conversation: system prompt, then user and assistant in turns. UsageError if refused."""
-        turns = rest or _FIRST_MESSAGES[:1]
-        messages = [] if system_prompt is None else _messages(system_prompt)
-        messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
-        self._formatter.strftime_now = date.strftime
-        try:
-            return self._formatter(messages=messages).prompt
-        except Exception as error:
-            without = "" if system_prompt is None else "leave out the system prompt, or "
-            raise UsageError(
-                f"the model's chat template refuses the conversation ({first_line(error)}): {without}{_BOS_ONLY}"
-            ) from error
-
-    def conversations(self, system_prompt: str | None) -> Iterable[str]:
-        """Conversations that differ in everything but the system prompt."""
-        for date in _DATES:
-            yield self.conversation(system_prompt, date=date)
-        yield self.conversation(system_prompt, "Hello", "Hi! What can I do?", "2 + 2?")
-        for message in _FIRST_MESSAGES[1:]:
-            try:
-                yield self.conversation(system_prompt, message)
-            except UsageError:
-                continue  # this message will be refused at run time too
+    if bos_only and rendering is not None:
+        raise UsageError("--bos-only keeps neither --tools nor --template-args: leave them out, or --bos-only")
+    if bos_only:
+        return
+    try:
+        chat = Template(chat_template, "<s>", "</s>", rendering or Rendering())
+        chat.conversation(system_prompt, _FIRST_MESSAGES[0])
+    except UsageError:
+        if rendering is not None:
+            raise
+        Template(chat_template, "<s>", "</s>").conversation(system_prompt, _FIRST_MESSAGES[0])
 
 
 def _bos(vocabulary: Vocabulary, template: str | None, names: tuple[str, str]) -> Prompt:
-    """The first token of every conversation, or of every text where no template says how conversations begin.
+    """The first token of every text: the BOS that the tokenizer adds, or else that of every conversation.
 
-    A template need not render the BOS that the tokenizer puts before plain text. What is evaluated in a chat is what
-    the template renders, and nothing else.
+    A template need not render the BOS that llama.cpp's programs put before any text. Where they put none, a
+    conversation begins with what the template renders, and nothing else.
     """
     token = vocabulary.bos
     sha256 = None
     if template:
         with contextlib.suppress(UsageError):  # a template that is of no use is as good as none
-            chat = Template(template, *names)
-            tokens = _common([vocabulary.tokenize(text, special=True) for text in chat.conversations(None)])
+            chat = Template(template, *names, adds_bos=vocabulary.adds_bos)
+            tokens = _common([vocabulary.tokenize(text, special=True) for text in _conversations(chat, None)])
             token, sha256 = (tokens or [token])[0], chat.sha256
     if token < 0:
         raise UsageError(
             "the model has no BOS token and no chat template, so its texts have no common beginning: "
             "there is no prefix to keep intact"
-        )
-    if vocabulary.adds_bos and token != vocabulary.bos:
-        warnings.warn(
-            f"conversations of this chat template begin with {vocabulary.token_name(token)!r}, plain texts with "
-            f"{vocabulary.token_name(vocabulary.bos)!r}: the prefix serves the conversations",
-            stacklevel=2,
         )
     return Prompt([token], vocabulary.text([token]), None, True, sha256)
 
@@ -252,14 +319,10 @@ def _refuse_unreached(
         raise UsageError(
             f"the model's chat template does not begin every conversation with the system prompt: all that its "
             f"conversations have in common are {len(prefix)} tokens, {vocabulary.text(list(prefix))!r}, as if it comes "
-            f"after the date, in a later message, or not at all: {_BOS_ONLY}"
+            f"after the date, in a later message, or not at all: {BOS_ONLY}"
         )
 
 
 def _common(sequences: Sequence[Sequence[int]]) -> list[int]:
     columns = zip(*sequences, strict=False)
     return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
-
-
-def _messages(system_prompt: str) -> Messages:
-    return [{"role": "system", "content": system_prompt}]

@@ -46,22 +46,23 @@ def open_chat(
         notice(why)
     enough = default_tail(WITH_TAIL)
     smaller = asked is None and pair == BEST_PAIR and library.is_patched() and (tail is None or tail >= enough)
-    path = ikv.find(model) if prefix == "auto" else prefix
-    loaded = None if path is None else ikv.read(path)
+    loaded = None
+    if prefix is not None:
+        loaded = ikv.own(model) if prefix == "auto" else ikv.named(model, prefix)
     n_prefix = 0 if loaded is None else loaded.n_cells
     trained = header.get(f"{header.get('general.architecture')}.context_length") or _CONTEXT
     if n_ctx is None:
         n_ctx = min(trained, max(_CONTEXT, n_prefix + _ROOM))
     elif loaded is not None and 0 < n_ctx <= n_prefix:
         raise UsageError(
-            f"the prefix in {path} has {loaded.contents}, and --ctx-size is {n_ctx}: give more, at most {trained}, or "
-            "leave it out"
+            f"the prefix in {loaded.source} has {loaded.contents}, and --ctx-size is {n_ctx}: give more, at most "
+            f"{trained}, or leave it out"
         )
     settings = {"n_ctx": n_ctx, "n_threads": n_threads, "n_threads_batch": n_threads, **llama_kwargs}
-    llama = IntactLlama(model, path, WITH_TAIL if smaller else pair, tail, **settings)
+    llama = IntactLlama(model, loaded, WITH_TAIL if smaller else pair, tail, **settings)
     if smaller and llama.tail < enough:  # the library says so: by this model, its attention, or INTACTKV_TAIL
         llama.close()
-        llama = IntactLlama(model, path, pair, tail, **settings)
+        llama = IntactLlama(model, loaded, pair, tail, **settings)
     talk = Conversation(llama, opening_messages(llama, system_prompt), sampling or Sampling(), notice)
     if llama.prefix is not None and not talk.begins_with_prefix():
         notice(

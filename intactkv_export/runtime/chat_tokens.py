@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from intactkv_export.errors import IntactKVError, first_line
+from intactkv_export.prefix import Rendering, Template, chat_template_of, checked_tools
 from intactkv_export.runtime.intact_llama import IntactLlama, L
 
 Messages = Sequence[Mapping[str, str]]
@@ -99,18 +100,17 @@ class _Names:
 
 
 class ChatTokens(_Names):
-    """Renders conversations and tokenizes them. Raises IntactKVError if the model has no template."""
+    """Renders conversations, as the prefix was rendered, and tokenizes them. Raises IntactKVError if the model has no
+    template."""
 
     def __init__(self, llama: IntactLlama) -> None:
         super().__init__(llama)
-        template = llama.metadata.get("tokenizer.chat_template")
-        if template is None:
+        if llama.metadata.get("tokenizer.chat_template") is None:
             raise IntactKVError(
                 f"{llama.model_path} has no chat template, so nothing says how it marks turns: "
                 "use IntactLlama.create_completion() for a base model"
             )
-        names = (self._name(token) if token != -1 else "" for token in (llama.token_eos(), llama.token_bos()))
-        self._formatter = L.llama_chat_format.Jinja2ChatFormatter(template, *names)
+        self._template = _template(llama)
 
     def __call__(self, messages: Messages) -> list[int]:
         """The tokens of a conversation that goes on with the assistant's reply.
@@ -121,13 +121,68 @@ class ChatTokens(_Names):
         """
         safe, hidden = self.hide(messages)
         try:
-            text = self._formatter(messages=safe).prompt
+            text = self._template.render(safe)
         except Exception as error:  # a template is a program: anything can happen
             raise IntactKVError(
                 f"the chat template of {self._llama.model_path} refuses this conversation ({first_line(error)}): "
                 "leave out --system-prompt, or use /reset"
             ) from error
         return self.tokenize_parts(text, hidden) if hidden else self._tokenize(text, special=True)
+
+
+class PrefixFormatter:
+    """A chat formatter of llama_cpp that renders as the prefix was rendered: with its tools and template arguments.
+
+    The tools are those of a request if it names some ([]: none), else the prefix's, where the conversation begins as
+    the prefix does.
+    """
+
+    def __init__(self, llama: IntactLlama) -> None:
+        assert llama.prefix is not None  # the caller's part of the contract
+        self._template, self._prefix = _template(llama), llama.prefix
+        self._eos = _token_name(llama, llama.token_eos())
+        self.differs = self._template.differs
+
+    def __call__(
+        self,
+        *,
+        messages: Sequence[Mapping[str, Any]],
+        functions: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **_: Any,
+    ) -> Any:
+        if functions and tools is None:
+            tools = [{"type": "function", "function": function} for function in functions]
+        given = checked_tools(list(tools)) if tools else []
+        if tools is None and list(messages[: len(self._prefix.messages)]) == self._prefix.messages:
+            given = self._prefix.tools
+        text = self._template.render(messages, given)
+        return L.llama_chat_format.ChatFormatterResponse(prompt=text, stop=[self._eos], added_special=True)
+
+
+def formatter_of_prefix(llama: IntactLlama) -> PrefixFormatter | None:
+    """None: there is no prefix, or llama_cpp's own formatter renders as the prefix was rendered."""
+    if llama.prefix is None or "tokenizer.chat_template" not in llama.metadata:
+        return None
+    made = PrefixFormatter(llama)
+    return made if made.differs else None
+
+
+def _template(llama: IntactLlama) -> Template:
+    """The model's chat template, to be rendered as its prefix was; without one as llama_cpp does."""
+    prefix = llama.prefix
+    rendering = None if prefix is None else Rendering.of(prefix.manifest)
+    bos, eos = (_token_name(llama, token) for token in (llama.token_bos(), llama.token_eos()))
+    adds = bool(L.llama_vocab_get_add_bos(L.llama_model_get_vocab(llama.model)))
+    begins = prefix is not None and prefix.tokens[0] == llama.token_bos()
+    return Template(chat_template_of(llama.metadata, rendering), bos, eos, rendering, adds and begins)
+
+
+def _token_name(llama: IntactLlama, token: int) -> str:
+    """As the vocabulary writes it; "" for -1, where the model has none."""
+    if token == -1:
+        return ""
+    return L.llama_vocab_get_text(L.llama_model_get_vocab(llama.model), token).decode("utf-8", "replace")
 
 
 def text_stays_text(handler: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,4 +14,4 @@ def check_fit(prefix: Prefix, model: Path) -> None:
     The model is run with the RoPE settings that the prefix was made with, as whoever uses the prefix runs it.
     """
     settings = run_settings(prefix, model)
-    IntactLlama(model, prefix.source, "f16", n_ctx=prefix.n_cells + 1, n_batch=32, **settings).close()
+    IntactLlama(model, prefix, "f16", n_ctx=prefix.n_cells + 1, n_batch=32, **settings).close()

@@ -88,8 +88,9 @@ class IntactLlama(CompletionLlama):
     logits_all=True the other prefix tokens are evaluated as well, from an empty cache, for their logits only.
 
     model_path: the quantized model, a GGUF, or any of its parts (NAME-00001-of-00003.gguf).
-    prefix: an `.ikv` file or a GGUF that has one embedded; "auto": the one embedded in the model, or the file beside
-        it (ikv.find), or none; None: none.
+    prefix: an `.ikv` file or a GGUF that has one embedded, the name of one of several in the model, or one that was
+        read (ikv.Prefix); "auto": the one embedded in the model, of several the default, or the file beside it
+        (ikv.find), or none; None: none.
     kv_type: type of the KV cache, or a pair of types for K and V: f16, q8_0, q5_1, q5_0, q4_1, q4_0, bf16, iq4_nl,
         f32; None: q8_0, or f16, with a warning, where the model's heads do not fit it. Flash attention is on:
         quantized caches and prefixes need it.
@@ -105,7 +106,7 @@ class IntactLlama(CompletionLlama):
     def __init__(
         self,
         model_path: str | Path,
-        prefix: str | Path | None = "auto",
+        prefix: str | Path | ikv.Prefix | None = "auto",
         kv_type: str | tuple[str, str] | None = None,
         tail: int | None = None,
         **llama_kwargs: Any,
@@ -130,17 +131,20 @@ class IntactLlama(CompletionLlama):
         if tail is not None and not llama_kwargs.get("vocab_only"):
             self._set_tail(tail)
         if prefix is not None and not llama_kwargs.get("vocab_only"):  # then there is no cache to load it into
-            path = ikv.find(model_path) if prefix == "auto" else Path(prefix)
-            if path is not None:
-                self._take_prefix(path, bool(llama_kwargs.get("chat_format")))
+            if not isinstance(prefix, ikv.Prefix):
+                prefix = ikv.own(model_path) if prefix == "auto" else ikv.named(model_path, prefix)
+            if prefix is not None:
+                self._take_prefix(prefix, bool(llama_kwargs.get("chat_format")))
         self._keep_text_text()
         self._turns = Turns(self)
 
     def _keep_text_text(self) -> None:
         """The names of control tokens in messages are text, as far as the chat format leaves tokenizing to us."""
-        from intactkv_export.runtime.chat_tokens import text_stays_text
+        from intactkv_export.runtime.chat_tokens import formatter_of_prefix, text_stays_text
 
         name = self.chat_format
+        if name == "chat_template.default" and (formatter := formatter_of_prefix(self)) is not None:
+            self._chat_handlers[name] = L.llama_chat_format.chat_formatter_to_chat_completion_handler(formatter)
         handler = self._chat_handlers.get(name)
         if handler is None:
             with suppress(L.llama_chat_format.LlamaChatCompletionHandlerNotFoundException):  # said when it is used
@@ -181,8 +185,8 @@ class IntactLlama(CompletionLlama):
                 "leave it out, or use the libraries that `python -m intactkv_export.library` names"
             )
 
-    def _take_prefix(self, path: Path, chosen_format: bool) -> None:
-        prefix = ikv.read(path)
+    def _take_prefix(self, prefix: ikv.Prefix, chosen_format: bool) -> None:
+        path = prefix.source
         if prefix.n_cells >= len(self.input_ids):
             raise IntactKVError(
                 f"the prefix in {path} has {prefix.contents}, the context only n_ctx = {len(self.input_ids)}: use a "
@@ -317,6 +321,12 @@ class IntactLlama(CompletionLlama):
         return [] if self.prefix is None else self.prefix.messages
 
     @property
+    def prefix_tools(self) -> list[dict[str, Any]]:
+        """The tools that the prefix was made with: a chat that begins with prefix_messages and names no others has
+        these. [] where there are none."""
+        return [] if self.prefix is None else self.prefix.tools
+
+    @property
     def prefix_stats(self) -> dict[str, Any]:
         """The prefix in use: where it is from, how often and how fast it was loaded; and what is intact now, of the
         prefix and of the tail, and occupies how many bytes."""
@@ -419,7 +429,12 @@ class IntactLlama(CompletionLlama):
         state = super().__getstate__()
         for name in ("flash_attn", "type_k", "type_v"):
             del state[name]
-        return {**state, "prefix": self.prefix_path, "kv_type": self.kv_type, "tail": self._tail_asked}
+        return {
+            **state,
+            "prefix": None if self.prefix is None else ikv.given(self.prefix),
+            "kv_type": self.kv_type,
+            "tail": self._tail_asked,
+        }
 
     def close(self) -> None:
         """As Llama.close()."""

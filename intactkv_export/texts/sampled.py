@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from intactkv_export.libllama import Vocabulary
 from intactkv_export.models import gguf_file
-from intactkv_export.prefix import Prefix, ikv
+from intactkv_export.prefix import Prefix, Rendering, chat_template_of, ikv
 from intactkv_export.texts.beginnings import begin
 from intactkv_export.texts.growing import Growing
 from intactkv_export.work import Steps
@@ -111,8 +111,8 @@ def sample_from(
     """As sample(), from files: a stage of its own. gguf: the reference as one, for its tokenizer."""
     from intactkv_export import torch_model
 
-    template = gguf_file.read(gguf).values.get("tokenizer.chat_template")
     behind = ikv.read(prefix)
+    template = chat_template_of(gguf_file.read(gguf).values, Rendering.of(behind.manifest))
     model = torch_model.load(reference, device=device, rope_factors=torch_model.prefix_factors(behind))
     with Vocabulary(gguf) as vocabulary:
         return sample(model, behind, vocabulary, template, n=n, n_tokens=n_tokens, seed=seed, progress=progress)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import Vocabulary
-from intactkv_export.prefix import Prefix, Template
+from intactkv_export.prefix import Prefix, Template, of_prefix
 
 _MARKS = ("MARK-1-KRAM", "MARK-2-KRAM", "MARK-3-KRAM")  # stand for messages, to find what a template puts between
 
@@ -26,8 +26,7 @@ class Turns:
         self._template: Template | None = None
         head, to_user, to_reply = "", "\n\n", "\n\n"
         if chat_template:
-            names = (vocabulary.token_name(token) for token in (vocabulary.bos, vocabulary.eos))
-            self._template = Template(chat_template, *names)
+            self._template = of_prefix(chat_template, prefix.manifest, prefix.tokens, vocabulary)
             text = self._template.conversation(self._system, *_MARKS)
             head, rest = text.split(_MARKS[0], 1)
             to_user, to_reply = rest.split(_MARKS[1], 1)[1].split(_MARKS[2], 1)

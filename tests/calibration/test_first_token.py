@@ -87,14 +87,19 @@ def test_a_new_prefix_replaces_a_trained_one_only_by_name(made: Any, tmp_path: P
     gguf, beside = shutil.copy(result.outputs[0].path, tmp_path / "tiny.gguf"), tmp_path / "tiny.ikv"
     trained = ikv.read(gguf)
     with pytest.raises(UsageError, match="calibrated prefix, which this one would replace"):
-        prefix(reference, gguf, system_prompt=PROMPTS[0])
+        prefix(reference, gguf, bos_only=True)
     assert ikv.read(gguf).data == trained.data and not beside.exists()
     prefix(reference, gguf, system_prompt=PROMPTS[0], out=tmp_path / "other.ikv")
     assert ikv.read(gguf).data == trained.data
-    prefix(reference, gguf, system_prompt=PROMPTS[0], out=beside, embed=True)
-    assert ikv.read(gguf).data == beside.read_bytes() != trained.data
+    prefix(reference, gguf, system_prompt=PROMPTS[0])  # a prompt comes beside the first token, as the model's own
+    assert ikv.read(gguf).data == beside.read_bytes() and ikv.read(gguf, "first-token").data == trained.data
     prefix(reference, gguf, system_prompt=PROMPTS[1])
-    assert ikv.read(gguf).data == beside.read_bytes()
+    assert ikv.read(gguf).data == beside.read_bytes() and ikv.read(gguf, "first-token").data == trained.data
+    prefix(reference, gguf, system_prompt=PROMPTS[0], out=tmp_path / "other.ikv", embed=True)
+    assert ikv.read(gguf).data == beside.read_bytes() and ikv.read(gguf, "other").tokens != ikv.read(beside).tokens
+    beside.write_bytes(trained.data)
+    with pytest.raises(UsageError, match="tiny.ikv holds a calibrated prefix, which this one would replace"):
+        prefix(reference, gguf, system_prompt=PROMPTS[1])
 
 
 def test_extra_cells_are_trained_and_loaded(made: Any, tmp_path: Path) -> None:

@@ -67,11 +67,11 @@ class _AddsBos(Vocabulary):
 
 
 def test_bos_only_is_what_chats_begin_with(model):
-    """A tokenizer that adds a BOS and a template that renders none: the token of the conversations, and a warning."""
+    """A tokenizer that adds a BOS and a template that renders none: llama.cpp's programs put it before them."""
     with _AddsBos(model("F16")) as vocabulary:
-        with pytest.warns(UserWarning, match=r"begin with '<\|im_start\|>', plain texts with '<\|endoftext\|>'"):
-            made = make_prompt(vocabulary, NO_BOS, None, bos_only=True)
-        assert made.tokens == vocabulary.tokenize("<|im_start|>", special=True) and made.chat_template_sha256
+        made = make_prompt(vocabulary, NO_BOS, None, bos_only=True)
+        assert made.tokens == [0] and made.chat_template_sha256
+        assert make_prompt(vocabulary, NO_BOS, SYSTEM).tokens[:2] == [0, 1]
         assert make_prompt(vocabulary, "{{ bos_token }}" + NO_BOS, None, bos_only=True).tokens == [0]
         assert make_prompt(vocabulary, None, None, bos_only=True).tokens == [0]
 
@@ -98,7 +98,6 @@ def test_control_tokens_in_the_text_are_refused(vocabulary, template, system):
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ messages.append(1) }}", "unsafe|not safe|is not"),
         ("{{ strftime_now('%d %b %Y') }}" + PLAIN, "after the date"),
-        ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", "not at all"),
         (
             "{% for m in messages[1:] %}{{ m.role }}{% if loop.last %}{{ messages[0].content }}{% endif %}{% endfor %}",
             "in a later message",
@@ -109,6 +108,19 @@ def test_templates_that_cannot_hold_the_prompt(vocabulary, template, message):
     with pytest.raises(UsageError, match=message) as caught:
         make_prompt(vocabulary, template, SYSTEM)
     assert "--bos-only" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        "<{{ m.role }}>{{ m.content }}{% endfor %}",
+    ],
+)
+def test_where_there_are_no_system_messages_the_server_puts_it_before_the_first(vocabulary, text):
+    made = make_prompt(vocabulary, text, SYSTEM)
+    assert made.text.startswith(f"<user>{SYSTEM}") and made.messages == [{"role": "system", "content": SYSTEM}]
 
 
 def test_a_date_behind_the_prompt_cuts_the_prefix(vocabulary):
@@ -134,7 +146,6 @@ REAL = [
     ("phi-3", "microsoft-Phi-3.5-mini-instruct", "<|end|><|user|>"),
     ("llama-bpe", "meta-llama-Llama-3.2-3B-Instruct", "after the date"),
     ("llama-spm", "mistralai-Mistral-Nemo-Instruct-2407", "in a later message"),
-    ("gemma-4", "google-gemma-2-2b-it", "System role not supported"),
 ]
 
 
@@ -163,8 +174,7 @@ def test_real_templates(upstream, vocab, template, expected):
             assert expected in str(error)
             return
         assert made.text.endswith(SYSTEM + expected)
-        bos = [vocabulary.bos] if vocab == "llama-bpe" else []
-        assert made.tokens[: len(bos) + 1].count(vocabulary.bos) == len(bos)  # never twice
+        assert made.tokens[:2].count(vocabulary.bos) == vocabulary.adds_bos  # as the server has it, never twice
 
 
 HEADERS = [("mamba", "recurrent"), ("jamba", "hybrid"), ("t5", "encoder"), ("llama", ""), ("deepseek2", "MLA")]

@@ -1,0 +1,351 @@
+"""A model's chat template, rendered as llama.cpp's server renders it, or as llama-cpp-python does.
+
+A prefix is of use where conversations are rendered as the prefix was. `llama-server` and llama-cpp-python's formatter
+differ: in variables that a template can ask for (enable_thinking, the date), in what they leave undefined (tools), in
+messages that a template cannot take. What is made for a prompt is rendered as the server does it, and whoever chats
+behind such a prefix (IntactLlama, chat) renders in the same way. Prefix files of before were made by llama-cpp-python's
+formatter, and are rendered by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import cached_property
+from os.path import commonprefix
+from typing import Any
+
+from intactkv_export import library
+from intactkv_export.errors import UsageError, first_line
+from intactkv_export.libllama import Vocabulary
+from intactkv_export.prefix.server_jinja import compile_template, numbers
+
+Messages = Sequence[Mapping[str, Any]]
+
+DATE = datetime(2024, 7, 26, 9, 8, 7)  # of texts that must not differ from day to day
+BOS_ONLY = "use --bos-only"
+_DEEPEST = 31  # arrays and objects in one another that readers of a prefix file take below the manifest itself
+_OURS = {"messages", "tools", "bos_token", "eos_token", "add_generation_prompt", "raise_exception", "strftime_now"}
+_TOOL_FORMAT = 'give a list as OpenAI has it, [{"type": "function", "function": {"name": ..., "parameters": {...}}}]'
+_PROBE = "PROBE-7-EBORP"  # stands for a message, to find what a template does with it
+# Texts by which the server knows templates that it treats in a way of its own.
+_MINISTRAL = ("[SYSTEM_PROMPT]", "[TOOL_CALLS]", "[ARGS]")
+_THINKING = (("[SYSTEM_PROMPT]", "[TOOL_CALLS]", "[ARGS]"), ("'<|tool_call>call:'",))
+_TAIL = 64  # characters that a text may end with, whatever is before
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Adds.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "string", "description": "A number."}}},
+    },
+}
+_STEPFUN = "You have access to the following functions in JSONSchema format"
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """What conversations are rendered with besides their messages, as `llama-server` takes it with a request.
+
+    tools: definitions in OpenAI's format, as the server passes them on (checked()); none: (). args: of the template,
+    the server's chat_template_kwargs: enable_thinking, reasoning_effort, ...
+    """
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> Rendering | None:
+        """Of a prefix file's manifest; None: one that was rendered by llama-cpp-python's formatter."""
+        if "template_args" not in manifest:
+            return None
+        return cls(manifest.get("tools") or (), manifest["template_args"])
+
+    @classmethod
+    def checked(cls, tools: object = None, args: object = None) -> Rendering | None:
+        """What a user gives; None: neither. Raises UsageError if the server would not take it."""
+        if tools is None and args is None:
+            return None
+        return cls([] if tools is None else checked_tools(tools), {} if args is None else _checked_args(args))
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Of the manifest."""
+        tools = {"tools": [dict(tool) for tool in self.tools]} if self.tools else {}
+        return {**tools, "template_args": dict(self.args)}
+
+
+class Template:
+    """A chat template as the runtime renders it. Raises UsageError if there is none or it cannot be compiled.
+
+    bos, eos: texts of these tokens. adds_bos: whether the tokenizer puts a BOS before a text, as the server lets it do:
+    then a template need not. rendering: None: as llama-cpp-python's formatter.
+    """
+
+    def __init__(
+        self, template: str | None, bos: str, eos: str, rendering: Rendering | None = None, adds_bos: bool = False
+    ) -> None:
+        if not template:
+            raise UsageError(f"the model has no chat template, so a system prompt has no place: {BOS_ONLY}")
+        self.sha256 = hashlib.sha256(template.encode()).hexdigest()
+        self.rendering = rendering
+        self._source, self._bos, self._eos, self._adds_bos = template, bos, eos, adds_bos
+        try:
+            if rendering is None:
+                self._formatter: Any = _formatter(template, bos, eos)
+            else:
+                self._compiled = compile_template(template)
+        except Exception as error:  # a template is a program: anything can happen
+            reason = first_line(error)
+            raise UsageError(f"the model's chat template cannot be compiled ({reason}): {BOS_ONLY}") from error
+
+    def render(
+        self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None, date: datetime | None = None
+    ) -> str:
+        """The text of a conversation that goes on with the assistant's reply, whatever the template raises.
+
+        tools: instead of the rendering's. date: None: now.
+        """
+        now = date or datetime.now()
+        if self.rendering is None:
+            self._formatter.strftime_now = now.strftime
+            text: str = self._formatter(messages=messages, tools=tools).prompt
+        else:
+            tools = self.rendering.tools if tools is None else tools
+            text = self._as_the_server(self._for_the_template(messages), tools, now)
+        return text if not self._adds_bos or text.startswith(self._bos) else self._bos + text
+
+    def conversation(self, system_prompt: str | None, *turns: str, date: datetime = DATE) -> str:
+        """The text of a conversation: system prompt, then user and assistant in turns. UsageError if refused."""
+        messages = [] if system_prompt is None else system_messages(system_prompt)
+        messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+        try:
+            return self.render(messages, date=date)
+        except Exception as error:
+            without = "" if system_prompt is None else "leave out the system prompt, or "
+            raise UsageError(
+                f"the model's chat template refuses the conversation ({first_line(error)}): {without}{BOS_ONLY}"
+            ) from error
+
+    @property
+    def differs(self) -> bool:
+        """Whether what it renders is not what llama-cpp-python's formatter renders."""
+        return self.rendering is not None or self._adds_bos
+
+    @property
+    def stated(self) -> Rendering | None:
+        """The rendering with what the server decides by itself: whether the model is to think, if it is asked that."""
+        if self.rendering is None or "enable_thinking" not in self._source:
+            return self.rendering
+        return replace(self.rendering, args={"enable_thinking": self.thinks, **self.rendering.args})
+
+    def _as_the_server(self, messages: Messages, tools: Sequence[Mapping[str, Any]], now: datetime) -> str:
+        """Rendered with the server's variables; what it leaves undefined is undefined."""
+        assert self.rendering is not None
+        args = {"preserve_reasoning": True, **numbers(self.rendering.args)}
+        given = {"tools": numbers(tools)} if tools else {}
+        if isinstance(effort := args.get("reasoning_effort"), str):
+            args = {"reasoning_strength": effort, **args}
+        if isinstance(keep := args.get("preserve_reasoning"), bool):
+            names = ("clear_thinking", "truncate_history_thinking", "drop_thinking")
+            args = {"preserve_thinking": keep, **dict.fromkeys(names, not keep), **args}
+        dates = {"datetime": now.strftime("%b %d %Y"), "date_string": now.strftime("%d %b %Y")}
+        variables = {"bos_token": self._bos, "eos_token": self._eos, "strftime_now": now.strftime, **dates, **given}
+        return self._rendered(messages, {"enable_thinking": self.thinks, **variables, **args})
+
+    def _rendered(self, messages: Messages, variables: Mapping[str, Any]) -> str:
+        usual = {"messages": messages, "raise_exception": _raise, "add_generation_prompt": True}
+        return self._compiled.render({**usual, **variables})
+
+    def _for_the_template(self, messages: Messages) -> list[dict[str, Any]]:
+        """Messages as the server gives them to a template that cannot take them as they are."""
+        made = [dict(message) for message in messages]
+        if _STEPFUN in self._source:
+            made = [_with_content(message, str.strip) for message in made]
+        if not self._knows_system and made and made[0].get("role") == "system":
+            system, *made = made
+            if made:
+                made[0] = {**made[0], "content": f"{system['content']}\n{made[0]['content']}"}
+        if self._only_parts:
+            return [_with_content(message, _parts) for message in made]
+        if all(mark in self._source for mark in _MINISTRAL) and "[CALL_ID]" not in self._source:
+            return [_with_content(m, _parts) if m.get("role") in ("system", "assistant") else m for m in made]
+        return made
+
+    @cached_property
+    def _knows_system(self) -> bool:
+        """Whether it uses a system message. One that raises without having looked at its text does not."""
+        system = _Watched(role="system", content=_PROBE)
+        text = self._tried([system, {"role": "user", "content": "Hi"}])
+        if text is None or _PROBE not in text:
+            parts = _Watched(role="system", content=_parts(_PROBE))
+            other = self._tried([parts, {"role": "user", "content": _parts("Hi")}])
+            return _PROBE in (other or "") or (text is None and system.looked_at)
+        return True
+
+    @cached_property
+    def _only_parts(self) -> bool:
+        """Whether it shows the text of a message only if this comes as a list of parts."""
+        whole, parts = (self._tried([{"role": "user", "content": made}]) for made in (_PROBE, _parts(_PROBE)))
+        return _PROBE not in (whole or "") and _PROBE in (parts or "")
+
+    @cached_property
+    def thinks(self) -> bool:
+        """Whether the server takes it for a template of a model that can think, and has it think: it shows an
+        assistant's reasoning, or begins or leaves out reasoning at the end where it is asked to."""
+        if any(all(mark in self._source for mark in marks) for marks in _THINKING):
+            return True
+        user = {"role": "user", "content": "What is it, 2 plus 2 ?"}  # as long as the server's own
+        reply = {"role": "assistant", "content": "Hello", "reasoning_content": _PROBE}
+        call = {"name": "add", "arguments": {"a": "1"}}
+        calls = {**reply, "content": None, "tool_calls": [{"id": "call00001", "type": "function", "function": call}]}
+        for answer in (reply, calls):
+            given = {"tools": [_TOOL]} if answer is calls else {}
+            shown = self._tried([user, answer], enable_thinking=True, add_generation_prompt=False, **given)
+            if _PROBE in (shown or ""):
+                return True
+        off, on = (self._tried([user], enable_thinking=asked) for asked in (False, True))
+        return off is not None and on is not None and _ends_otherwise(off, on)
+
+    def _tried(self, messages: Messages, **variables: Any) -> str | None:
+        """The text of a conversation, without anything else that the server gives; None: refused."""
+        try:
+            return self._rendered(messages, {"bos_token": "", "eos_token": "", "tools": [], **variables})
+        except Exception:  # a template is a program: anything can happen
+            return None
+
+
+def _ends_otherwise(a: str, b: str) -> bool:
+    """Whether one of the texts is the other with more at its end, by all or by what it ends with."""
+    same = len(commonprefix([a, b]))
+    left, right = a[same:].strip(), b[same:].strip()
+    if not (left and right):
+        return bool(left or right)
+    for base, longer in ((b, a), (a, b)):
+        before, found, behind = longer.rpartition(base[-_TAIL:])
+        if found and behind.strip():
+            return True
+    return False
+
+
+def chat_template_of(header: Mapping[str, Any], rendering: Rendering | None) -> str | None:
+    """The chat template in a GGUF's header: where there are tools the one for tools, if it has such, as the server."""
+    for_tools = header.get("tokenizer.chat_template.tool_use") if rendering is not None and rendering.tools else None
+    return for_tools or header.get("tokenizer.chat_template")
+
+
+def of_prefix(
+    template: str | None, manifest: Mapping[str, Any], tokens: Sequence[int], vocabulary: Vocabulary
+) -> Template:
+    """A model's chat template, rendered as it was for a prefix: a BOS that the tokenizer adds is there if the prefix
+    begins with it."""
+    bos, eos = (vocabulary.token_name(token) for token in (vocabulary.bos, vocabulary.eos))
+    return Template(template, bos, eos, Rendering.of(manifest), vocabulary.adds_bos and tokens[0] == vocabulary.bos)
+
+
+def from_json(text: str, name: str) -> Any:
+    """What a user wrote as JSON. Raises UsageError, which says where it comes from, if it is none."""
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{name} is not JSON ({first_line(error)}): correct it") from error
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is not of JSON")
+
+
+def checked_tools(tools: object) -> list[dict[str, Any]]:
+    """As the server passes them on to a template: type, name, description and parameters, and nothing else. Raises
+    UsageError if they are not in OpenAI's format."""
+    if not isinstance(tools, list) or not tools:
+        raise UsageError(f"the tools are {_kind(tools)}: {_TOOL_FORMAT}")
+    made = []
+    for i, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+        if not isinstance(function, dict):
+            raise UsageError(f"tool {i} is no function: {_TOOL_FORMAT}")
+        name, description = function.get("name"), function.get("description", "")
+        if not isinstance(name, str) or not name:
+            raise UsageError(f"tool {i} has no name: {_TOOL_FORMAT}")
+        if not isinstance(description, str):
+            raise UsageError(f"the description of the tool {name!r} is {_kind(description)}: give a text")
+        parameters = function.get("parameters", {})
+        if not isinstance(parameters, dict):
+            raise UsageError(
+                f"the parameters of the tool {name!r} are {_kind(parameters)}: give a JSON schema, an object"
+            )
+        described = {"name": name, "description": description, "parameters": parameters}
+        _check_storable(described, f"the tool {name!r}", _DEEPEST - 3)
+        made.append({"type": "function", "function": described})
+    return made
+
+
+def _checked_args(args: object) -> dict[str, Any]:
+    if not isinstance(args, dict):
+        raise UsageError(
+            f"""the template's arguments are {_kind(args)}: give an object, {{"enable_thinking": false}}"""
+        )
+    if taken := sorted(_OURS & args.keys()):
+        raise UsageError(f"{taken[0]} is no argument of the template's own, every conversation has it: leave it out")
+    if isinstance(args.get("enable_thinking"), str):
+        raise UsageError(f"enable_thinking is {args['enable_thinking']!r}: give true or false, without quotes")
+    _check_storable(args, "the template's argument", _DEEPEST - 1)
+    return args
+
+
+def _check_storable(value: object, name: str, levels: int) -> None:
+    """Raises UsageError if a prefix file cannot hold it. levels: of arrays and objects that it may have within."""
+    if levels < 0:
+        raise UsageError(f"{name} is nested deeper than a prefix file can hold: make it flatter")
+    if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
+        raise UsageError(f"{name} has a number that no double can hold: give a smaller one")
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        raise UsageError(f"{name} has half of a surrogate pair, {value[:50]!r}, which is no character: write it whole")
+    within = value if isinstance(value, list) else [*value, *value.values()] if isinstance(value, dict) else []
+    for item in within:
+        _check_storable(item, name, levels - isinstance(item, dict | list))
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list" if value else "an empty list", str: "a text", type(None): "null"}
+    return names.get(type(value), ascii(value)[:50])
+
+
+def system_messages(system_prompt: str) -> list[dict[str, Any]]:
+    """What a conversation with a system prompt begins with."""
+    return [{"role": "system", "content": system_prompt}]
+
+
+class _Watched(dict[str, Any]):
+    """A message that knows whether its content was asked for."""
+
+    looked_at = False
+
+    def __getitem__(self, key: str) -> Any:
+        self.looked_at |= key == "content"
+        return super().__getitem__(key)
+
+
+def _with_content(message: dict[str, Any], change: Any) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": change(content)} if isinstance(content, str) else message
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
+def _raise(message: str) -> None:
+    raise ValueError(message)
+
+
+def _formatter(template: str, bos: str, eos: str) -> Any:
+    library.load()
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    return Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)
