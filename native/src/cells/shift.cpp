@@ -8,7 +8,6 @@
 #include "ggml-backend.h"
 
 #include <cmath>
-#include <iterator>
 #include <map>
 #include <utility>
 #include <vector>
@@ -25,8 +24,11 @@ void before_shift(arena * a) {
 
     std::vector<uint8_t> buf;
     for (const auto & [row, by_shift] : by_row) {
-        // the first group keeps the row
-        for (auto it = std::next(by_shift.begin()); it != by_shift.end(); ++it) {
+        // the first group keeps the row; one that stays (is_held) is nobody's, only cells that do not move keep it
+        for (auto it = by_shift.begin(); it != by_shift.end(); ++it) {
+            if (a->is_held(row) ? it->first == 0 : it == by_shift.begin()) {
+                continue;
+            }
             const row_kind kind = a->kind_of(row);
             const uint32_t copy = (kind == row_kind::tail ? a->take_rows(0, 1) : a->take_rows(1))[0];
             for (const auto & layer : a->all_layers()) {
