@@ -160,7 +160,7 @@ class IntactLlama(CompletionLlama):
         rope = Rope().llama_kwargs  # all of it as the model says: llama_cpp's defaults overrule a model's YaRN settings
         settings = {"verbose": False, **rope, **llama_kwargs, "flash_attn": True, "type_k": type_k, "type_v": type_v}
         settings |= {name: settings.get(name) or usable_cores() for name in ("n_threads", "n_threads_batch")}
-        with quiet_opening(), errors_logged() as lines:
+        with quiet_opening(), errors_logged() as lines, bindings.no_automatic_prefixes():  # it gives its own
             try:
                 super().__init__(model_path, **settings)
             except ValueError as error:
