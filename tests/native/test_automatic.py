@@ -40,7 +40,10 @@ def remade(prefix: ikv.Prefix, out: Path, factor: float, calibrated: bool, n: in
     rest = {k: v for k, v in prefix.manifest.items() if k not in ("format", "tokens", "model")}
     rows = [{x.il: (getattr(x, side)[:n] * factor).astype(np.float16) for x in prefix.layers} for side in "KV"]
     data = ikv.build(
-        prefix.manifest["model"], prefix.tokens[:n], *rows, {**rest, "calibrated": {"by": "tests"} if calibrated else None}
+        prefix.manifest["model"],
+        prefix.tokens[:n],
+        *rows,
+        {**rest, "calibrated": {"by": "tests"} if calibrated else None},
     )
     out.write_bytes(data)
     return ikv.read(out)
@@ -95,7 +98,9 @@ def n_marked(kv: Any, n: int) -> int:
 
 @pytest.mark.parametrize("kv", KINDS, ids=str)
 @pytest.mark.parametrize("size", [1, 5, 23, 24, 25, 64])
-def test_whole_and_in_pieces(f16: Any, holding: Make, files: dict[str, Any], text: list[int], kv: Any, size: int) -> None:
+def test_whole_and_in_pieces(
+    f16: Any, holding: Make, files: dict[str, Any], text: list[int], kv: Any, size: int
+) -> None:
     prefix = files["prompt"]
     n, tokens = len(prefix.tokens), prefix.tokens + text
     want = evaluate(by_hand(f16, kv, prefix), tokens, size, n, n)

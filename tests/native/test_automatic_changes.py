@@ -62,9 +62,7 @@ def test_cleared_and_begun_again(f16: Any, smol: Smol, prefix: ikv.Prefix, text:
 
 @pytest.mark.parametrize("unified", [True, False])
 @pytest.mark.parametrize("kv", ["f16", "q8_0"])
-def test_a_copy_goes_on(
-    f16: Any, smol: Smol, prefix: ikv.Prefix, text: list[int], kv: str, unified: bool
-) -> None:
+def test_a_copy_goes_on(f16: Any, smol: Smol, prefix: ikv.Prefix, text: list[int], kv: str, unified: bool) -> None:
     """Copied in the middle of the prefix; between streams the copy is pending when the next batch comes."""
     n, tokens = len(prefix.tokens), prefix.tokens + text[:10]
     want = evaluate(by_hand(f16, kv, prefix), tokens, 64, n, n)
@@ -89,7 +87,9 @@ def test_saved_and_restored(f16: Any, smol: Smol, prefix: ikv.Prefix, text: list
             want = ctx.decode(tokens[there:], there)[-10:]
             again = held(f16, smol, kv)
             evaluate(again, prefix.tokens[:there], 64, 0, 64)  # what is replaced
-            assert again.restore(saved, None if whole else 0) and again.n_intact() == (min(there, n) if kv == "q8_0" else 0)
+            assert again.restore(saved, None if whole else 0) and again.n_intact() == (
+                min(there, n) if kv == "q8_0" else 0
+            )
             got = again.decode(tokens[there:], there)[-10:]
             assert kl(want, got) < 3e-3
             assert again.n_not_computed() == min(there, n)
@@ -120,7 +120,10 @@ def test_a_shift_moves_only_its_own(f16: Any, smol: Smol, prefix: ikv.Prefix, te
         assert kl(others, ctx.decode(text[20:30], len(tokens), seq)) < limit
     assert n_cells(ctx) == n + 60 + 30 + n - 1 - gone
     L.llama_memory_seq_rm(ctx.memory, 1, -1, -1)  # and again from the beginning, with the rows as they were
-    assert kl(np.stack(evaluate(ctx, tokens, 64, 0, n, 1)), np.stack(evaluate(held(f16, smol, kv), tokens, 64, 0, n))) < limit
+    assert (
+        kl(np.stack(evaluate(ctx, tokens, 64, 0, n, 1)), np.stack(evaluate(held(f16, smol, kv), tokens, 64, 0, n)))
+        < limit
+    )
 
 
 def test_a_prefix_that_a_program_loads_itself(f16: Any, smol: Smol, prefix: ikv.Prefix, text: list[int]) -> None:

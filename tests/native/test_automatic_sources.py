@@ -136,9 +136,7 @@ def test_rope_settings_that_the_prefix_does_not_have(loaded: Any) -> None:
         ({"attention_type": 1}, "not causal"),
     ],
 )
-def test_contexts_that_can_use_none(
-    loaded: Any, smol: Smol, params: dict[str, Any], part: str
-) -> None:
+def test_contexts_that_can_use_none(loaded: Any, smol: Smol, params: dict[str, Any], part: str) -> None:
     """Those of the model's file are left out; one that the user named is an error."""
     assert why_not(loaded, None, **params) == ""
     assert part in why_not(loaded, str(smol.ikv), **params)

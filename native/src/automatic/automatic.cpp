@@ -143,8 +143,7 @@ int automatic::begin_anew(const start & s) {
     return n_load == n || held.take_over(s.seqs, *s.found.prefix, n_load, n) ? 0 : 1;
 }
 
-int automatic::go_on(
-        const llama_batch_ext & batch, const std::vector<start> & starts, size_t round, size_t n_rounds) {
+int automatic::go_on(const llama_batch_ext & batch, const std::vector<start> & starts, size_t round, size_t n_rounds) {
     const bool last = round + 1 == n_rounds;
     std::vector<bool> now(batch.tokens.size(), last);
     for (const start & s : starts) {

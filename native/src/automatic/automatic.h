@@ -38,7 +38,7 @@ public:
     bool decode(const llama_batch_ext & batch, int & status);
 
     const prefixes & all() const { return held; }
-    size_t n_bytes() const;                           // beside the arenas'
+    size_t n_bytes() const;                              // beside the arenas'
     uint64_t n_not_computed() const { return n_loaded; } // tokens so far
 
 private:

@@ -64,8 +64,9 @@ static std::string why_no_window(const llama_context & ctx, const prefix_view & 
         const uint32_t n_swa = ctx.get_model().hparams.n_swa, n_ubatch = ctx.get_cparams().n_ubatch;
         const uint32_t n_seq = a.n_streams() == 1 ? a.n_sequences() : 1;
         if (n_seq * (n_swa - 1 + n_extra) + n_ubatch > a.n_stream_cells()) {
-            return format("its %u extra cells have no room in the cache of the sliding window beside n_ubatch = %u: use a "
-                          "smaller n_ubatch, or a cache of full size (swa_full)",
+            return format(
+                    "its %u extra cells have no room in the cache of the sliding window beside n_ubatch = %u: use a "
+                    "smaller n_ubatch, or a cache of full size (swa_full)",
                     n_extra, n_ubatch);
         }
     }
@@ -115,8 +116,8 @@ std::shared_ptr<automatic> of_new(llama_context & ctx) {
             LLAMA_LOG_INFO("%s: the model's prefixes are not used: %s\n", __func__, why.c_str());
         }
     } catch (const std::exception & err) {
-        const std::string error = format("the automatic prefix %s cannot be used: %s (LLAMA_INTACTKV=off: no prefix)",
-                now.c_str(), err.what());
+        const std::string error = format(
+                "the automatic prefix %s cannot be used: %s (LLAMA_INTACTKV=off: no prefix)", now.c_str(), err.what());
         fail(error);
         throw std::runtime_error(error);
     }

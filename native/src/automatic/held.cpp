@@ -86,8 +86,8 @@ void held_rows::take(ggml_tensor * arena_rows, std::vector<uint8_t> & exact, con
         fused_narrow(GGML_TYPE_F16, f32.data(), f16.data(), n);
         // a rotated pivot could leave the range of F16 (65504), an infinity would poison every later token
         if (std::any_of(f16.begin(), f16.end(), [](ggml_fp16_t x) { return (x & 0x7c00) == 0x7c00; })) {
-            throw std::runtime_error(
-                    format("%s row %zu of layer %u is not finite in the basis of this cache: use an F16 cache", side, i, il));
+            throw std::runtime_error(format(
+                    "%s row %zu of layer %u is not finite in the basis of this cache: use an F16 cache", side, i, il));
         }
         ggml_backend_tensor_set(arena_rows, f16.data(), numbers[items[i]] * row_size, row_size);
     }

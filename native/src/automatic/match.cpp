@@ -23,8 +23,8 @@ match longest_match(const prefixes & held, const std::vector<llama_token> & toke
         if (n == 0 || (ended && p.whole)) {
             continue;
         }
-        const bool began = std::all_of(
-                of.begin(), of.end(), [&](const held_prefix * other) { return same_rows(*other, p); });
+        const bool began =
+                std::all_of(of.begin(), of.end(), [&](const held_prefix * other) { return same_rows(*other, p); });
         const auto new_rank = std::make_tuple(n, began, complete);
         if (new_rank > rank) {
             rank = new_rank;

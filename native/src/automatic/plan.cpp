@@ -55,7 +55,9 @@ static std::vector<run> runs_of(const llama_batch_ext & batch) {
 // From the token at n_there to the run's last.
 static std::vector<go> goes_of(const llama_batch_ext & batch, const start & s, bool at_once) {
     const uint32_t n = s.found.n, n_all = s.n_there + s.batch_index.size();
-    const auto output = [&](uint32_t pos) { return batch.tokens[s.batch_index[pos - s.n_there]].output; };
+    const auto output = [&](uint32_t pos) {
+        return batch.tokens[s.batch_index[pos - s.n_there]].output;
+    };
     std::vector<go> res;
     uint32_t pos = s.n_there;
     while (pos < n) {

@@ -136,8 +136,7 @@ bool prefixes::give(size_t cache, const std::vector<llama_seq_id> & seqs, const 
     return true;
 }
 
-bool prefixes::load(
-        const std::vector<llama_seq_id> & seqs, const held_prefix & prefix, uint32_t b, uint32_t e) const {
+bool prefixes::load(const std::vector<llama_seq_id> & seqs, const held_prefix & prefix, uint32_t b, uint32_t e) const {
     for (size_t c = 0; c < prefix.caches.size(); ++c) {
         const held_rows & rows = prefix.caches[c];
         std::vector<int32_t> wanted;
@@ -157,8 +156,8 @@ bool prefixes::load(
     return true;
 }
 
-void prefixes::take_over_cells(size_t cache, const std::vector<llama_seq_id> & seqs, const held_rows & rows, uint32_t b,
-        uint32_t e) const {
+void prefixes::take_over_cells(
+        size_t cache, const std::vector<llama_seq_id> & seqs, const held_rows & rows, uint32_t b, uint32_t e) const {
     const arena & a = rows.of();
     const uint32_t strm = a.stream_of(seqs[0]);
     llama_kv_cells & cells = a.cells_in(strm);

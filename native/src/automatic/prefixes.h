@@ -53,10 +53,9 @@ private:
     std::unordered_map<int32_t, uint32_t> cells_by_row(size_t cache, uint32_t strm) const;
     bool give(size_t cache, const std::vector<llama_seq_id> & seqs, const held_rows & rows,
             const std::vector<int32_t> & wanted) const;
-    void take_over_cells(size_t cache, const std::vector<llama_seq_id> & seqs, const held_rows & rows, uint32_t b,
-            uint32_t e) const;
-    std::vector<int32_t> missing_extra(
-            size_t cache, llama_seq_id seq_id, const held_rows & rows) const;
+    void take_over_cells(
+            size_t cache, const std::vector<llama_seq_id> & seqs, const held_rows & rows, uint32_t b, uint32_t e) const;
+    std::vector<int32_t> missing_extra(size_t cache, llama_seq_id seq_id, const held_rows & rows) const;
 };
 
 } // namespace intactkv

@@ -32,7 +32,7 @@ static void add_file(std::vector<prefix_source> & to, const std::string & path, 
     }
     if (found.empty() && named) {
         throw std::runtime_error(path + " has no prefix embedded: name an .ikv file in " + VARIABLE +
-                                 ", or embed one with intactkv-export embed");
+                ", or embed one with intactkv-export embed");
     }
     for (const embedded_prefix & where : found) {
         to.push_back({ path, where, named });
@@ -49,7 +49,7 @@ static std::vector<std::string> files_in(const std::string & directory) {
     }
     if (error) {
         throw std::runtime_error(std::string("cannot read the directory ") + directory + " of " + VARIABLE + " (" +
-                                 error.message() + "): check its permissions");
+                error.message() + "): check its permissions");
     }
     std::sort(res.begin(), res.end());
     return res;
@@ -76,8 +76,8 @@ static void add_named(std::vector<prefix_source> & to, const std::string & list)
 
 // What intactkv-export writes into every model that may have one: no other file is read again.
 static bool may_have_embedded(const llama_model & model) {
-    return !model.intact_path.empty() && (model.gguf_kv.count("intactkv.state.offset") > 0 ||
-                                                 model.gguf_kv.count("intactkv.reference.sha256") > 0);
+    return !model.intact_path.empty() &&
+            (model.gguf_kv.count("intactkv.state.offset") > 0 || model.gguf_kv.count("intactkv.reference.sha256") > 0);
 }
 
 std::vector<prefix_source> sources_of(const llama_model & model) {

@@ -27,7 +27,7 @@ static constexpr const char * NAMES_KEY = "intactkv.prefix.names";
 static constexpr const char * OFFSETS_KEY = "intactkv.prefix.offsets";
 static constexpr const char * SIZES_KEY = "intactkv.prefix.sizes";
 static constexpr const char * ALIGNMENT_KEY = "general.alignment";
-static constexpr size_t LONGEST_KEY = 23;   // of these
+static constexpr size_t LONGEST_KEY = 23; // of these
 static constexpr size_t LONGEST_NAME = 64;
 static constexpr uint64_t MOST_PREFIXES = 4096;
 static constexpr char IKV_MAGIC[] = "qsgg"; // the little-endian 'ggsq'
@@ -190,7 +190,8 @@ struct prefix_list {
     std::vector<uint64_t> offsets, sizes;
 };
 
-static uint64_t array_length(input & in, const std::string & key, int32_t type, bool is_array, uint64_t n, int32_t wanted) {
+static uint64_t array_length(
+        input & in, const std::string & key, int32_t type, bool is_array, uint64_t n, int32_t wanted) {
     if (!is_array || type != wanted || n < 1 || n > MOST_PREFIXES) {
         refuse("the key %s of %s is %s GGUF type %" PRId32 ", not an array of 1 to %" PRIu64 " values of type %" PRId32
                ": embed the prefixes again",
@@ -199,7 +200,8 @@ static uint64_t array_length(input & in, const std::string & key, int32_t type, 
     return n;
 }
 
-static std::vector<uint64_t> read_numbers(input & in, const std::string & key, int32_t type, bool is_array, uint64_t n) {
+static std::vector<uint64_t> read_numbers(
+        input & in, const std::string & key, int32_t type, bool is_array, uint64_t n) {
     std::vector<uint64_t> res(array_length(in, key, type, is_array, n, GGUF_TYPE_UINT64));
     for (uint64_t & value : res) {
         value = in.get<uint64_t>();
@@ -208,11 +210,13 @@ static std::vector<uint64_t> read_numbers(input & in, const std::string & key, i
 }
 
 static bool is_name(const std::string & name) {
-    return !name.empty() && name.size() <= LONGEST_NAME &&
-            std::all_of(name.begin(), name.end(), [](unsigned char c) { return c < 128 && (isalnum(c) || strchr("._-", c)); });
+    return !name.empty() && name.size() <= LONGEST_NAME && std::all_of(name.begin(), name.end(), [](unsigned char c) {
+        return c < 128 && (isalnum(c) || strchr("._-", c));
+    });
 }
 
-static std::vector<std::string> read_names(input & in, const std::string & key, int32_t type, bool is_array, uint64_t n) {
+static std::vector<std::string> read_names(
+        input & in, const std::string & key, int32_t type, bool is_array, uint64_t n) {
     std::vector<std::string> res;
     array_length(in, key, type, is_array, n, GGUF_TYPE_STRING);
     for (uint64_t i = 0; i < n; ++i) {
@@ -238,8 +242,8 @@ static prefix_list checked(const input & in, prefix_list list, uint64_t offset, 
         return { { "" }, { offset }, { size } };
     }
     if (list.names.size() != list.offsets.size() || list.names.size() != list.sizes.size()) {
-        refuse("%s is damaged: it has %zu names of prefixes, %zu offsets and %zu sizes: embed the prefixes again", in.path,
-                list.names.size(), list.offsets.size(), list.sizes.size());
+        refuse("%s is damaged: it has %zu names of prefixes, %zu offsets and %zu sizes: embed the prefixes again",
+                in.path, list.names.size(), list.offsets.size(), list.sizes.size());
     }
     if (list.offsets[0] != offset || list.sizes[0] != size) {
         refuse("%s is damaged: its first prefix has %" PRIu64 " bytes at %" PRIu64 " according to %s, %s and %" PRIu64
@@ -259,7 +263,8 @@ static bool has_magics(input & in, uint64_t size) {
     return res && memcmp(magic, TRAILER_MAGIC, TRAILER_MAGIC_SIZE) == 0;
 }
 
-[[noreturn]] static void lost(const char * path, const std::string & name, uint64_t offset, uint64_t size, uint64_t left) {
+[[noreturn]] static void lost(
+        const char * path, const std::string & name, uint64_t offset, uint64_t size, uint64_t left) {
     refuse("the prefix%s%s embedded in %s is lost: its %" PRIu64 " bytes should begin %" PRIu64
            " bytes into the %" PRIu64
            " of tensor data and do not, another program has cut or written the file: embed it again with "
@@ -280,8 +285,8 @@ static std::vector<embedded_prefix> find_behind(
     std::vector<embedded_prefix> res;
     for (size_t i = 0; i < list.names.size(); ++i) {
         const uint64_t offset = list.offsets[i], size = list.sizes[i];
-        if (offset > left || size > left - offset || size < 4 + TRAILER_MAGIC_SIZE || (n_tensors > 0 && offset <= last) ||
-                start + offset < in.pos) {
+        if (offset > left || size > left - offset || size < 4 + TRAILER_MAGIC_SIZE ||
+                (n_tensors > 0 && offset <= last) || start + offset < in.pos) {
             lost(in.path, list.names[i], offset, size, left);
         }
         in.skip(start + offset - in.pos);
