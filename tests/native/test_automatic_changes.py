@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -169,3 +170,31 @@ def test_batches_that_upstream_refuses(f16: Any, smol: Smol, prefix: ikv.Prefix)
         assert ctx.batch(bad) == -1
         assert L.llama_memory_seq_pos_max(ctx.memory, 0) == -1 and n_cells(ctx) == 0
     assert ctx.batch([(token, pos, [0], True) for pos, token in enumerate(tokens)]) == 0
+
+
+def test_many_cells_move_at_once(f16: Any, smol: Smol, text: list[int], tmp_path: Any) -> None:
+    """What a shift takes of rows it takes once: two sequences that share 600 cells and move most of them."""
+    from pydoc_data.topics import topics
+
+    from intactkv_export.engines import llama_engine as engine
+
+    whole = ikv.read(smol.ikv)
+    tokens = whole.tokens + lowlevel.tokenize(f16, topics["assert"] + topics["class"], special=False)[:576]
+    description, K, V = engine.compute(smol.reference, tokens, n_threads=2)
+    rest = {k: v for k, v in whole.manifest.items() if k not in ("format", "tokens", "model")}
+    path = tmp_path / "long.ikv"
+    path.write_bytes(ikv.build(description, tokens, K, V, rest))
+    ctx = context(f16, "q8_0", path, n_seq_max=2, kv_unified=True, n_ctx=2048)
+    for seq in (0, 1):
+        evaluate(ctx, tokens + text, 1024, 0, len(tokens), seq)
+    want = ctx.decode(text[:5], len(tokens) + len(text), 1)
+    L.llama_memory_seq_rm(ctx.memory, 1, len(tokens) + len(text), -1)
+    before = ctx.arena_bytes()
+    gone = 100
+    L.llama_memory_seq_rm(ctx.memory, 0, 1, 1 + gone)
+    L.llama_memory_seq_add(ctx.memory, 0, 1 + gone, -1, -gone)
+    start = time.perf_counter()
+    ctx.decode(text[:5], len(tokens) + len(text) - gone)
+    assert time.perf_counter() - start < 5
+    assert ctx.arena_bytes() - before == (len(tokens) - 1 - gone) * 30 * 2 * 192 * 2
+    assert kl(want, ctx.decode(text[:5], len(tokens) + len(text), 1)) < 1e-3

@@ -72,20 +72,20 @@ bool automatic::decode(const llama_batch_ext & batch, int & status) {
     }
     inside = true;
     outputs.clear();
-    bool done = false;
+    std::vector<start> starts;
     try {
-        std::vector<start> starts = plan(held, *ctx.memory, batch, !ctx.sampling.samplers.empty());
+        starts = plan(held, *ctx.memory, batch, !ctx.sampling.samplers.empty());
         if (!starts.empty()) {
-            done = true;
             status = run(batch, starts);
         }
     } catch (const std::exception & err) {
         LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+        undo(starts);
         status = -2;
     }
     inside = false;
     outputs.clear();
-    return done;
+    return !starts.empty();
 }
 
 int automatic::run(const llama_batch_ext & batch, std::vector<start> & starts) {
