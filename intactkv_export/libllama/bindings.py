@@ -34,6 +34,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "intactkv_attention": (ctypes.c_char_p, [ctypes.c_void_p]),
     "intactkv_enable_automatic": (ctypes.c_bool, [ctypes.c_bool]),
     "intactkv_add_prefix": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]),
+    "intactkv_load_held": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]),
+    "intactkv_set_automatic": (ctypes.c_bool, [ctypes.c_void_p, ctypes.c_bool]),
     "intactkv_n_prefixes": (ctypes.c_int32, [ctypes.c_void_p]),
     "intactkv_prefix_name": (ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_int32]),
     "intactkv_n_not_computed": (ctypes.c_uint64, [ctypes.c_void_p]),
@@ -136,6 +138,19 @@ def add_prefix(ctx: Context, data: bytes, name: str = "") -> int:
     """
     data = bytes(data)
     return _count(_call("intactkv_add_prefix", ctx, data, len(data), os.fsencode(name)))
+
+
+def load_held(ctx: Context, i: int, seq_id: int = 0) -> int:
+    """Load prefix i of those that a context holds into sequence `seq_id`, replacing it; returns the number of tokens.
+
+    As load(), but verified when it was added. Raises IntactKVError.
+    """
+    return _count(_call("intactkv_load_held", ctx, i, seq_id))
+
+
+def set_automatic(ctx: Context, automatic: bool) -> bool:
+    """Whether a context gives its prefixes to sequences by itself when tokens are evaluated; returns what it was."""
+    return _call("intactkv_set_automatic", ctx, automatic)
 
 
 def prefix_names(ctx: Context) -> list[str]:

@@ -81,6 +81,13 @@ LLAMA_API bool intactkv_enable_automatic(bool enabled);
 // Returns its number, or -1.
 LLAMA_API int32_t intactkv_add_prefix(struct llama_context * ctx, const void * data, size_t size, const char * name);
 
+// Loads prefix i of these into sequence seq_id, which it replaces, as intactkv_load() does, without verifying it again.
+// Returns the number of its tokens, or -1.
+LLAMA_API int32_t intactkv_load_held(struct llama_context * ctx, int32_t i, llama_seq_id seq_id);
+
+// Whether llama_decode() gives this context's prefixes to sequences by itself; returns what it was. True at first.
+LLAMA_API bool intactkv_set_automatic(struct llama_context * ctx, bool automatic);
+
 // How many the context holds, and what they are called: "NAME of PATH", or the path of a file that has one only.
 // NULL: there is no such.
 LLAMA_API int32_t intactkv_n_prefixes(const struct llama_context * ctx);

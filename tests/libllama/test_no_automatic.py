@@ -33,7 +33,7 @@ def test_intact_llama_gives_what_it_was_told(made: Path, smol: Smol) -> None:
     """Evaluations, benchmarks and chats are such."""
     for prefix in (None, "auto", smol.ikv):
         llama = IntactLlama(made, prefix, "q8_0", n_ctx=256, n_threads=2)
-        assert bindings.prefix_names(llama.ctx) == []
+        assert bindings.prefix_names(llama.ctx) == {None: [], "auto": [str(made)], smol.ikv: [str(smol.ikv)]}[prefix]
         llama.eval([*smol.tokens, 100])
         assert bindings.n_not_computed(llama.ctx) == 0
         assert llama.intact_cells == {None: 0, "auto": 1, smol.ikv: len(smol.tokens)}[prefix]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama import bindings
 from intactkv_export.prefix import ikv
 from tests.support import lowlevel
@@ -172,6 +173,29 @@ def test_added_later(smol: Smol) -> None:
     L.llama_memory_clear(ctx.memory, True)
     ctx.batch([(token, pos, [0], False) for pos, token in enumerate(smol.tokens + text)])
     assert ctx.n_not_computed() == len(smol.tokens) and n_cells(ctx) == len(smol.tokens) + 3
-    with pytest.raises(Exception, match="damaged|cut off"):
+    with pytest.raises(IntactKVError, match="cut off"):
         bindings.add_prefix(ctx.ptr, smol.ikv.read_bytes()[:-1], "")
     assert len(names(ctx)) == 2
+
+
+def test_only_when_asked(smol: Smol) -> None:
+    """A program that says itself when a sequence gets one: from the rows that are held."""
+    with environment(str(smol.ikv)):
+        ctx = Context(lowlevel.load_model(smol.gguf), "q8_0", n_seq_max=2, kv_unified=True)
+    n = len(smol.tokens)
+    assert bindings.set_automatic(ctx.ptr, False)
+    entries = [(token, pos, [0], False) for pos, token in enumerate([*smol.tokens, 504])]
+    assert ctx.batch(entries) == 0 and ctx.n_not_computed() == 0 and ctx.n_intact() == 0
+    for seq in (0, 1):
+        assert bindings.load_held(ctx.ptr, 0, seq) == n
+    assert ctx.n_intact(0) == ctx.n_intact(1) == n and n_cells(ctx) == n
+    for i, seq, part in ((1, 0, "this context has 1"), (-1, 0, "does not exist"), (0, 2, "n_seq_max = 2")):
+        with pytest.raises(IntactKVError, match=part):
+            bindings.load_held(ctx.ptr, i, seq)
+    assert not bindings.set_automatic(ctx.ptr, True)
+    L.llama_memory_clear(ctx.memory, True)
+    assert ctx.batch(entries) == 0 and ctx.n_not_computed() == n
+    plain = Context(lowlevel.load_model(smol.gguf), "q8_0")
+    assert not bindings.set_automatic(plain.ptr, True)
+    with pytest.raises(IntactKVError, match="this context has none"):
+        bindings.load_held(plain.ptr, 0)

@@ -190,6 +190,18 @@ int32_t intactkv_add_prefix(llama_context * ctx, const void * data, size_t size,
     return error.empty() ? intactkv_n_prefixes(ctx) - 1 : fail(error);
 }
 
+int32_t intactkv_load_held(llama_context * ctx, int32_t i, llama_seq_id seq_id) {
+    automatic * prefixes = automatic::of(ctx);
+    const std::string error =
+            prefixes ? prefixes->load(i, seq_id) : format("prefix %d does not exist: this context has none", i);
+    return error.empty() ? (int32_t) prefixes->all().all()[i].tokens.size() : fail(error);
+}
+
+bool intactkv_set_automatic(llama_context * ctx, bool on) {
+    automatic * prefixes = automatic::of(ctx);
+    return prefixes ? std::exchange(prefixes->on, on) : false;
+}
+
 int32_t intactkv_n_prefixes(const llama_context * ctx) {
     const automatic * prefixes = automatic::of(ctx);
     return prefixes ? prefixes->all().all().size() : 0;

@@ -38,6 +38,27 @@ std::string automatic::add(llama_context & ctx, const void * data, size_t size, 
     return error;
 }
 
+std::string automatic::load(int32_t i, llama_seq_id seq_id) {
+    const int32_t n = held.all().size();
+    if (i < 0 || i >= n) {
+        return format("prefix %d does not exist: this context has %d", i, n);
+    }
+    if (seq_id < 0 || (uint32_t) seq_id >= ctx.n_seq_max()) {
+        return format("sequence %d does not exist: this context has n_seq_max = %u", seq_id, ctx.n_seq_max());
+    }
+    const held_prefix & prefix = held.all()[i];
+    ctx.sched_reserve();
+    ctx.memory_update(false); // a copy between streams that is pending would come over what is loaded now
+    ctx.synchronize();
+    ctx.memory->seq_rm(seq_id, -1, -1);
+    if (!held.load({ seq_id }, prefix, 0, prefix.tokens.size())) {
+        ctx.memory->seq_rm(seq_id, -1, -1);
+        return format("the prefix of %zu tokens could not be placed in sequence %d: the cache has no room",
+                prefix.tokens.size(), seq_id);
+    }
+    return "";
+}
+
 size_t automatic::n_bytes() const {
     size_t res = 0;
     for (const held_prefix & p : held.all()) {
@@ -61,7 +82,7 @@ bool automatic::is_plain(const llama_batch_ext & batch) const {
         }
         return false;
     };
-    return inside || batch.tokens.empty() || batch.tokens.size() > c.n_batch || batch.n_embd > 0 || c.warmup ||
+    return !on || inside || batch.tokens.empty() || batch.tokens.size() > c.n_batch || batch.n_embd > 0 || c.warmup ||
             c.embeddings || c.embeddings_nextn || !c.causal_attn || !ctx.loras->empty() ||
             std::find(layers.begin(), layers.end(), true) != layers.end() || has_vector();
 }

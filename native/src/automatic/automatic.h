@@ -37,6 +37,11 @@ public:
     // In place of llama_context::decode(). false: the batch is upstream's to compute, nothing was done
     bool decode(const llama_batch_ext & batch, int & status);
 
+    bool on = true; // false: decode() leaves all to upstream
+
+    // Into a sequence, which it replaces; "" or why not
+    std::string load(int32_t i, llama_seq_id seq_id);
+
     const prefixes & all() const { return held; }
     size_t n_bytes() const;                              // beside the arenas'
     uint64_t n_not_computed() const { return n_loaded; } // tokens so far
