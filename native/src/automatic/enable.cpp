@@ -93,6 +93,8 @@ static void add(llama_context & ctx, automatic & to, const prefix_source & sourc
         return;
     }
     to.hold(view, source.name());
+    LLAMA_LOG_INFO("%s: automatic prefix %s: %u tokens%s\n", __func__, source.name().c_str(), view.n_tokens,
+            view.calibrated ? ", trained" : "");
 }
 
 std::shared_ptr<automatic> of_new(llama_context & ctx) {
