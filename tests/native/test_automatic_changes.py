@@ -198,3 +198,33 @@ def test_many_cells_move_at_once(f16: Any, smol: Smol, text: list[int], tmp_path
     assert time.perf_counter() - start < 5
     assert ctx.arena_bytes() - before == (len(tokens) - 1 - gone) * 30 * 2 * 192 * 2
     assert kl(want, ctx.decode(text[:5], len(tokens) + len(text), 1)) < 1e-3
+
+
+@pytest.mark.parametrize("unified", [True, False])
+@pytest.mark.parametrize("whole", [True, False])
+def test_restored_behind_rows_that_are_held(
+    f16: Any, smol: Smol, prefix: ikv.Prefix, text: list[int], unified: bool, whole: bool
+) -> None:
+    """As servers keep idle slots: a state that comes back takes no rows of its own, nor cells that others have."""
+    n, tokens = len(prefix.tokens), prefix.tokens + text[:10]
+    params: dict[str, Any] = {"n_seq_max": 4, "kv_unified": unified, "n_ctx": 2048, "tail": 4}
+    ctx = held(f16, smol, "q4_0", **params)
+    for seq in (0, 1):
+        evaluate(ctx, tokens, 64, 0, n, seq)
+    rows, want = ctx.arena_bytes(), ctx.save(0)
+    states = [ctx.save(None)] if whole else [ctx.save(0), ctx.save(1)]
+    again = held(f16, smol, "q4_0", **params)
+    if not whole:
+        evaluate(again, tokens, 64, 0, n, 3)
+    for seq, saved in enumerate(states):
+        assert again.restore(saved, None if whole else seq)
+    n_seq = 2 if whole else 3
+    assert n_cells(again) == (n + 10 * n_seq if unified else n + 10) and again.arena_bytes() == rows
+    for seq in (0, 1):
+        assert (again.n_intact(seq), again.n_tail(seq)) == (ctx.n_intact(seq), ctx.n_tail(seq))
+    assert again.save(0) == want
+    L.llama_memory_seq_rm(again.memory, 0, 12, -1)  # it is the beginning of the prefix still
+    loaded = again.n_not_computed()
+    got = evaluate(again, tokens, 64, 12, n, 0)
+    assert again.n_not_computed() == loaded + n - 12
+    assert kl(np.stack(evaluate(by_hand(f16, "q4_0", prefix, tail=4), tokens, 64, n, n)), np.stack(got)) < 0.02

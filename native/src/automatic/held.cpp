@@ -44,7 +44,11 @@ static std::vector<size_t> read_cells(const uint8_t *& at, uint32_t n_tokens, ui
 
 void held_rows::read(const uint8_t *& state) {
     const std::vector<size_t> items = read_cells(state, n_tokens, first);
-    numbers = a->hold_rows(items.size());
+    std::vector<llama_pos> positions(items.size(), 0); // by item; extra cells are at position 0
+    for (uint32_t token = first; token < n_tokens; ++token) {
+        positions[token - first] = token;
+    }
+    numbers = a->hold_rows(positions);
     get<uint32_t>(state); // V is not transposed
     get<uint32_t>(state); // layers
     const std::vector<uint32_t> layers = a->layer_ids();

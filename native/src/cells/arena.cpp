@@ -272,7 +272,8 @@ bool arena::all_exact() const {
             [](const auto & layer) { return is_exact(layer.k->type) && (!layer.v || is_exact(layer.v->type)); });
 }
 
-std::vector<uint32_t> arena::hold_rows(uint32_t n) {
+std::vector<uint32_t> arena::hold_rows(const std::vector<llama_pos> & positions) {
+    const size_t n = positions.size();
     std::vector<uint32_t> res;
     if (all_exact()) {
         res.resize(n);
@@ -287,12 +288,24 @@ std::vector<uint32_t> arena::hold_rows(uint32_t n) {
             kinds[row] = row_kind::kept;
         }
     }
+    for (size_t i = 0; i < n; ++i) {
+        held_by_pos[positions[i]].push_back(res[i]);
+    }
     return res;
+}
+
+const std::vector<uint32_t> & arena::held_at(llama_pos pos) const {
+    static const std::vector<uint32_t> none;
+    const auto found = held_by_pos.find(pos);
+    return found == held_by_pos.end() ? none : found->second;
 }
 
 void arena::release_rows(const std::vector<uint32_t> & rows) {
     for (const uint32_t row : rows) {
         held[row] = false;
+    }
+    for (auto & [pos, at] : held_by_pos) {
+        at.erase(std::remove_if(at.begin(), at.end(), [&](uint32_t row) { return !held[row]; }), at.end());
     }
 }
 

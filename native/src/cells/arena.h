@@ -140,12 +140,13 @@ public:
     // rows that stay (automatic/): whether cells name them or not, and several cells may
     //
 
-    // n rows. A cache of exact cells has no rows: these are numbers then, marks by which its cells can be told. Throws
-    // std::runtime_error
-    std::vector<uint32_t> hold_rows(uint32_t n);
+    // A row for each of these positions. A cache of exact cells has no rows: these are numbers then, marks by which its
+    // cells can be told. Throws std::runtime_error
+    std::vector<uint32_t> hold_rows(const std::vector<llama_pos> & positions);
     void release_rows(const std::vector<uint32_t> & rows);
     bool holds_rows() const { return !held.empty(); }
     bool is_held(int32_t row) const { return row >= 0 && (size_t) row < held.size() && held[row]; }
+    const std::vector<uint32_t> & held_at(llama_pos pos) const; // those for this position
     void mark_held(uint32_t strm, uint32_t cell, int32_t row) { set_row(strm, cell, row); }
 
     // the cache itself, for what places cells in it (sharing.h)
@@ -172,6 +173,7 @@ private:
 
     std::vector<row_kind> kinds; // [n_rows], of rows that are in use
     std::vector<bool> held;      // rows that stay; as many as there are, or fewer
+    std::map<llama_pos, std::vector<uint32_t>> held_by_pos;
 
     std::vector<arena_layer> layers; // by index of the layer in the cache
     const bool fast;                 // the kernel reads them all

@@ -7,6 +7,8 @@
 
 #include "ggml-backend.h"
 
+#include <map>
+#include <utility>
 #include <vector>
 
 namespace intactkv {
@@ -29,6 +31,35 @@ std::vector<uint32_t> place(const arena & a, int32_t seq_id, const std::vector<l
     }
     kv.apply_ubatch(found, ubatch);
     return found.idxs[0];
+}
+
+void share_cells(const arena & a, uint32_t strm, const std::vector<uint32_t> & among) {
+    if (a.n_streams() > 1 || a.has_window()) {
+        return;
+    }
+    llama_kv_cells & cells = a.cells_in(strm);
+    std::map<std::pair<int32_t, llama_pos>, uint32_t> there; // by row and position, the first such cell
+    for (uint32_t i = 0; i < cells.used_max_p1(); ++i) {
+        if (!cells.is_empty(i) && a.is_held(cells.ext_get(i).intact) && cells.get_shift(i) == 0) {
+            there.emplace(std::pair(cells.ext_get(i).intact, cells.pos_get(i)), i);
+        }
+    }
+    for (const uint32_t cell : among) {
+        const auto found = cells.is_empty(cell) || cells.get_shift(cell) != 0
+                ? there.end()
+                : there.find({ cells.ext_get(cell).intact, cells.pos_get(cell) });
+        if (found == there.end() || found->second == cell) {
+            continue;
+        }
+        for (uint32_t seq_id = 0; seq_id < a.n_sequences() && !cells.is_empty(cell); ++seq_id) {
+            if (cells.seq_has(cell, seq_id)) {
+                cells.seq_rm(cell, seq_id);
+                if (!cells.seq_has(found->second, seq_id)) {
+                    cells.seq_add(found->second, seq_id);
+                }
+            }
+        }
+    }
 }
 
 static void copy_cell(const arena & a, uint32_t strm, uint32_t from, uint32_t to) {
