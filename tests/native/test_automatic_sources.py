@@ -199,3 +199,17 @@ def test_only_when_asked(smol: Smol) -> None:
     assert not bindings.set_automatic(plain.ptr, True)
     with pytest.raises(IntactKVError, match="this context has none"):
         bindings.load_held(plain.ptr, 0)
+
+
+def test_several_in_one_gguf(made: Path, smol: Smol, tmp_path: Path) -> None:
+    """As Python writes them; the longest that matches is used."""
+    several = tmp_path / "several.gguf"
+    ikv.add(made, ikv.read(smol.bos), several, "first")
+    with environment(None):
+        ctx = Context(lowlevel.load_model(several), "q8_0", n_seq_max=2)
+    assert names(ctx) == [f"prompt of {several}", f"first of {several}"]
+    for seq, n in ((0, 1), (1, len(smol.tokens))):
+        assert ctx.batch([(token, pos, [seq], False) for pos, token in enumerate([*smol.tokens[:n], 504])]) == 0
+        assert ctx.n_intact(seq) == n
+    assert ctx.n_not_computed() == 1 + len(smol.tokens)
+    several.unlink()
