@@ -71,7 +71,8 @@ class Session:
         params.type_k, params.type_v = (KV_TYPES[name] for name in kv_pair(kv_type))
         params.flash_attn_type = 1
         self.api = api
-        self.context = api.llama_init_from_model(model, params)
+        with bindings.no_automatic_prefixes():
+            self.context = api.llama_init_from_model(model, params)
         del os.environ["INTACTKV_ATTN"]
         if not self.context:
             raise RuntimeError(f"no context with a {kv_type} cache and {attention} attention")

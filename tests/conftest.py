@@ -52,7 +52,8 @@ def quantize(source: Path, target: Path, name: str) -> Path:
 
 # What takes minutes: everything that compiles, trains, converts or loads torch models. `make check` leaves it out.
 SLOW_MODULES = {
-    "test_analyze", "test_architectures", "test_attention", "test_attention_now", "test_before_work", "test_build",
+    "test_analyze", "test_architectures", "test_attention", "test_attention_now", "test_automatic",
+    "test_automatic_changes", "test_automatic_windows", "test_before_work", "test_build",
     "test_calibrate", "test_cells", "test_chat", "test_cli", "test_convert", "test_depths", "test_escapes",
     "test_evaluate", "test_evaluated_cells", "test_extra_cells", "test_first_token", "test_fused", "test_huggingface",
     "test_hybrid", "test_llama_engine", "test_model", "test_neon", "test_off_grid", "test_plots", "test_possible",

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -31,6 +32,13 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "intactkv_tail": (ctypes.c_int32, [ctypes.c_void_p]),
     "intactkv_arena_bytes": (ctypes.c_size_t, [ctypes.c_void_p]),
     "intactkv_attention": (ctypes.c_char_p, [ctypes.c_void_p]),
+    "intactkv_enable_automatic": (ctypes.c_bool, [ctypes.c_bool]),
+    "intactkv_add_prefix": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]),
+    "intactkv_load_held": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]),
+    "intactkv_set_automatic": (ctypes.c_bool, [ctypes.c_void_p, ctypes.c_bool]),
+    "intactkv_n_prefixes": (ctypes.c_int32, [ctypes.c_void_p]),
+    "intactkv_prefix_name": (ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_int32]),
+    "intactkv_n_not_computed": (ctypes.c_uint64, [ctypes.c_void_p]),
 }
 
 
@@ -105,6 +113,59 @@ def arena_bytes(ctx: Context) -> int:
 def attention(ctx: Context) -> str:
     """Which attention the next batch will use: "stock", "portable" or "fused"."""
     return _call("intactkv_attention", ctx).decode()
+
+
+@contextmanager
+def no_automatic_prefixes() -> Iterator[None]:
+    """Contexts that this thread makes meanwhile hold no prefix: not the model's, not those of LLAMA_INTACTKV.
+
+    For what measures, or computes, a model without one. On stock libraries nothing has to be done.
+    """
+    if not library.is_patched():
+        yield
+        return
+    before = _call("intactkv_enable_automatic", False)
+    try:
+        yield
+    finally:
+        _call("intactkv_enable_automatic", before)
+
+
+def add_prefix(ctx: Context, data: bytes, name: str = "") -> int:
+    """Have a context hold one more prefix, the bytes of a prefix file, for all sequences that begin with it.
+
+    Returns its number among prefix_names(). Everything is verified before. Raises IntactKVError.
+    """
+    data = bytes(data)
+    return _count(_call("intactkv_add_prefix", ctx, data, len(data), os.fsencode(name)))
+
+
+def load_held(ctx: Context, i: int, seq_id: int = 0) -> int:
+    """Load prefix i of those that a context holds into sequence `seq_id`, replacing it; returns the number of tokens.
+
+    As load(), but verified when it was added. Raises IntactKVError.
+    """
+    return _count(_call("intactkv_load_held", ctx, i, seq_id))
+
+
+def set_automatic(ctx: Context, automatic: bool) -> bool:
+    """Whether a context gives its prefixes to sequences by itself when tokens are evaluated; returns what it was."""
+    return _call("intactkv_set_automatic", ctx, automatic)
+
+
+def prefix_names(ctx: Context) -> list[str]:
+    """The prefixes that a context holds: "NAME of PATH", or the path of a file that has one only."""
+    return [os.fsdecode(_call("intactkv_prefix_name", ctx, i)) for i in range(_call("intactkv_n_prefixes", ctx))]
+
+
+def n_not_computed(ctx: Context) -> int:
+    """Number of tokens so far that were in a batch and did not have to be computed: their cells were loaded."""
+    return _call("intactkv_n_not_computed", ctx)
+
+
+def last_error() -> str:
+    """The last failure on this thread, one sentence, also of a context that llama.cpp did not make."""
+    return _last_error()
 
 
 def _call(name: str, *args: Any) -> Any:

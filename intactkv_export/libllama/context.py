@@ -10,6 +10,7 @@ from typing import Any
 
 from intactkv_export import library
 from intactkv_export.errors import IntactKVError
+from intactkv_export.libllama.bindings import no_automatic_prefixes
 from intactkv_export.libllama.compute_thread import compute
 from intactkv_export.libllama.kv_types import KV_TYPES
 from intactkv_export.libllama.log import errors_logged
@@ -21,7 +22,8 @@ N_BATCH = 512  # tokens evaluated at a time, at most
 
 
 class Context:
-    """A GGUF with a llama_context, `ptr`. A context manager: frees both.
+    """A GGUF with a llama_context, `ptr`, that has no automatic prefix: what is decoded is computed. A context manager:
+    frees both.
 
     n_ctx: 0: N_BATCH. cache_type: "f32" (then without flash attention, which works in F16) or another of KV_TYPES.
     n_threads: None: the cores that this process may use. rope: None: the model's own. overrides: integers of the GGUF's
@@ -56,7 +58,8 @@ class Context:
                 context.offload_kqv = context.op_offload = False  # a GPU would round in its own ways
                 for name, value in (rope or Rope()).llama_kwargs.items():
                     setattr(context, name, value)
-                self.ptr = L.llama_init_from_model(self._model, context)
+                with no_automatic_prefixes():
+                    self.ptr = L.llama_init_from_model(self._model, context)
         del kept  # it had to live until the model was read
         if not self.ptr:
             self.close()

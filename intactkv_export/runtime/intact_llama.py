@@ -160,7 +160,7 @@ class IntactLlama(CompletionLlama):
         rope = Rope().llama_kwargs  # all of it as the model says: llama_cpp's defaults overrule a model's YaRN settings
         settings = {"verbose": False, **rope, **llama_kwargs, "flash_attn": True, "type_k": type_k, "type_v": type_v}
         settings |= {name: settings.get(name) or usable_cores() for name in ("n_threads", "n_threads_batch")}
-        with quiet_opening(), errors_logged() as lines:
+        with quiet_opening(), errors_logged() as lines, bindings.no_automatic_prefixes():  # it gives its own
             try:
                 super().__init__(model_path, **settings)
             except ValueError as error:
@@ -203,7 +203,8 @@ class IntactLlama(CompletionLlama):
             )
         if library.is_patched():
             with errors_logged():
-                bindings.verify(prefix.data, self.ctx)
+                bindings.add_prefix(self.ctx, prefix.data, str(path))
+            bindings.set_automatic(self.ctx, False)  # eval() says when
         elif not set(self.kv_type) <= EXACT:
             raise IntactKVError(
                 f"the llama.cpp libraries in {L.llama_cpp._base_path} are stock, they can keep a prefix only in an "
@@ -290,7 +291,7 @@ class IntactLlama(CompletionLlama):
         self._from_prefix = True
         if library.is_patched():
             with errors_logged():
-                bindings.load(self.ctx, prefix.data)
+                bindings.load_held(self.ctx, 0)
         else:
             _load_on_stock(self.ctx, prefix.data)
         self.n_tokens = len(prefix.tokens)

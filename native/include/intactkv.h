@@ -64,7 +64,39 @@ LLAMA_API int32_t intactkv_tail(const struct llama_context * ctx);
 // Number of cells of sequence seq_id (-1: of all sequences) that are intact for being new.
 LLAMA_API int32_t intactkv_n_tail_cells(const struct llama_context * ctx, llama_seq_id seq_id);
 
-// Bytes allocated for the arenas of all layers. With a tail they are allocated when it is set: for every sequence the
+// Automatic prefixes: whatever a program decodes, a sequence whose tokens begin with a prefix that its context holds gets
+// that prefix's cells, loaded instead of computed. The longest that matches is used. A token that differs ends the match:
+// what matched stays intact, but not of a prefix that was trained as a whole. Tokens of a prefix whose logits are asked for
+// are computed, behind intact cells. A context is made with the prefixes in its model's GGUF, and those that the
+// environment names: LLAMA_INTACTKV=FILE|DIRECTORY[:FILE|DIRECTORY...] (.ikv files, GGUFs, directories with *.ikv; on
+// Windows with ; between them), or LLAMA_INTACTKV=off for none at all. Each is verified as intactkv_load() does: the
+// context is not made if one fails. Those of the model's GGUF are left out, and the log says so, where the context cannot
+// use any (embeddings, no flash attention, a small n_ctx); one that the environment names is an error there.
+// Nothing is loaded for batches of embeddings, and while embeddings, a LoRA or a control vector are in use.
+
+// Whether the contexts that this thread makes from now on have automatic prefixes; returns what it was. True at first.
+LLAMA_API bool intactkv_enable_automatic(bool enabled);
+
+// Holds one more, a prefix file in memory, verified as intactkv_load() does. name: for intactkv_prefix_name(); may be NULL.
+// Returns its number, or -1.
+LLAMA_API int32_t intactkv_add_prefix(struct llama_context * ctx, const void * data, size_t size, const char * name);
+
+// Loads prefix i of these into sequence seq_id, which it replaces, as intactkv_load() does, without verifying it again.
+// Returns the number of its tokens, or -1.
+LLAMA_API int32_t intactkv_load_held(struct llama_context * ctx, int32_t i, llama_seq_id seq_id);
+
+// Whether llama_decode() gives this context's prefixes to sequences by itself; returns what it was. True at first.
+LLAMA_API bool intactkv_set_automatic(struct llama_context * ctx, bool automatic);
+
+// How many the context holds, and what they are called: "NAME of PATH", or the path of a file that has one only.
+// NULL: there is no such.
+LLAMA_API int32_t intactkv_n_prefixes(const struct llama_context * ctx);
+LLAMA_API const char * intactkv_prefix_name(const struct llama_context * ctx, int32_t i);
+
+// Number of tokens so far that were in a batch and did not have to be computed.
+LLAMA_API uint64_t intactkv_n_not_computed(const struct llama_context * ctx);
+
+// Bytes allocated for the arenas of all layers, and for the rows of the prefixes that a context holds. With a tail they are allocated when it is set: for every sequence the
 // context can have, and one ubatch.
 LLAMA_API size_t intactkv_arena_bytes(const struct llama_context * ctx);
 

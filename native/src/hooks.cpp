@@ -3,27 +3,46 @@
 #include "intactkv.h"
 
 #include "api/describe.h"
+#include "automatic/automatic.h"
+#include "automatic/enable.h"
 #include "cells/arena.h"
 #include "prefix_file/read_bytes.h"
 
+#include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
 #include "llama-memory-recurrent.h"
 #include "llama-model.h"
 
 #include <algorithm>
+#include <filesystem>
 #include <limits>
+#include <system_error>
 #include <vector>
 
 namespace intactkv {
 
-void enable(llama_memory_i * memory, const llama_model & model, const llama_cparams & cparams) {
-    if (memory == nullptr || model.hparams.no_alloc || !unsupported(memory, model).empty()) {
-        return;
+std::shared_ptr<automatic> enable(llama_context & ctx) {
+    llama_memory_i * memory = llama_get_memory(&ctx);
+    if (memory == nullptr || ctx.get_model().hparams.no_alloc) {
+        return nullptr;
     }
-    for (llama_kv_cache * kv : caches_of(memory)) {
-        arena::attach(*kv, cparams);
+    if (unsupported(memory, ctx.get_model()).empty()) {
+        for (llama_kv_cache * kv : caches_of(memory)) {
+            arena::attach(*kv, ctx.get_cparams());
+        }
     }
+    return of_new(ctx);
+}
+
+void came_from(llama_model & model, const std::string & path) {
+    std::error_code error;
+    const auto where = std::filesystem::absolute(std::filesystem::u8path(path), error);
+    model.intact_path = path.empty() || error ? path : where.u8string();
+}
+
+bool decode(automatic & prefixes, const llama_batch_ext & batch, int & status) {
+    return prefixes.decode(batch, status);
 }
 
 uint32_t state_version(const llama_context * ctx, int32_t seq_id) {

@@ -1,12 +1,14 @@
-// What the patched llama.cpp calls besides cells/: once per context, once per state file, and for hybrid memory.
+// What the patched llama.cpp calls besides cells/: once per model and context, once per batch and state file, and
+// for hybrid memory.
 
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 
+struct llama_batch_ext;
 struct llama_context;
-struct llama_cparams;
 struct llama_model;
 struct llama_memory_i;
 class llama_io_read_i;
@@ -15,8 +17,17 @@ class llama_memory_recurrent;
 
 namespace intactkv {
 
-// Gives the caches of a new context their arenas, if the model can carry a prefix.
-void enable(llama_memory_i * memory, const llama_model & model, const llama_cparams & cparams);
+class automatic;
+
+// Gives the caches of a new context their arenas, if the model can carry a prefix. Returns its automatic prefixes, nullptr:
+// it has none. Throws std::runtime_error if one of them cannot be used: the context is not made
+std::shared_ptr<automatic> enable(llama_context & ctx);
+
+// A model is being read from this file, "" if it has no name
+void came_from(llama_model & model, const std::string & path);
+
+// In place of llama_context::decode(), for a context that has automatic prefixes. false: upstream goes on
+bool decode(automatic & prefixes, const llama_batch_ext & batch, int & status);
 
 // Or-ed into the version of a saved state that has intact cells: stock llama.cpp then refuses the file, naming it.
 constexpr uint32_t STATE_VERSION_INTACT = 0x494b0000; // "IK"

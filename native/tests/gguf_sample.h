@@ -5,6 +5,8 @@
 #include "sample.h"
 
 #include <algorithm>
+#include <string>
+#include <vector>
 
 enum {
     GGUF_UINT8 = 0,
@@ -111,6 +113,59 @@ struct gguf_behind {
         }
         out.resize((out.size() + alignment - 1) / alignment * alignment + n_tensors * each());
         out.insert(out.end(), state.begin(), state.end());
+        return out;
+    }
+};
+
+// Two tensors of 40 bytes, and several prefixes behind them, each where tensors may begin. The keys say what is in names,
+// offsets, sizes; offsets and sizes are first what they must be.
+struct gguf_several {
+    std::vector<bytes> prefixes;
+    std::vector<std::string> names;
+    std::vector<uint64_t> offsets, sizes;
+
+    explicit gguf_several(const std::vector<bytes> & prefixes) :
+        prefixes(prefixes) {
+        uint64_t at = 128;
+        for (const bytes & p : prefixes) {
+            names.push_back("p-" + std::to_string(names.size()));
+            offsets.push_back(at);
+            sizes.push_back(p.size());
+            at += (p.size() + 31) / 32 * 32;
+        }
+    }
+
+    bytes file(int32_t type = GGUF_UINT64) const {
+        bytes out;
+        put_head(out, 2, 15 + 5);
+        put_keys(out);
+        put_array(out, "intactkv.prefix.names", GGUF_STRING, names.size());
+        for (const std::string & name : names) {
+            put_string(out, name);
+        }
+        const auto put_numbers = [&](const char * key, const std::vector<uint64_t> & values) {
+            put_array(out, key, type, values.size());
+            for (const uint64_t value : values) {
+                put<uint64_t>(out, value);
+            }
+        };
+        put_numbers("intactkv.prefix.offsets", offsets);
+        put_numbers("intactkv.prefix.sizes", sizes);
+        put_number<uint64_t>(out, "intactkv.state.offset", GGUF_UINT64, 128);
+        put_number<uint64_t>(out, "intactkv.state.size", GGUF_UINT64, prefixes[0].size());
+        for (uint32_t i = 0; i < 2; ++i) {
+            put_string(out, "tensor." + std::to_string(i));
+            put<uint32_t>(out, 2); // dimensions
+            put<uint64_t>(out, 5);
+            put<uint64_t>(out, 2);
+            put<int32_t>(out, 0);
+            put<uint64_t>(out, i * 64);
+        }
+        out.resize((out.size() + 31) / 32 * 32 + 128);
+        for (const bytes & p : prefixes) {
+            out.resize((out.size() + 31) / 32 * 32);
+            out.insert(out.end(), p.begin(), p.end());
+        }
         return out;
     }
 };

@@ -192,9 +192,96 @@ static void behind_tensors(const fs::path & dir) {
     }
 }
 
+static void several(const fs::path & dir) {
+    check_case = "several prefixes";
+    const bytes file = sample().file();
+    bytes second = file;
+    second.insert(second.begin() + 4, 9, 'x'); // of another size; what is in it does not matter here
+    const fs::path path = dir / "several.gguf";
+    const gguf_several good({ file, second, file });
+    std::vector<embedded_prefix> found;
+    std::string error;
+    bytes content;
+    const std::string name = write(path, good.file());
+    CHECK(list_prefixes(name.c_str(), found, error) && found.size() == 3);
+    for (size_t i = 0; i < found.size(); ++i) {
+        CHECK(found[i].name == good.names[i]);
+        CHECK(read_prefix(name.c_str(), found[i], content, error) && content == good.prefixes[i]);
+    }
+    CHECK(error_of(name, &content) == "" && content == file); // the first
+    write(path, gguf_behind().file(file));
+    CHECK(list_prefixes(name.c_str(), found, error) && found.size() == 1 && found[0].name == "");
+    write(path, gguf_sample({}, true, "intactkv.other"));
+    CHECK(list_prefixes(name.c_str(), found, error) && found.empty());
+    write(path, file);
+    CHECK(list_prefixes(name.c_str(), found, error) && found.size() == 1 && found[0].size == file.size());
+
+    const auto refused_as = [&](const char * what, const gguf_several & made, const char * part) {
+        check_case = what;
+        const std::string error = error_of(write(path, made.file()));
+        CHECK(contains(error, part));
+    };
+    gguf_several bad = good;
+    bad.names.pop_back();
+    refused_as("a name too few", bad, "2 names of prefixes, 3 offsets and 3 sizes");
+    bad = good;
+    bad.sizes.push_back(7);
+    refused_as("a size too many", bad, "3 offsets and 4 sizes");
+    bad = good;
+    bad.offsets.clear();
+    refused_as("no offsets", bad, "intactkv.prefix.offsets");
+    bad = good;
+    bad.offsets[0] += 32;
+    refused_as("another first", bad, "its first prefix has");
+    for (const uint64_t at : { uint64_t(0), good.offsets[1] - 1, good.offsets[1] + 32, UINT64_MAX }) {
+        bad = good;
+        bad.offsets[1] = at;
+        refused_as("another offset", bad, "prefix p-1 embedded");
+    }
+    for (const uint64_t size : { uint64_t(0), uint64_t(11), good.sizes[2] - 1, UINT64_MAX }) {
+        bad = good;
+        bad.sizes[2] = size;
+        refused_as("another size", bad, "prefix p-2 embedded");
+    }
+    for (const char * odd : { "", "a b", "../x", "\xc3\xa4", "x\n" }) {
+        bad = good;
+        bad.names[1] = odd;
+        refused_as("a name that is none", bad, "prefix 1 of");
+    }
+    bad = good;
+    bad.names[1] = std::string(65, 'x');
+    refused_as("a name that is too long", bad, "prefix 1 of");
+    bad = good;
+    bad.names[2] = bad.names[0];
+    refused_as("a name twice", bad, "two prefixes of");
+    check_case = "numbers of another type";
+    CHECK(contains(error_of(write(path, good.file(GGUF_FLOAT64))), "an array of GGUF type 12"));
+
+    const bytes whole = good.file();
+    const size_t begin = whole.size() - file.size();
+    for (size_t n = 4; n < whole.size(); n += n < 2500 ? 1 : 53) {
+        check_case = "several, cut at byte " + std::to_string(n);
+        const std::string cut = error_of(write(path, bytes(whole.begin(), whole.begin() + n)));
+        CHECK(contains(cut, "cut off or damaged") || contains(cut, "is lost") ||
+                contains(cut, "embed the prefixes again"));
+        CHECK(n < begin || contains(cut, "is lost"));
+    }
+    for (size_t i = 4; i + 8 <= 2500; ++i) {
+        for (const uint64_t word : { uint64_t(0), UINT64_MAX, uint64_t(1) << 40, uint64_t(8) << 32 }) {
+            check_case = "word " + std::to_string(word) + " at byte " + std::to_string(i) + ", several";
+            bytes changed = whole;
+            memcpy(&changed[i], &word, 8);
+            content.clear();
+            error_of(write(path, changed), &content);
+            CHECK(content.size() <= changed.size());
+        }
+    }
+}
+
 void test_read_bytes(const char * dir) {
     not_files(dir);
     prefix_files(dir);
     ggufs(dir);
     behind_tensors(dir);
+    several(dir);
 }

@@ -77,6 +77,23 @@ class Context:
         shape = (len(tokens), self.n_vocab)
         return np.ctypeslib.as_array(L.llama_get_logits(self.ptr), shape=shape).copy()
 
+    def batch(self, entries: Sequence[tuple[int, int, Sequence[int], bool]]) -> int:
+        """Evaluates (token, position, sequences, whether it has logits), in this order; llama_decode's status."""
+        batch = L.llama_batch_init(max(len(entries), 1), 0, max((len(entry[2]) for entry in entries), default=1))
+        batch.n_tokens = len(entries)
+        for i, (token, pos, seqs, logits) in enumerate(entries):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, pos, len(seqs), logits
+            for j, seq in enumerate(seqs):
+                batch.seq_id[i][j] = seq
+        status = L.llama_decode(self.ptr, batch)
+        L.llama_batch_free(batch)
+        return int(status)
+
+    def logits(self, i: int) -> np.ndarray | None:
+        """Of the token with this index in the last batch, F32 [n_vocab]; None: it has none."""
+        found = L.llama_get_logits_ith(self.ptr, i)
+        return np.ctypeslib.as_array(found, shape=(self.n_vocab,)).copy() if found else None
+
     def save(self, seq: int | None = 0) -> bytes:
         """The state of one sequence, or (None) of the whole context."""
         if seq is None:
@@ -109,6 +126,12 @@ class Context:
     def arena_bytes(self) -> int:
         return int(_lib.intactkv_arena_bytes(self.ptr))
 
+    def n_prefixes(self) -> int:
+        return int(_lib.intactkv_n_prefixes(self.ptr))
+
+    def n_not_computed(self) -> int:
+        return int(_lib.intactkv_n_not_computed(self.ptr))
+
     def attention(self) -> str:
         return str(_lib.intactkv_attention(self.ptr).decode())
 
@@ -121,6 +144,9 @@ if hasattr(_lib, "intactkv_version"):  # this module also drives unpatched libra
     _lib.intactkv_tail.argtypes = [ctypes.c_void_p]
     _lib.intactkv_arena_bytes.argtypes = [ctypes.c_void_p]
     _lib.intactkv_arena_bytes.restype = ctypes.c_size_t
+    _lib.intactkv_n_prefixes.argtypes = [ctypes.c_void_p]
+    _lib.intactkv_n_not_computed.argtypes = [ctypes.c_void_p]
+    _lib.intactkv_n_not_computed.restype = ctypes.c_uint64
     _lib.intactkv_attention.argtypes = [ctypes.c_void_p]
     _lib.intactkv_attention.restype = ctypes.c_char_p
 

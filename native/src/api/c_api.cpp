@@ -2,9 +2,11 @@
 
 #include "intactkv.h"
 
+#include "api/check.h"
 #include "api/describe.h"
+#include "automatic/automatic.h"
+#include "automatic/enable.h"
 #include "cells/arena.h"
-#include "prefix_file/compatible.h"
 #include "prefix_file/parse.h"
 #include "prefix_file/read_bytes.h"
 
@@ -23,13 +25,6 @@
 #include <vector>
 
 namespace intactkv {
-
-static thread_local std::string last_error;
-
-static int32_t fail(const std::string & error) {
-    last_error = error;
-    return -1;
-}
 
 // Hands the bytes of a KV state to llama_kv_cache::state_read(). Bounds are checked though the file was verified:
 // the two readers must agree, and this one is next to the cache.
@@ -63,38 +58,6 @@ private:
     size_t pos = 0;
 };
 
-// the checks of intactkv_load(); empty on success
-static std::string check(const llama_context * ctx, const void * data, size_t size, prefix_view & view) {
-    std::string manifest;
-    std::string error;
-    if (!parse(data, size, view, manifest, error) || ctx == nullptr) {
-        return error;
-    }
-    const char * ours = intactkv_describe(ctx);
-    if (ours == nullptr) {
-        return last_error;
-    }
-    char reference[128] = "";
-    llama_model_meta_val_str(llama_get_model(ctx), "intactkv.reference.sha256", reference, sizeof(reference));
-    if (!compatible(manifest, ours, reference, error)) {
-        return error;
-    }
-    if (*reference == 0) {
-        LLAMA_LOG_WARN("%s: the model has no intactkv.reference.sha256: only its structure could be compared with the "
-                       "prefix\n",
-                __func__);
-    }
-    if (view.n_cells >= llama_n_ctx_seq(ctx)) {
-        const uint32_t n_extra = view.n_cells - view.n_tokens;
-        return format("the prefix has %u tokens%s and the context only n_ctx = %u for a sequence: use a larger n_ctx",
-                view.n_tokens, n_extra ? format(", %u extra cells", n_extra).c_str() : "", llama_n_ctx_seq(ctx));
-    }
-    if (!ctx->get_cparams().flash_attn) {
-        return "flash attention is off in this context, its V cache is transposed: turn flash attention on to load a prefix";
-    }
-    return "";
-}
-
 // the largest f(arena) of the caches, 0 if none can have intact cells
 template <typename F> static int32_t most_of(const llama_context * ctx, F f) {
     uint32_t res = 0;
@@ -113,7 +76,7 @@ const char * intactkv_version(void) {
 }
 
 const char * intactkv_error(void) {
-    return last_error.c_str();
+    return last_error();
 }
 
 const char * intactkv_describe(const llama_context * ctx) {
@@ -214,7 +177,47 @@ size_t intactkv_arena_bytes(const llama_context * ctx) {
     for (const llama_kv_cache * kv : caches_of(ctx)) {
         res += kv->intact ? kv->intact->n_bytes() : 0;
     }
-    return res;
+    const automatic * prefixes = automatic::of(ctx);
+    return res + (prefixes ? prefixes->n_bytes() : 0);
+}
+
+bool intactkv_enable_automatic(bool enabled) {
+    return set_enabled(enabled);
+}
+
+int32_t intactkv_add_prefix(llama_context * ctx, const void * data, size_t size, const char * name) {
+    const std::string error = automatic::add(*ctx, data, size, name ? name : "");
+    return error.empty() ? intactkv_n_prefixes(ctx) - 1 : fail(error);
+}
+
+int32_t intactkv_load_held(llama_context * ctx, int32_t i, llama_seq_id seq_id) {
+    automatic * prefixes = automatic::of(ctx);
+    const std::string error =
+            prefixes ? prefixes->load(i, seq_id) : format("prefix %d does not exist: this context has none", i);
+    return error.empty() ? (int32_t) prefixes->all().all()[i].tokens.size() : fail(error);
+}
+
+bool intactkv_set_automatic(llama_context * ctx, bool on) {
+    automatic * prefixes = automatic::of(ctx);
+    return prefixes ? std::exchange(prefixes->on, on) : false;
+}
+
+int32_t intactkv_n_prefixes(const llama_context * ctx) {
+    const automatic * prefixes = automatic::of(ctx);
+    return prefixes ? prefixes->all().all().size() : 0;
+}
+
+const char * intactkv_prefix_name(const llama_context * ctx, int32_t i) {
+    if (i < 0 || i >= intactkv_n_prefixes(ctx)) {
+        fail(format("prefix %d does not exist: this context has %d", i, intactkv_n_prefixes(ctx)));
+        return nullptr;
+    }
+    return automatic::of(ctx)->all().all()[i].name.c_str();
+}
+
+uint64_t intactkv_n_not_computed(const llama_context * ctx) {
+    const automatic * prefixes = automatic::of(ctx);
+    return prefixes ? prefixes->n_not_computed() : 0;
 }
 
 const char * intactkv_attention(const llama_context * ctx) {

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 #include <utility>
 
@@ -172,11 +173,7 @@ void arena::set_tail(int32_t n) {
     const uint64_t n_new = n_ubatch + (n_seq_max > n_ubatch ? n_seq_max : 0); // each has one token at least
     const uint64_t n_rows_tail = n > 0 ? std::min<uint64_t>((uint64_t) n * n_seq_max + n_new, n_cells) : 0;
     if (n_rows_tail < n_reserved && this->n_cells(-1) == 0) { // nothing is lost, and the memory is
-        layers.assign(layers.size(), {});
-        ctxs_bufs.clear();
-        kinds.clear();
-        n_rows = 0;
-        gen++; // also if what follows fails
+        resize(held.size());
     }
     const uint32_t n_reserved_old = std::exchange(n_reserved, (uint32_t) n_rows_tail);
     try {
@@ -270,9 +267,73 @@ void arena::unmark(uint32_t strm, uint32_t cell) {
     set_row(strm, cell, -1);
 }
 
+bool arena::all_exact() const {
+    return std::all_of(kv.layers.begin(), kv.layers.end(),
+            [](const auto & layer) { return is_exact(layer.k->type) && (!layer.v || is_exact(layer.v->type)); });
+}
+
+std::vector<uint32_t> arena::hold_rows(const std::vector<llama_pos> & positions) {
+    const size_t n = positions.size();
+    std::vector<uint32_t> res;
+    if (all_exact()) {
+        res.resize(n);
+        std::iota(res.begin(), res.end(), held.size());
+    } else {
+        res = take_rows(n);
+    }
+    for (const uint32_t row : res) {
+        held.resize(std::max<size_t>(held.size(), row + 1), false);
+        held[row] = true;
+        if (row < kinds.size()) {
+            kinds[row] = row_kind::kept;
+        }
+    }
+    for (size_t i = 0; i < n; ++i) {
+        held_by_pos[positions[i]].push_back(res[i]);
+    }
+    return res;
+}
+
+const std::vector<uint32_t> & arena::held_at(llama_pos pos) const {
+    static const std::vector<uint32_t> none;
+    const auto found = held_by_pos.find(pos);
+    return found == held_by_pos.end() ? none : found->second;
+}
+
+void arena::release_rows(const std::vector<uint32_t> & rows) {
+    for (const uint32_t row : rows) {
+        held[row] = false;
+    }
+    for (auto & [pos, at] : held_by_pos) {
+        at.erase(std::remove_if(at.begin(), at.end(), [&](uint32_t row) { return !held[row]; }), at.end());
+    }
+}
+
+uint32_t arena::stream_of(int32_t seq_id) const {
+    return kv.seq_to_stream[seq_id];
+}
+
+llama_kv_cells & arena::cells_in(uint32_t strm) const {
+    return kv.v_cells[strm];
+}
+
+std::vector<uint32_t> arena::layer_ids() const {
+    return kv.get_layer_ids();
+}
+
+bool arena::is_out_of_sight(llama_pos earlier, llama_pos pos) const {
+    return llama_hparams::is_masked_swa(kv.n_swa, kv.swa_type, earlier, pos);
+}
+
+bool arena::has_window() const {
+    return kv.swa_type != LLAMA_SWA_TYPE_NONE;
+}
+
 std::vector<uint32_t> arena::take_rows(uint32_t n_kept, uint32_t n_tail) {
-    std::vector<bool> used(n_rows, false);
+    std::vector<bool> used = all_exact() ? std::vector<bool>() : held;
+    used.resize(n_rows, false);
     uint32_t n_used[2] = { 0, 0 };
+    n_used[(int) row_kind::kept] = std::count(used.begin(), used.end(), true);
     each_intact([&](uint32_t, uint32_t, int32_t row) {
         n_used[(int) kinds[row]] += !used[row];
         used[row] = true;
@@ -282,7 +343,7 @@ std::vector<uint32_t> arena::take_rows(uint32_t n_kept, uint32_t n_tail) {
     const uint32_t n_wanted =
             n_used[(int) row_kind::kept] + n_kept + std::max(n_reserved, n_used[(int) row_kind::tail] + n_tail);
     if (n_wanted > n_rows) {
-        grow(n_wanted);
+        resize(n_wanted);
         used.resize(n_rows, false);
     }
 
@@ -295,12 +356,12 @@ std::vector<uint32_t> arena::take_rows(uint32_t n_kept, uint32_t n_tail) {
     return res;
 }
 
-void arena::grow(uint32_t n_rows_new) {
+void arena::resize(uint32_t n_rows_new) {
     std::vector<arena_layer> layers_new(layers.size());
     std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctxs;
 
     auto new_rows = [&](const ggml_tensor * t, const char * name, uint32_t il) -> ggml_tensor * {
-        if (t == nullptr || is_exact(t->type)) {
+        if (t == nullptr || is_exact(t->type) || n_rows_new == 0) {
             return nullptr;
         }
         auto & ctx = ctxs[ggml_backend_buffer_get_type(t->buffer)];
@@ -331,7 +392,7 @@ void arena::grow(uint32_t n_rows_new) {
     std::vector<uint8_t> rows;
     auto copy = [&](ggml_tensor * src, ggml_tensor * dst) {
         if (src && dst) {
-            rows.resize(ggml_nbytes(src));
+            rows.resize(std::min(ggml_nbytes(src), ggml_nbytes(dst)));
             ggml_backend_tensor_get(src, rows.data(), 0, rows.size());
             ggml_backend_tensor_set(dst, rows.data(), 0, rows.size());
         }

@@ -26,6 +26,7 @@
 struct llama_cparams;
 struct llama_hparams;
 class llama_kv_cache;
+class llama_kv_cells;
 
 namespace intactkv {
 
@@ -135,6 +136,30 @@ public:
     void mark(uint32_t strm, uint32_t cell, int32_t row, row_kind kind);
     void unmark(uint32_t strm, uint32_t cell);
 
+    //
+    // rows that stay (automatic/): whether cells name them or not, and several cells may
+    //
+
+    // A row for each of these positions. A cache of exact cells has no rows: these are numbers then, marks by which its
+    // cells can be told. Throws std::runtime_error
+    std::vector<uint32_t> hold_rows(const std::vector<llama_pos> & positions);
+    void release_rows(const std::vector<uint32_t> & rows);
+    bool holds_rows() const { return !held.empty(); }
+    bool is_held(int32_t row) const { return row >= 0 && (size_t) row < held.size() && held[row]; }
+    const std::vector<uint32_t> & held_at(llama_pos pos) const; // those for this position
+    void mark_held(uint32_t strm, uint32_t cell, int32_t row) { set_row(strm, cell, row); }
+
+    // the cache itself, for what places cells in it (sharing.h)
+    llama_kv_cache & cache() const { return kv; }
+    uint32_t stream_of(int32_t seq_id) const;
+    llama_kv_cells & cells_in(uint32_t strm) const;
+    std::vector<uint32_t> layer_ids() const;
+    bool all_exact() const; // no row of the cache needs the arena
+
+    // whether a token at position pos has lost sight of one at an earlier position: sliding windows
+    bool is_out_of_sight(llama_pos earlier, llama_pos pos) const;
+    bool has_window() const;
+
 private:
     llama_kv_cache & kv;
 
@@ -147,6 +172,8 @@ private:
     bool any_tail = false;
 
     std::vector<row_kind> kinds; // [n_rows], of rows that are in use
+    std::vector<bool> held;      // rows that stay; as many as there are, or fewer
+    std::map<llama_pos, std::vector<uint32_t>> held_by_pos;
 
     std::vector<arena_layer> layers; // by index of the layer in the cache
     const bool fast;                 // the kernel reads them all
@@ -156,7 +183,7 @@ private:
     uint64_t gen = 0;
 
     void set_row(uint32_t strm, uint32_t cell, int32_t row);
-    void grow(uint32_t n_rows_new);
+    void resize(uint32_t n_rows_new);
 };
 
 } // namespace intactkv

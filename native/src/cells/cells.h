@@ -5,6 +5,7 @@
 #include "cells/arena.h"
 #include "cells/graph.h"
 #include "cells/pages.h"
+#include "cells/sharing.h"
 #include "cells/shift.h"
 #include "cells/state.h"
 #include "cells/tail.h"

@@ -8,7 +8,6 @@
 #include "ggml-backend.h"
 
 #include <cmath>
-#include <iterator>
 #include <map>
 #include <utility>
 #include <vector>
@@ -16,30 +15,42 @@
 namespace intactkv {
 
 void before_shift(arena * a) {
-    if (a == nullptr) {
+    if (a == nullptr || a->empty()) {
         return;
     }
     // row -> shift -> cells
     std::map<int32_t, std::map<llama_pos, std::vector<std::pair<uint32_t, uint32_t>>>> by_row;
     a->each_intact([&](uint32_t s, uint32_t i, int32_t row) { by_row[row][a->shift_of(s, i)].emplace_back(s, i); });
 
-    std::vector<uint8_t> buf;
+    // what goes on with a row of its own, by kind: the row and its cells
+    std::vector<std::pair<int32_t, std::vector<std::pair<uint32_t, uint32_t>>>> parting[2];
     for (const auto & [row, by_shift] : by_row) {
-        // the first group keeps the row
-        for (auto it = std::next(by_shift.begin()); it != by_shift.end(); ++it) {
-            const row_kind kind = a->kind_of(row);
-            const uint32_t copy = (kind == row_kind::tail ? a->take_rows(0, 1) : a->take_rows(1))[0];
+        // the first group keeps the row; one that stays (is_held) is nobody's, only cells that do not move keep it
+        for (auto it = by_shift.begin(); it != by_shift.end(); ++it) {
+            if (a->is_held(row) ? it->first != 0 : it != by_shift.begin()) {
+                parting[(int) a->kind_of(row)].emplace_back(row, it->second);
+            }
+        }
+    }
+
+    std::vector<uint8_t> buf;
+    for (const row_kind kind : { row_kind::kept, row_kind::tail }) {
+        const auto & groups = parting[(int) kind];
+        const std::vector<uint32_t> copies =
+                kind == row_kind::tail ? a->take_rows(0, groups.size()) : a->take_rows(groups.size());
+        for (size_t g = 0; g < groups.size(); ++g) {
+            const auto & [row, cells] = groups[g];
             for (const auto & layer : a->all_layers()) {
                 for (ggml_tensor * t : { layer.k, layer.v }) {
                     if (t) {
                         buf.resize(t->nb[1]);
                         ggml_backend_tensor_get(t, buf.data(), row * t->nb[1], t->nb[1]);
-                        ggml_backend_tensor_set(t, buf.data(), copy * t->nb[1], t->nb[1]);
+                        ggml_backend_tensor_set(t, buf.data(), copies[g] * t->nb[1], t->nb[1]);
                     }
                 }
             }
-            for (const auto & [s, i] : it->second) {
-                a->mark(s, i, copy, kind);
+            for (const auto & [s, i] : cells) {
+                a->mark(s, i, copies[g], kind);
             }
         }
     }

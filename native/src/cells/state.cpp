@@ -1,14 +1,17 @@
 #include "cells/state.h"
 
 #include "cells/arena.h"
+#include "cells/sharing.h"
 #include "attention/store.h"
 
 #include "llama-impl.h"
 #include "llama-io.h"
+#include "llama-kv-cells.h"
 
 #include "ggml-backend.h"
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 
 namespace intactkv {
@@ -131,6 +134,53 @@ bool state_reader::read_rows(llama_io_read_i & io, int32_t type, int32_t il, boo
     return true;
 }
 
+// Of one side of a layer, n rows; t: nullptr: the cache holds this side exactly, there are none.
+static void read_side(llama_io_read_i & io, const ggml_tensor * t, uint32_t n, std::vector<uint8_t> & out) {
+    uint64_t row_size;
+    io.read(&row_size, sizeof(row_size));
+    if (row_size != (t ? t->nb[1] : 0)) {
+        throw std::runtime_error(format(
+                "intact rows of the state have %zu bytes, this cache needs %zu", (size_t) row_size, t ? t->nb[1] : 0));
+    }
+    out.resize(n * row_size);
+    io.read(out.data(), out.size());
+}
+
+state_reader::rows_data state_reader::read_rows_data(llama_io_read_i & io, uint32_t n) const {
+    rows_data res;
+    for (const auto & layer : a->all_layers()) {
+        for (const ggml_tensor * t : { layer.k, layer.v }) {
+            res.emplace_back();
+            read_side(io, t, n, res.back());
+        }
+    }
+    return res;
+}
+
+// The row that stays and has what row i of the state has, in all layers; -1: none.
+int32_t state_reader::held_row(const rows_data & data, uint32_t n, uint32_t i, uint32_t cell) const {
+    std::vector<uint8_t> buf;
+    const auto same = [&](uint32_t row) {
+        size_t side = 0;
+        for (const auto & layer : a->all_layers()) {
+            for (const ggml_tensor * t : { layer.k, layer.v }) {
+                const std::vector<uint8_t> & rows = data[side++];
+                buf.resize(t ? t->nb[1] : 0);
+                if (t) {
+                    ggml_backend_tensor_get(t, buf.data(), row * buf.size(), buf.size());
+                }
+                if (memcmp(buf.data(), rows.data() + i * (rows.size() / n), buf.size()) != 0) {
+                    return false;
+                }
+            }
+        }
+        return true;
+    };
+    const auto & there = a->held_at(a->cells_in(strm).pos_get(cells[cell]));
+    const auto found = std::find_if(there.begin(), there.end(), same);
+    return found == there.end() ? -1 : (int32_t) *found;
+}
+
 void state_reader::finish(llama_io_read_i & io) {
     if (!mixed) {
         for (size_t i = 0; i < rows.size(); ++i) {
@@ -161,27 +211,52 @@ void state_reader::finish(llama_io_read_i & io) {
         throw std::runtime_error("INTACTKV_ATTN=stock cannot read a state with intact cells: unset it");
     }
 
-    rows = a->take_rows(n - n_tail, n_tail);
+    rows_data data;
+    std::vector<int32_t> row_of(n, -1);
+    uint32_t n_own = n - n_tail;
+    if (a->holds_rows()) { // a row that is there already is not taken once more
+        data = read_rows_data(io, n);
+        for (uint32_t i = 0; i < n; ++i) {
+            if (kinds[i] == row_kind::kept) {
+                row_of[i] = held_row(data, n, i, which[i]);
+                n_own -= row_of[i] >= 0;
+            }
+        }
+    }
+    rows = a->take_rows(n_own, n_tail);
+    std::vector<uint32_t> own; // of the state, those that have a row of their own
+    for (uint32_t i = 0, next = 0; i < n; ++i) {
+        if (row_of[i] < 0) {
+            own.push_back(i);
+            row_of[i] = rows[next++];
+        }
+    }
 
     std::vector<uint8_t> buf;
+    size_t side = 0;
     for (const auto & layer : a->all_layers()) {
         for (ggml_tensor * t : { layer.k, layer.v }) {
-            uint64_t row_size;
-            io.read(&row_size, sizeof(row_size));
-            if (row_size != (t ? t->nb[1] : 0)) {
-                throw std::runtime_error(format("intact rows of the state have %zu bytes, this cache needs %zu",
-                        (size_t) row_size, t ? t->nb[1] : 0));
+            if (data.empty()) {
+                read_side(io, t, n, buf);
+            } else {
+                buf.swap(data[side++]);
             }
-            buf.resize(row_size);
-            for (uint32_t i = 0; t && i < n; ++i) {
-                io.read(buf.data(), row_size);
-                ggml_backend_tensor_set(t, buf.data(), rows[i] * row_size, row_size);
+            for (size_t k = 0; t && k < own.size(); ++k) {
+                const size_t row_size = t->nb[1];
+                ggml_backend_tensor_set(t, buf.data() + own[k] * row_size, row_of[own[k]] * row_size, row_size);
             }
         }
     }
 
     for (uint32_t i = 0; i < n; ++i) {
-        a->mark(strm, cells[which[i]], rows[i], kinds[i]);
+        if (a->is_held(row_of[i])) {
+            a->mark_held(strm, cells[which[i]], row_of[i]);
+        } else {
+            a->mark(strm, cells[which[i]], row_of[i], kinds[i]);
+        }
+    }
+    if (a->holds_rows()) {
+        share_cells(*a, strm, cells);
     }
 }
 

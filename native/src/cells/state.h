@@ -61,6 +61,11 @@ private:
     const std::vector<uint32_t> & cells;
     const bool mixed; // state_writer has flagged it
 
+    using rows_data = std::vector<std::vector<uint8_t>>; // by layer, K and V: n rows
+
+    rows_data read_rows_data(llama_io_read_i & io, uint32_t n) const;
+    int32_t held_row(const rows_data & data, uint32_t n, uint32_t i, uint32_t cell) const;
+
     std::vector<uint32_t> rows; // [cells.size()], taken by the first read_rows() that needs them
 };
 

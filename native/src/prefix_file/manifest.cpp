@@ -270,6 +270,7 @@ manifest read_manifest(const char * text, size_t size) {
     }
     res.n_extra = parsed.contains("extra_cells") ? root["extra_cells"].integer(1, MAX_EXTRA) : 0;
     check_origin(root);
+    res.calibrated = !root["calibrated"].value.is_null();
     return res;
 }
 

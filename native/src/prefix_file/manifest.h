@@ -27,6 +27,7 @@ struct manifest {
     uint32_t n_vocab;
     std::vector<int32_t> tokens;
     uint32_t n_extra;                // cells that stand for no token
+    bool calibrated;                 // the rows were trained, together
     std::vector<cache_shape> caches; // in the order of the state
 };
 

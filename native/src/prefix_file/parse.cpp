@@ -157,6 +157,7 @@ static prefix_view read_state(const uint8_t * data, size_t size, const manifest 
     prefix_view res;
     res.n_tokens = said.tokens.size();
     res.n_cells = res.n_tokens + said.n_extra;
+    res.calibrated = said.calibrated;
     res.tokens = in.data + in.pos;
     for (const int32_t token : said.tokens) { // which the manifest has within the vocabulary
         in.expect(token, "token");

@@ -1,0 +1,67 @@
+// Automatic prefixes: whatever a program decodes, a sequence whose tokens begin with a prefix that its context holds gets
+// that prefix's cells, loaded instead of computed.
+//
+// Nothing is remembered of a sequence from one batch to the next: its cells say whether it is still a prefix's beginning
+// (prefixes::begun), whatever the program did to them meanwhile.
+
+#pragma once
+
+#include "automatic/plan.h"
+#include "automatic/prefixes.h"
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+struct llama_batch_ext;
+struct llama_context;
+
+namespace intactkv {
+
+class automatic {
+public:
+    // nullptr: the context has none
+    static automatic * of(const llama_context * ctx);
+
+    // Adds a prefix to those of a context; "" or why not
+    static std::string add(llama_context & ctx, const void * data, size_t size, const std::string & name);
+
+    explicit automatic(llama_context & ctx) :
+        ctx(ctx),
+        held(&ctx) {}
+
+    // Throws std::runtime_error. view: of a verified file that fits the context
+    void hold(const prefix_view & view, const std::string & name) { held.add(intactkv::hold(&ctx, view, name)); }
+
+    // In place of llama_context::decode(). false: the batch is upstream's to compute, nothing was done
+    bool decode(const llama_batch_ext & batch, int & status);
+
+    bool on = true; // false: decode() leaves all to upstream
+
+    // Into a sequence, which it replaces; "" or why not
+    std::string load(int32_t i, llama_seq_id seq_id);
+
+    const prefixes & all() const { return held; }
+    size_t n_bytes() const;                              // beside the arenas'
+    uint64_t n_not_computed() const { return n_loaded; } // tokens so far
+
+private:
+    llama_context & ctx;
+    prefixes held;
+    uint64_t n_loaded = 0;
+    bool inside = false; // decode() computes what is left of a batch
+
+    // outputs of the goes before the last, by index in the caller's batch
+    std::vector<std::pair<uint32_t, std::vector<float>>> outputs;
+
+    bool is_plain(const llama_batch_ext & batch) const;
+    int run(const llama_batch_ext & batch, std::vector<start> & starts);
+    int begin_anew(const start & s);
+    int go_on(const llama_batch_ext & batch, const std::vector<start> & starts, size_t round, size_t n_rounds);
+    void undo(const std::vector<start> & starts);
+    void collect(const std::vector<uint32_t> & batch_index, bool last);
+    int compute(const llama_batch_ext & batch);
+};
+
+} // namespace intactkv

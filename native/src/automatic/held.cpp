@@ -1,0 +1,194 @@
+#include "automatic/held.h"
+
+#include "api/describe.h"
+#include "attention/store.h"
+#include "cells/arena.h"
+#include "prefix_file/parse.h"
+
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+
+#include "ggml-backend.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace intactkv {
+
+// The file was verified: what is read here is there.
+template <typename T> static T get(const uint8_t *& at) {
+    T res;
+    memcpy(&res, at, sizeof(T));
+    at += sizeof(T);
+    return res;
+}
+
+// Item of each cell in the order of the file; first: the first token that has a cell.
+static std::vector<size_t> read_cells(const uint8_t *& at, uint32_t n_tokens, uint32_t & first) {
+    get<uint32_t>(at); // streams
+    std::vector<int32_t> positions(get<uint32_t>(at));
+    for (int32_t & pos : positions) {
+        pos = get<int32_t>(at);
+        at += sizeof(uint32_t) + sizeof(int32_t); // of one sequence, 0
+    }
+    first = positions.empty() ? n_tokens : *std::min_element(positions.begin(), positions.end());
+    std::vector<size_t> res;
+    size_t n_first = 0;
+    for (const int32_t pos : positions) { // the first at position 0 is token 0
+        n_first += pos == 0;
+        res.push_back(pos > 0 || n_first == 1 ? pos - first : n_tokens + n_first - 2);
+    }
+    return res;
+}
+
+void held_rows::read(const uint8_t *& state) {
+    const std::vector<size_t> items = read_cells(state, n_tokens, first);
+    std::vector<llama_pos> positions(items.size(), 0); // by item; extra cells are at position 0
+    for (uint32_t token = first; token < n_tokens; ++token) {
+        positions[token - first] = token;
+    }
+    numbers = a->hold_rows(positions);
+    get<uint32_t>(state); // V is not transposed
+    get<uint32_t>(state); // layers
+    const std::vector<uint32_t> layers = a->layer_ids();
+    for (const bool is_v : { false, true }) {
+        for (const uint32_t il : layers) {
+            get<int32_t>(state); // F16
+            const auto row_size = get<uint64_t>(state);
+            auto & exact = is_v ? exact_v : exact_k;
+            exact.emplace_back();
+            if (ggml_tensor * cache = is_v ? a->cache_v(il) : a->cache_k(il)) {
+                take(is_v ? a->layer(il).v : a->layer(il).k, exact.back(), cache,
+                        is_v ? a->rotation().v : a->rotation().k, state, items, il, is_v ? "V" : "K");
+            }
+            state += row_size * items.size();
+        }
+    }
+}
+
+void held_rows::take(ggml_tensor * arena_rows, std::vector<uint8_t> & exact, const ggml_tensor * cache, int32_t n_rot,
+        const uint8_t * data, const std::vector<size_t> & items, uint32_t il, const char * side) {
+    const int64_t n = cache->ne[0];
+    const size_t row_size = n * sizeof(ggml_fp16_t);
+    if (n == 0) {
+        return;
+    }
+    if (is_exact(cache->type)) {
+        exact.resize(row_size * items.size());
+        for (size_t i = 0; i < items.size(); ++i) {
+            memcpy(exact.data() + items[i] * row_size, data + i * row_size, row_size);
+        }
+        return;
+    }
+    std::vector<ggml_fp16_t> f16(n);
+    std::vector<float> f32(n);
+    for (size_t i = 0; i < items.size(); ++i) {
+        memcpy(f16.data(), data + i * row_size, row_size);
+        fused_widen(f16.data(), f32.data(), n);
+        fused_rotate(f32.data(), n, n_rot);
+        fused_narrow(GGML_TYPE_F16, f32.data(), f16.data(), n);
+        // a rotated pivot could leave the range of F16 (65504), an infinity would poison every later token
+        if (std::any_of(f16.begin(), f16.end(), [](ggml_fp16_t x) { return (x & 0x7c00) == 0x7c00; })) {
+            throw std::runtime_error(format(
+                    "%s row %zu of layer %u is not finite in the basis of this cache: use an F16 cache", side, i, il));
+        }
+        ggml_backend_tensor_set(arena_rows, f16.data(), numbers[items[i]] * row_size, row_size);
+    }
+}
+
+void held_rows::release() {
+    a->release_rows(numbers);
+}
+
+size_t held_rows::item_of(int32_t row) const {
+    return std::lower_bound(numbers.begin(), numbers.end(), (uint32_t) row) - numbers.begin();
+}
+
+void held_rows::write_side(ggml_tensor * cells, const ggml_tensor * arena_rows, const std::vector<uint8_t> & exact,
+        const std::vector<uint32_t> & to, const std::vector<int32_t> & rows) const {
+    const int64_t n = cells->ne[0];
+    const size_t row_size = n * sizeof(ggml_fp16_t);
+    const size_t out_size = ggml_row_size(cells->type, n);
+    std::vector<ggml_fp16_t> f16(n);
+    std::vector<float> f32(n);
+    std::vector<uint8_t> out(to.size() * out_size);
+    for (size_t i = 0; i < to.size(); ++i) {
+        uint8_t * dst = out.data() + i * out_size;
+        if (arena_rows) {
+            ggml_backend_tensor_get(arena_rows, f16.data(), rows[i] * row_size, row_size);
+        } else {
+            memcpy(f16.data(), exact.data() + item_of(rows[i]) * row_size, row_size);
+        }
+        if (cells->type == GGML_TYPE_F16) {
+            memcpy(dst, f16.data(), row_size);
+            continue;
+        }
+        fused_widen(f16.data(), f32.data(), n);
+        fused_narrow(cells->type, f32.data(), dst, n);
+    }
+    for (size_t i = 0; i < to.size();) { // neighbours at once
+        size_t end = i + 1;
+        while (end < to.size() && to[end] == to[end - 1] + 1) {
+            ++end;
+        }
+        ggml_backend_tensor_set(cells, out.data() + i * out_size, to[i] * out_size, (end - i) * out_size);
+        i = end;
+    }
+}
+
+void held_rows::write(uint32_t strm, const std::vector<uint32_t> & cells, const std::vector<int32_t> & rows) const {
+    const std::vector<uint32_t> layers = a->layer_ids();
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const arena_layer & kept = a->layer(layers[i]);
+        if (ggml_tensor * k = a->stream_k(layers[i], strm); k && k->ne[0] > 0) {
+            write_side(k, is_exact(k->type) ? nullptr : kept.k, exact_k[i], cells, rows);
+        }
+        if (ggml_tensor * v = a->stream_v(layers[i], strm); v && v->ne[0] > 0) {
+            write_side(v, is_exact(v->type) ? nullptr : kept.v, exact_v[i], cells, rows);
+        }
+    }
+    for (size_t i = 0; i < cells.size(); ++i) {
+        a->mark_held(strm, cells[i], rows[i]);
+    }
+}
+
+size_t held_rows::n_bytes() const {
+    size_t res = 0;
+    for (const auto * side : { &exact_k, &exact_v }) {
+        for (const auto & rows : *side) {
+            res += rows.size();
+        }
+    }
+    return res;
+}
+
+bool held_prefix::serves(uint32_t pos) const {
+    return std::all_of(caches.begin(), caches.end(), [&](const held_rows & rows) {
+        return rows.first_token() == 0 || rows.of().is_out_of_sight(rows.first_token() - 1, pos);
+    });
+}
+
+held_prefix hold(const llama_context * ctx, const prefix_view & view, const std::string & name) {
+    held_prefix res;
+    res.name = name;
+    res.n_extra = view.n_cells - view.n_tokens;
+    res.whole = view.calibrated;
+    res.tokens.resize(view.n_tokens);
+    memcpy(res.tokens.data(), view.tokens, view.n_tokens * sizeof(llama_token));
+    const uint8_t * at = view.state;
+    try {
+        for (const llama_kv_cache * kv : caches_of(ctx)) {
+            res.caches.emplace_back(*kv->intact, view.n_tokens);
+            res.caches.back().read(at);
+        }
+    } catch (...) {
+        for (held_rows & rows : res.caches) {
+            rows.release();
+        }
+        throw;
+    }
+    return res;
+}
+
+} // namespace intactkv

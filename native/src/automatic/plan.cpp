@@ -1,0 +1,132 @@
+#include "automatic/plan.h"
+
+#include "llama-batch.h"
+#include "llama-memory.h"
+
+#include <algorithm>
+#include <map>
+#include <utility>
+
+namespace intactkv {
+
+using token = llama_batch_ext::token;
+
+// The tokens of each sequence, as long as they belong to the same sequences as its first, and whether they go on.
+struct run {
+    std::vector<llama_seq_id> seqs;
+    std::vector<uint32_t> batch_index;
+    bool open = true;
+};
+
+static std::vector<run> runs_of(const llama_batch_ext & batch) {
+    std::vector<run> res;
+    std::map<llama_seq_id, size_t> run_of;
+    for (uint32_t i = 0; i < batch.tokens.size(); ++i) {
+        const token & t = batch.tokens[i];
+        if (t.seq_ids.empty()) {
+            return {};
+        }
+        std::vector<llama_seq_id> seqs(t.seq_ids.begin(), t.seq_ids.end());
+        std::sort(seqs.begin(), seqs.end());
+        const auto known = run_of.find(seqs[0]);
+        if (known == run_of.end()) {
+            for (const llama_seq_id seq_id : seqs) {
+                if (!run_of.emplace(seq_id, res.size()).second) {
+                    return {}; // sequences that meet later: upstream refuses them
+                }
+            }
+            res.push_back({ seqs, { i } });
+            continue;
+        }
+        run & r = res[known->second];
+        if (r.seqs == seqs && r.open) {
+            r.batch_index.push_back(i);
+            continue;
+        }
+        for (const llama_seq_id seq_id : seqs) { // they part here
+            if (const auto it = run_of.find(seq_id); it != run_of.end()) {
+                res[it->second].open = false;
+            }
+        }
+    }
+    return res;
+}
+
+// From the token at n_there to the run's last.
+static std::vector<go> goes_of(const llama_batch_ext & batch, const start & s, bool at_once) {
+    const uint32_t n = s.found.n, n_all = s.n_there + s.batch_index.size();
+    const auto output = [&](uint32_t pos) {
+        return batch.tokens[s.batch_index[pos - s.n_there]].output;
+    };
+    std::vector<go> res;
+    uint32_t pos = s.n_there;
+    while (pos < n) {
+        uint32_t end = pos;
+        while (end < n && !output(end)) {
+            ++end;
+        }
+        if (at_once && end < n && end + 1 < n_all) {
+            return { { s.n_there, n_all } };
+        }
+        if (!s.found.prefix->serves(end)) {
+            res = { { s.n_there, n } };
+            pos = n;
+        } else if (end < n) {
+            res.push_back({ end, end + 1 });
+            pos = end + 1;
+        } else {
+            res.push_back({ n, n_all });
+            return res;
+        }
+    }
+    if (pos < n_all || res.empty()) {
+        res.push_back({ pos, n_all });
+    }
+    return at_once ? std::vector<go>{ { res[0].load_end, n_all } } : res;
+}
+
+std::vector<start> plan(
+        const prefixes & held, const llama_memory_i & memory, const llama_batch_ext & batch, bool at_once) {
+    const bool near = std::any_of(batch.tokens.begin(), batch.tokens.end(),
+            [&](const token & t) { return (uint32_t) t.pos[0] < held.longest(); });
+    if (!near) {
+        return {};
+    }
+    std::vector<start> res;
+    for (run & r : runs_of(batch)) {
+        start s;
+        const auto fits = [&](llama_seq_id seq_id) {
+            return seq_id >= 0 && seq_id < batch.n_seq_max && held.begun(seq_id, s.there) &&
+                    memory.seq_pos_max(seq_id) + 1 == (llama_pos) s.there.size();
+        };
+        if ((uint32_t) batch.tokens[r.batch_index[0]].pos[0] >= held.longest() ||
+                !std::all_of(r.seqs.begin(), r.seqs.end(), fits)) {
+            continue;
+        }
+        s.n_there = s.there.size();
+        std::vector<llama_token> tokens;
+        for (uint32_t i = 0; i < s.n_there; ++i) {
+            tokens.push_back(s.there[i]->tokens[i]);
+        }
+        for (const uint32_t i : r.batch_index) {
+            const token & t = batch.tokens[i];
+            if (t.has_embd || t.id < 0 || (uint32_t) t.pos[0] != tokens.size()) {
+                r.open = false;
+                break;
+            }
+            tokens.push_back(t.id);
+            s.batch_index.push_back(i);
+        }
+        s.found = longest_match(held, tokens, r.open, s.there);
+        if (batch.tokens[r.batch_index[0]].pos[0] != (llama_pos) s.n_there ||
+                (s.found.n <= s.n_there && !s.begins_anew())) {
+            continue;
+        }
+        s.seqs = r.seqs;
+        s.goes = goes_of(batch, s, at_once);
+        res.push_back(std::move(s));
+    }
+    return res;
+}
+
+} // namespace intactkv

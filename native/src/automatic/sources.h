@@ -1,0 +1,27 @@
+// Where a context's prefixes come from: the model's file, and LLAMA_INTACTKV.
+
+#pragma once
+
+#include "prefix_file/read_bytes.h"
+
+#include <string>
+#include <vector>
+
+struct llama_model;
+
+namespace intactkv {
+
+// A prefix in a file. The user has named the file, or else it is the model's.
+struct prefix_source {
+    std::string path;
+    embedded_prefix where;
+    bool named;
+
+    std::string name() const; // "PREFIX of PATH", for messages
+};
+
+// Those of a model: of its file, then those of the files and directories (their *.ikv, sorted) in LLAMA_INTACTKV. Empty
+// if that is "off". Throws std::runtime_error for what cannot be read
+std::vector<prefix_source> sources_of(const llama_model & model);
+
+} // namespace intactkv
