@@ -14,10 +14,11 @@ import typer
 from intactkv_export import __version__
 from intactkv_export.cli.options import (
     FILE_RULE,
-    KV_TYPE_NAMES,
     PREFIX_HELP,
     AsJson,
     Encoding,
+    KvCache,
+    KvTail,
     Threads,
     app,
     text_or_file,
@@ -29,25 +30,6 @@ from intactkv_export.libllama import Rope
 from intactkv_export.models import text_file
 from intactkv_export.work import usable_cores
 
-KvCache = Annotated[
-    str | None,
-    typer.Option(
-        "--kv-type",
-        help=f"Type of the KV cache, or K,V: {KV_TYPE_NAMES}. Default: q8_0,q4_0; q8_0 where it has no tail of "
-        "128; f16 where only that fits.",
-        show_default=False,
-    ),
-]
-KvTail = Annotated[
-    int | None,
-    typer.Option(
-        "--kv-tail",
-        min=0,
-        help="Keep the newest N tokens of a quantized cache at F16, its tail; 0: none. Default: $INTACTKV_TAIL, or "
-        "128 if K or V has less than 8 bits, else 0.",
-        show_default=False,
-    ),
-]
 _PATIENCE = 1.0  # seconds without a byte from a pipe, after which it is said that it is waited for
 
 

@@ -87,7 +87,7 @@ def choose_settings(
     prefixes: `.ikv` files, GGUFs, or directories of `.ikv` files, beside those that are embedded in the model; None:
     those that LLAMA_INTACTKV names, or the file beside the model; empty: none at all, not the embedded ones either.
     kv_type, tail: as of IntactLlama. ctx_size: None: what the model was trained for, at most 4096, or the longest
-    prefix and 2048 more; 0: all that it was trained for. port: 0: a free one. api_key: more than one with commas between.
+    prefix and 2048 more; 0: all that it was trained for. port: 0: a free one. api_key: several with commas between.
     more: further arguments of llama-server. Raises UsageError, IntactKVError.
     """
     asked = None if kv_type is None else kv_pair(kv_type)
