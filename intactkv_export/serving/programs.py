@@ -12,7 +12,7 @@ from typing import NoReturn
 from intactkv_export import library
 from intactkv_export.errors import IntactKVError, UsageError
 
-_BUILD = "install with `make tools`, or pip install -C cmake.define.INTACTKV_TOOLS=ON"
+_BUILD = "install with `make tools`, or pip install --config-settings=cmake.define.INTACTKV_TOOLS=ON"
 
 
 def program_names() -> list[str]:
