@@ -132,8 +132,8 @@ class Server:
         if memory := self.memory:
             own, files = (f"{memory[name] / 1e6:,.0f} MB" for name in ("own", "files"))
             lines.append(f"memory: {own}, and {files} of files that are mapped")
-        page = self.has_page
-        lines += [] if page else ["no web page, the API alone: `make tools` builds the page where npm is installed"]
+        no_page = "no web page, the API alone: `make tools` builds it where npm is installed"
+        lines.append(f"web page: {s.url}" if self.has_page else no_page)
         key = "with the API key" if s.has_key else "no API key"
         return [*lines, f"listening on {s.url} ({key}; OpenAI's API: {s.url}/v1)"]
 
@@ -162,7 +162,9 @@ class Server:
         connection = kinds[url.scheme](url.hostname, url.port, timeout=5, **extra)
         with contextlib.closing(connection):
             try:
-                connection.request("GET", f"{url.path}{path}")
+                connection.request(
+                    "GET", f"{url.path}{path}", headers={"Accept-Encoding": "gzip"}
+                )  # as the page is kept
                 answer = connection.getresponse()
                 return answer.status, answer.headers.get("Content-Type", "")
             except (OSError, http.client.HTTPException):
