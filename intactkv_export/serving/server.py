@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama import reason
+from intactkv_export.prefix import Prefix
 from intactkv_export.serving.programs import program_path
 from intactkv_export.serving.settings import Settings
 
@@ -108,7 +109,12 @@ class Server:
             "pid": self.process.pid,
             "model": s.model,
             "prefixes": [
-                {"file": prefix.source, "tokens": len(prefix.tokens), "extra_cells": prefix.n_extra}
+                {
+                    "file": prefix.source,
+                    "name": prefix.name,
+                    "tokens": len(prefix.tokens),
+                    "extra_cells": prefix.n_extra,
+                }
                 for prefix in s.prefixes
             ],
             "kv_type": ",".join(s.kv_types),
@@ -126,7 +132,7 @@ class Server:
         tail = "" if s.tail is None else f", the newest {s.tail} tokens at F16" if s.tail else ", no tail"
         lines = [
             f"{s.model}: {k if k == v else f'{k},{v}'} cache{tail}; {s.parallel} at once, {s.ctx_size} tokens each",
-            *(f"prefix {prefix.source}: {prefix.contents}, loaded" for prefix in s.prefixes),
+            *(f"prefix {_called(prefix)}: {prefix.contents}, loaded" for prefix in s.prefixes),
         ]
         lines += [] if s.prefixes else ["no prefix"]
         if memory := self.memory:
@@ -190,6 +196,10 @@ class Server:
         return reason(
             [text for line in asserted or lines if not _OUTER.search(text := _text(line))], "it gave no reason"
         )
+
+
+def _called(prefix: Prefix) -> str:
+    return f"{prefix.name} of {prefix.source}" if prefix.name else str(prefix.source)
 
 
 def _text(line: str) -> str:

@@ -142,7 +142,7 @@ def _prefixes(model: Path, given: Sequence[Path] | None, variable: str | None) -
     if given is None and variable == "off" or given is not None and not given:
         return [], []
     place = ikv.find(model)
-    embedded = [ikv.read(place)] if place == model else []
+    embedded = list(ikv.read_all(model)) if place == model else []
     if given is None and variable:
         given = [Path(name) for name in variable.split(os.pathsep) if name]
     elif given is None:
@@ -151,7 +151,7 @@ def _prefixes(model: Path, given: Sequence[Path] | None, variable: str | None) -
     for path in files:
         if os.pathsep in str(path):
             raise UsageError(f"{path} has a {os.pathsep!r} in it, which separates paths in {PREFIXES}: rename it")
-    return [*embedded, *(ikv.read(file) for path in files for file in _files(path))], files
+    return [*embedded, *(prefix for path in files for file in _files(path) for prefix in ikv.read_all(file))], files
 
 
 def _files(path: Path) -> list[Path]:
