@@ -79,7 +79,7 @@ $(VENV)/.bindings: native/get_source.py | $(VENV)/.created
 		$(PIP) install --no-build-isolation --no-cache-dir "$$archive"; \
 		touch $@)
 
-NATIVE = $(wildcard native/*.txt native/*.py native/*.patch) $(shell find native/src native/include -type f)
+NATIVE = $(wildcard native/*.txt native/*.cmake native/*.py native/*.patch) $(shell find native/src native/include -type f)
 
 $(VENV)/.built: $(VENV)/.bindings pyproject.toml constraints.txt intactkv_export/__init__.py $(NATIVE)
 	$(call stage,compile and install, \
