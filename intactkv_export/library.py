@@ -37,6 +37,26 @@ def converter_path() -> Path:
     return _installed("_converter") / "convert_hf_to_gguf.py"
 
 
+def programs_path() -> Path:
+    """The directory of upstream's programs. Raises IntactKVError if they were not built (-DINTACTKV_TOOLS=ON)."""
+    return _installed("bin")
+
+
+def environment(patient: bool = False) -> dict[str, str]:
+    """For a program of upstream's in a process of its own: it runs on the libraries that LLAMA_CPP_LIB_PATH names.
+
+    patient: its threads wait asleep, as ours do (_SPINS).
+    """
+    own = dict(os.environ)
+    chosen = own.get(VARIABLE)
+    if chosen and Path(chosen) != library_path():
+        name = "DYLD_LIBRARY_PATH" if sys.platform == "darwin" else "LD_LIBRARY_PATH"
+        own[name] = os.pathsep.join(filter(None, (chosen, own.get(name))))
+    if patient and "OMP_WAIT_POLICY" not in own:
+        own.setdefault(*_SPINS)
+    return own
+
+
 def load() -> Any:
     """The llama_cpp module on the patched libraries, or on those that LLAMA_CPP_LIB_PATH names.
 

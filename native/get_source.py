@@ -35,8 +35,8 @@ SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 ARCHIVE = f"llama_cpp_python-{VERSION}.tar.gz"
 PATCH = Path(__file__).resolve().parent / "llama.cpp.patch"
 
-# Inside the archive: what the libraries, the converter and the licences need. Tests, tools, examples and docs stay
-# out. The second column is the place under DEST.
+# Inside the archive: what the libraries, upstream's programs, the converter and the licences need. Tests, examples
+# and docs stay out. The second column is the place under DEST.
 TOP = f"llama_cpp_python-{VERSION}/"
 KEEP = [
     (TOP + "LICENSE.md", "LICENSE.llama-cpp-python"),
@@ -46,6 +46,7 @@ KEEP = [
             "CMakeLists.txt",
             "LICENSE",
             "cmake/",
+            "common/",
             "conversion/",
             "convert_hf_to_gguf.py",
             "ggml/",
@@ -54,7 +55,9 @@ KEEP = [
             "include/",
             "licenses/",
             "models/templates/",
+            "scripts/ui-assets.cmake",
             "src/",
+            "tools/",
             "vendor/",
         )
     ),

@@ -29,8 +29,9 @@ _SAME_REQUEST = 1.0  # seconds in which a second signal to end is an echo: a pro
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    args = [a for a in given if a != "--debug"]  # it may stand anywhere
-    debug = len(args) < len(given)
+    ours, others = _ours(given)
+    args = [a for a in ours if a != "--debug"] + others  # it may stand anywhere
+    debug = "--debug" in ours
     warnings.showwarning = _warn
     with streams.safe():
         try:
@@ -42,6 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if debug:
                 remark(traceback.format_exc())
             return _explain(error)
+
+
+def _ours(given: list[str]) -> tuple[list[str], list[str]]:
+    """What is said to this program, and what it passes on as it is: behind --, and to a program that `tool` runs."""
+    command = next((i for i, a in enumerate(given) if not a.startswith("-")), len(given))
+    end = command + 1 if given[command : command + 1] == ["tool"] else len(given)
+    end = min([end, *(i for i, a in enumerate(given) if a == "--")])
+    return given[:end], given[end:]
 
 
 @contextmanager

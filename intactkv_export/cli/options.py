@@ -56,6 +56,25 @@ Threads = Annotated[
     int | None, typer.Option("--threads", "-t", min=1, help="CPU threads. Default: the cores it may use.")
 ]
 KvType = Annotated[str, typer.Option("--kv-type", help=f"Type of the KV cache, or K,V: {KV_TYPE_NAMES}.")]
+KvCache = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-type",
+        help=f"Type of the KV cache, or K,V: {KV_TYPE_NAMES}. Default: q8_0,q4_0; q8_0 where it has no tail of "
+        "128; f16 where only that fits.",
+        show_default=False,
+    ),
+]
+KvTail = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-tail",
+        min=0,
+        help="Keep the newest N tokens of a quantized cache at F16, its tail; 0: none. Default: $INTACTKV_TAIL, or "
+        "128 if K or V has less than 8 bits, else 0.",
+        show_default=False,
+    ),
+]
 Reference = Annotated[
     str, typer.Argument(help="The full-precision model: a directory, a hub id, or a GGUF.", show_default=False)
 ]

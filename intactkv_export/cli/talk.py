@@ -1,4 +1,4 @@
-"""Commands that run a model, and what they run on: chat, version."""
+"""Commands that run a model, and what they run on: chat, serve, tool, version."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import typer
 from intactkv_export import __version__
 from intactkv_export.cli.options import (
     FILE_RULE,
-    KV_TYPE_NAMES,
     PREFIX_HELP,
     AsJson,
     Encoding,
+    KvCache,
+    KvTail,
     Threads,
     app,
     text_or_file,
@@ -27,6 +28,7 @@ from intactkv_export.cli.output import print_json, remark, say
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import Rope
 from intactkv_export.models import text_file
+from intactkv_export.work import usable_cores
 
 _PATIENCE = 1.0  # seconds without a byte from a pipe, after which it is said that it is waited for
 
@@ -49,25 +51,8 @@ def chat(
             "--system-prompt", "-s", help=f"TEXT or @FILE ({FILE_RULE}). A prefix brings its own and allows no other."
         ),
     ] = None,
-    kv_type: Annotated[
-        str | None,
-        typer.Option(
-            "--kv-type",
-            help=f"Type of the KV cache, or K,V: {KV_TYPE_NAMES}. Default: q8_0,q4_0; q8_0 where it has no tail of "
-            "128; f16 where only that fits.",
-            show_default=False,
-        ),
-    ] = None,
-    kv_tail: Annotated[
-        int | None,
-        typer.Option(
-            "--kv-tail",
-            min=0,
-            help="Keep the newest N tokens of a quantized cache at F16, its tail; 0: none. Default: $INTACTKV_TAIL, or "
-            "128 if K or V has less than 8 bits, else 0.",
-            show_default=False,
-        ),
-    ] = None,
+    kv_type: KvCache = None,
+    kv_tail: KvTail = None,
     n_predict: Annotated[int, typer.Option("-n", "--n-predict", min=0, help="Longest reply; 0: until it ends.")] = 0,
     ctx_size: Annotated[
         int | None,
@@ -160,6 +145,116 @@ def _is_piped(fd: int) -> bool:
     """Whether somebody means what is there to be read: a pipe or a file, and not what a service manager leaves open."""
     mode = os.fstat(fd).st_mode
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="A quantized GGUF.", show_default=False)],
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- ...]", help="For llama-server as it is.", show_default=False)
+    ] = None,
+    prefix_paths: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--prefix",
+            help="An .ikv file, or a directory of them, beside the prefixes embedded in the model; may be repeated. "
+            "Default: $LLAMA_INTACTKV, or the file beside the model.",
+            show_default=False,
+        ),
+    ] = None,
+    no_prefix: Annotated[bool, typer.Option("--no-prefix", help="Serve without any prefix.")] = False,
+    kv_type: KvCache = None,
+    kv_tail: KvTail = None,
+    parallel: Annotated[int, typer.Option("--parallel", min=1, help="Conversations answered at once.")] = 4,
+    ctx_size: Annotated[
+        int | None,
+        typer.Option(
+            "--ctx-size",
+            "-c",
+            min=0,
+            help="Tokens of one conversation; 0: the model's. Default: that, at most 4096, or the longest prefix and "
+            "2048 more.",
+            show_default=False,
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0: every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: a free one.")] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key",
+            envvar="LLAMA_API_KEY",
+            help="KEY, or @FILE with one a line: what clients have to say. The command line is seen by others here.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Say where it listens as one JSON object.")] = False,
+    threads: Threads = None,
+) -> None:
+    """Serve a model over HTTP: upstream's llama-server on these libraries, prefixes loaded before the first request.
+
+    Every conversation whose tokens begin with a prefix gets it, and does not compute it. It has OpenAI's API
+    (/v1/chat/completions, ...), metrics (/metrics), and a web page if it was built with one. It is ready when it says
+    where it listens; /health answers 200 from then on. Ctrl-C or SIGTERM ends it.
+
+    \b
+    intactkv-export serve smol.gguf --parallel 8
+    intactkv-export serve smol.gguf --prefix prompts/ --host 0.0.0.0 --api-key @key.txt
+    intactkv-export serve smol.gguf -- --spec-type ngram-simple --verbosity 3
+    """
+    from intactkv_export import serving
+
+    if prefix_paths and no_prefix:
+        raise UsageError("--prefix and --no-prefix exclude each other: leave one out")
+    settings = serving.choose_settings(
+        model,
+        prefixes=[] if no_prefix else prefix_paths or None,
+        kv_type=kv_type,
+        tail=kv_tail,
+        parallel=parallel,
+        ctx_size=ctx_size,
+        threads=threads or usable_cores(),
+        host=host,
+        port=port,
+        api_key=None if api_key is None else text_or_file(api_key),
+        more=more or [],
+    )
+    with serving.Server(settings, remark) as server:
+        for note in settings.notes:
+            remark(note)
+        server.wait_until_ready()
+        if as_json:
+            print_json(server.facts())
+        else:
+            for line in server.report():
+                say(line)
+        sys.stdout.flush()
+        server.wait()
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def tool(
+    name: Annotated[str | None, typer.Argument(help="A program.", show_default=False)] = None,
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[...]", help="Its arguments, as they are.", show_default=False)
+    ] = None,
+) -> None:
+    """Run a program of llama.cpp's own on these libraries: llama-server, llama-bench, ...; without NAME: list them.
+
+    They give every sequence that begins with a prefix of the model that prefix. Exit code and signals are the
+    program's.
+
+    \b
+    intactkv-export tool llama-bench -m smol.gguf -fa 1 -ctk q8_0 -ctv q8_0
+    LLAMA_INTACTKV=off intactkv-export tool llama-cli -m smol.gguf
+    """
+    from intactkv_export import serving
+
+    if name is None:
+        for each in serving.program_names():
+            say(each)
+    else:
+        serving.run_program(name, arguments or [])
 
 
 @app.command()

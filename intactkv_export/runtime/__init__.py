@@ -7,5 +7,9 @@ from intactkv_export.runtime.chat import open_chat
 from intactkv_export.runtime.conversation import Conversation, Sampling
 from intactkv_export.runtime.fit import check_fit
 from intactkv_export.runtime.intact_llama import IntactLlama, L
+from intactkv_export.runtime.kv_choice import BEST_PAIR, WITH_TAIL, choose_kv_types
 
-__all__ = ["Conversation", "IntactLlama", "L", "Sampling", "check_fit", "open_chat"]
+__all__ = [
+    "BEST_PAIR", "WITH_TAIL", "Conversation", "IntactLlama", "L", "Sampling", "check_fit", "choose_kv_types",
+    "open_chat",
+]  # fmt: skip

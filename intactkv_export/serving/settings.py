@@ -1,0 +1,224 @@
+"""What a server is started with: the arguments and the environment of llama-server, from what a user asks for."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from intactkv_export import library
+from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.libllama import default_tail, kv_pair
+from intactkv_export.models import KEY_REFERENCE, gguf_file
+from intactkv_export.prefix import Prefix, check_reference, ikv
+
+PREFIXES = "LLAMA_INTACTKV"  # read by the library: what it gives to sequences that begin with it
+TAIL = "INTACTKV_TAIL"
+KEY = "LLAMA_API_KEY"
+_CONTEXT = 4096  # tokens of a conversation; the KV cache of more is rarely wanted on a small device
+_ROOM = 2048  # tokens behind a long prefix, to talk in
+
+# What has an option here, and must not be said to llama-server twice. Its name there -> ours
+_OURS = {
+    "-m": "MODEL", "--model": "MODEL", "--host": "--host", "--port": "--port",
+    "-c": "--ctx-size", "--ctx-size": "--ctx-size", "-np": "--parallel", "--parallel": "--parallel",
+    "-ctk": "--kv-type", "--cache-type-k": "--kv-type", "-ctv": "--kv-type", "--cache-type-v": "--kv-type",
+    "-t": "--threads", "--threads": "--threads", "--api-key": "--api-key", "--api-key-file": "--api-key @FILE",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A server that can be started. ctx_size: tokens of one conversation; tail: None: as the library chooses."""
+
+    model: Path
+    prefixes: list[Prefix]
+    kv_types: tuple[str, str]
+    tail: int | None
+    parallel: int
+    ctx_size: int
+    host: str
+    port: int
+    has_key: bool
+    arguments: list[str] = field(repr=False)
+    environment: Mapping[str, str] = field(repr=False)
+    notes: list[str] = field(default_factory=list)  # what had to be chosen, for whoever starts it
+
+    @property
+    def url(self) -> str:
+        """Where it answers on this machine."""
+        return f"{self._scheme}://{_in_url(self.reached_at)}:{self.port}{self._value('--api-prefix')}"
+
+    @property
+    def reached_at(self) -> str:
+        """The address to connect to: that of a server which listens everywhere is the loopback."""
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+
+    @property
+    def _scheme(self) -> str:
+        return "https" if self._value("--ssl-cert-file") else "http"
+
+    def _value(self, option: str) -> str:
+        """Of an option of llama-server's, as it reads them: the last one given, else its environment variable."""
+        variable = {"--ssl-cert-file": "LLAMA_ARG_SSL_CERT_FILE", "--api-prefix": "LLAMA_ARG_API_PREFIX"}[option]
+        given = [value for name, value in zip(self.arguments, self.arguments[1:], strict=False) if name == option]
+        return given[-1] if given else self.environment.get(variable, "")
+
+
+def choose_settings(
+    model: Path,
+    *,
+    prefixes: Sequence[Path] | None = None,
+    kv_type: str | None = None,
+    tail: int | None = None,
+    parallel: int = 4,
+    ctx_size: int | None = None,
+    threads: int | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    api_key: str | None = None,
+    more: Sequence[str] = (),
+) -> Settings:
+    """Checks all of it, the prefixes' bytes too, and chooses what is not said. Starts nothing.
+
+    prefixes: `.ikv` files, GGUFs, or directories of `.ikv` files, beside those that are embedded in the model; None:
+    those that LLAMA_INTACTKV names, or the file beside the model; empty: none at all, not the embedded ones either.
+    kv_type, tail: as of IntactLlama. ctx_size: None: what the model was trained for, at most 4096, or the longest
+    prefix and 2048 more; 0: all that it was trained for. port: 0: a free one. api_key: several with commas between.
+    more: further arguments of llama-server. Raises UsageError, IntactKVError.
+    """
+    asked = None if kv_type is None else kv_pair(kv_type)
+    if given := next((name for name in map(_name, more) if name in _OURS), None):
+        raise UsageError(
+            f"{given} behind -- is for llama-server alone, and would not be known here: give {_OURS[given]}"
+        )
+    first = gguf_file.first_part(model)
+    header = gguf_file.read(first)
+    environment = library.environment(patient=True)
+    found, files = _prefixes(first, prefixes, environment.get(PREFIXES))
+    for prefix in found:
+        check_reference(prefix, header.values.get(KEY_REFERENCE), str(model))
+    if prefixes is not None and not prefixes:
+        environment[PREFIXES] = "off"
+    elif files:
+        environment[PREFIXES] = os.pathsep.join(map(str, files))
+    types, tail, notes = _cache(asked, tail, header.values, environment)
+    if tail is not None:
+        environment[TAIL] = str(tail)
+    longest = max((prefix.n_cells for prefix in found), default=0)
+    ctx_size = _context(ctx_size, longest, header.values)
+    if api_key is not None:
+        if not api_key.strip(" ,\n"):
+            raise UsageError("the API key is empty: give one with --api-key, or leave it out")
+        environment[KEY] = ",".join(key.strip() for key in api_key.replace("\n", ",").split(",") if key.strip())
+    has_key = bool(environment.get(KEY) or environment.get("LLAMA_ARG_API_KEY_FILE"))
+    if not has_key:
+        # Upstream's default lets the page of any web site that is open in a browser here talk to the model.
+        environment.setdefault("LLAMA_ARG_CORS_ORIGINS", "localhost")
+        if not _is_loopback(host):
+            notes.append(f"whoever can reach {host} can use this server: give it an --api-key")
+    port = _free_port(host, port)
+    arguments = ["--model", str(first), "--host", host, "--port", str(port), "--parallel", str(parallel)]
+    # Each conversation has cells of its own. In one pool (--kv-unified) they share those of a prefix, but attention
+    # looks through all of it: half the speed of 8 conversations, and answers that depend on the others' places.
+    arguments += ["--ctx-size", str(ctx_size * parallel), "--no-kv-unified"]
+    arguments += ["--cache-type-k", types[0], "--cache-type-v", types[1], "--flash-attn", "on", "--metrics"]
+    arguments += ["--threads", str(threads)] if threads else []
+    arguments += ["--verbosity", "2", *more]  # errors and warnings
+    return Settings(
+        model, found, types, tail, parallel, ctx_size, host, port, has_key, arguments, environment, notes
+    )  # fmt: skip
+
+
+def _name(argument: str) -> str:
+    return argument.partition("=")[0] if argument.startswith("--") else argument
+
+
+def _prefixes(model: Path, given: Sequence[Path] | None, variable: str | None) -> tuple[list[Prefix], list[Path]]:
+    """The prefixes that the library will hold, verified, and the files that have to be named to it."""
+    if given is None and variable == "off" or given is not None and not given:
+        return [], []
+    place = ikv.find(model)
+    embedded = list(ikv.read_all(model)) if place == model else []
+    if given is None and variable:
+        given = [Path(name) for name in variable.split(os.pathsep) if name]
+    elif given is None:
+        given = [place] if place is not None and place != model else []
+    files = [path.absolute() for path in given]
+    for path in files:
+        if os.pathsep in str(path):
+            raise UsageError(f"{path} has a {os.pathsep!r} in it, which separates paths in {PREFIXES}: rename it")
+    return [*embedded, *(prefix for path in files for file in _files(path) for prefix in ikv.read_all(file))], files
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.glob("*.ikv"))
+    if not files:
+        raise UsageError(f"there is no .ikv file in the directory {path}: make one with `intactkv-export prefix`")
+    return files
+
+
+def _cache(
+    asked: tuple[str, str] | None, tail: int | None, header: Mapping[str, object], environment: Mapping[str, str]
+) -> tuple[tuple[str, str], int | None, list[str]]:
+    """Types of K and V, the tail (None: the library's own choice), and what had to be chosen."""
+    from intactkv_export.runtime import BEST_PAIR, WITH_TAIL, choose_kv_types
+
+    types, why = choose_kv_types(asked, header)
+    enough = default_tail(WITH_TAIL)
+    if asked is None and types == BEST_PAIR and environment.get("INTACTKV_ATTN") != "stock":
+        own = tail if tail is not None else environment.get(TAIL, str(enough))
+        if str(own).isdecimal() and int(own) >= enough:
+            return WITH_TAIL, int(own), []  # said aloud: where our kernel does not read the cache it is no default
+    return types, tail, [why] if why else []
+
+
+def _context(asked: int | None, longest: int, header: Mapping[str, object]) -> int:
+    trained = header.get(f"{header.get('general.architecture')}.context_length")
+    trained = trained if isinstance(trained, int) else _CONTEXT
+    if asked is None:
+        return min(trained, max(_CONTEXT, longest + _ROOM))
+    if 0 < asked <= longest:
+        raise UsageError(
+            f"the longest prefix takes {longest} tokens, and --ctx-size is {asked}: give more, at most {trained}, or "
+            "leave it out"
+        )
+    return asked or trained
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _free_port(host: str, port: int) -> int:
+    """The port, or for 0 a free one. Raises UsageError if the host is none, IntactKVError if the port is taken."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise UsageError(f"--host {host} is no address of this machine: give one, as 127.0.0.1 or 0.0.0.0") from error
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+        try:
+            probe.bind(address)
+            probe.listen(1)  # with SO_REUSEADDR two may bind, one may listen
+        except OSError as error:
+            if error.errno == 98 or "in use" in str(error):
+                why = (
+                    f"port {port} of {host} is in use: stop what listens there, or give another --port (0: a free one)"
+                )
+            else:
+                why = f"cannot listen on port {port} of {host} ({error.strerror}): give another --host or --port"
+            raise IntactKVError(why) from error
+        return int(probe.getsockname()[1])
