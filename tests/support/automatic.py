@@ -15,13 +15,13 @@ from intactkv_export.libllama import bindings
 from intactkv_export.prefix import ikv
 from tests.support.lowlevel import Context, L
 
-VARIABLE = "LLAMA_INTACTKV"
+PREFIXES_VARIABLE = "LLAMA_INTACTKV"
 
 
 @contextmanager
 def environment(value: str | None) -> Iterator[None]:
     """LLAMA_INTACTKV with this value; None: unset."""
-    before = os.environ.get(VARIABLE)
+    before = os.environ.get(PREFIXES_VARIABLE)
     _set(value)
     try:
         yield
@@ -30,9 +30,9 @@ def environment(value: str | None) -> Iterator[None]:
 
 
 def _set(value: str | None) -> None:
-    os.environ.pop(VARIABLE, None)
+    os.environ.pop(PREFIXES_VARIABLE, None)
     if value is not None:
-        os.environ[VARIABLE] = value
+        os.environ[PREFIXES_VARIABLE] = value
 
 
 def context(model: Any, kv: str | tuple[str, str], *prefixes: Path, **params: Any) -> Context:

@@ -81,7 +81,7 @@ static bool may_have_embedded(const llama_model & model) {
 }
 
 std::vector<prefix_source> sources_of(const llama_model & model) {
-    const char * env = getenv(VARIABLE);
+    const char * env = getenv("LLAMA_INTACTKV");
     const std::string list = env ? env : "";
     std::vector<prefix_source> res;
     if (list == "off") {
