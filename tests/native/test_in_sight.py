@@ -96,9 +96,7 @@ def test_positions_that_can_be_gone_back_to(windowed: Any, prefixes: dict[str, i
 
 @pytest.mark.parametrize("whole", [False, True], ids=["sequence", "context"])
 @pytest.mark.parametrize(("kv", "tail"), [("f16", 0), ("q8_0", 0), ("q4_0", 12)])
-def test_saved_and_loaded(
-    windowed: Any, prefixes: dict[str, ikv.Prefix], kv: str, tail: int, whole: bool
-) -> None:
+def test_saved_and_loaded(windowed: Any, prefixes: dict[str, ikv.Prefix], kv: str, tail: int, whole: bool) -> None:
     which = None if whole else 0
     for name in ("seen", "many"):
         ctx = loaded(windowed, prefixes[name], kv, tail=tail)
@@ -187,7 +185,9 @@ def test_no_room_in_the_window(windowed: Any, gguf: Path) -> None:
     """256 cells: of the window 15 tokens, of a ubatch 232."""
     prefix = in_sight.write(gguf, gguf.with_name("wide.ikv"), 1, n_extra=9)
     ctx = Context(windowed, "q8_0", **(SMALL | {"n_batch": 232, "n_ubatch": 232}))
-    with pytest.raises(IntactKVError, match="its 10 cells stay in sight, and .* no room .* beside n_ubatch = 232: use a"):
+    with pytest.raises(
+        IntactKVError, match="its 10 cells stay in sight, and .* no room .* beside n_ubatch = 232: use a"
+    ):
         bindings.load(ctx.ptr, prefix.data)
     whole = loaded(windowed, prefix, n_batch=231, n_ubatch=231)
     for start in range(0, 600, 231):
