@@ -47,7 +47,7 @@ def test_logits_are_llama_cpps(models, name, n_extra, kv, tail, tmp_path):
 
 
 def test_gradients_come_from_far_behind_the_window(models):
-    """In pieces, as a long text is trained on: only where it is in sight a late piece reaches the windowed layers' rows."""
+    """In pieces, as a long text is trained on: late pieces reach the rows of windowed layers only in sight."""
     model = torch_model.load(models["gemma3"])
     tokens = random_tokens(64)
     with torch.no_grad():
