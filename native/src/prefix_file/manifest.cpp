@@ -250,7 +250,8 @@ static bool read_in_sight(const field & root, size_t n_tokens) {
     const field said = root["calibrated"]["in_sight"];
     said.boolean();
     if (said.value.get<bool>() && n_tokens > 1) {
-        said.expected("false for a prefix of " + std::to_string(n_tokens) + " tokens, only the first one stays in sight");
+        said.expected(
+                "false for a prefix of " + std::to_string(n_tokens) + " tokens, only the first one stays in sight");
     }
     return said.value.get<bool>();
 }
