@@ -479,7 +479,8 @@ static void in_sight() {
     const sample several;
     manifest = several.manifest();
     manifest["calibrated"] = { { "in_sight", true } };
-    CHECK(contains(error_of(several, manifest), "in_sight is true, not false for a prefix of 3 tokens, only the first"));
+    CHECK(contains(
+            error_of(several, manifest), "in_sight is true, not false for a prefix of 3 tokens, only the first"));
     manifest["calibrated"] = { { "in_sight", false } };
     CHECK(error_of(several, manifest) == "");
 }

@@ -112,6 +112,18 @@ def test_saved_and_loaded(windowed: Any, prefixes: dict[str, ikv.Prefix], kv: st
         assert kl(on(ctx, 500, N), on(again, 500, N)) < 1e-6  # the cells are in other places
 
 
+def test_what_is_rounded_stays_in_sight(windowed: Any, prefixes: dict[str, ikv.Prefix]) -> None:
+    """A state whose intact cells were made ordinary, as evaluations do."""
+    ctx = loaded(windowed, prefixes["many"])
+    on(ctx, 0, 500)
+    rounded = Context(windowed, "q8_0", **SMALL)
+    assert rounded.restore(state.without_intact_cells(ctx.save())) and rounded.n_intact() == 0
+    gone = loaded(windowed, prefixes["leaves"])
+    on(gone, 0, 500)
+    expected = on(ctx, 500, N)
+    assert kl(expected, on(rounded, 500, N)) < 0.2 * kl(expected, on(gone, 500, N))
+
+
 PARTIAL = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
 
