@@ -193,6 +193,23 @@ def test_automatic_prefixes(windowed: Any, prefixes: dict[str, ikv.Prefix], kv: 
     assert pos_min(ctx) > 0
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_restored_where_the_context_holds_them(windowed: Any, prefixes: dict[str, ikv.Prefix], full: bool) -> None:
+    """A sequence that is restored has them in sight, though other sequences have the same."""
+    prefix = prefixes["many"]
+    with automatic.environment(str(prefix.source)):
+        ctx = Context(
+            windowed, "q8_0", **(SMALL | {"n_seq_max": 2, "swa_full": full, "n_ctx": 2048, "kv_unified": True})
+        )
+    ctx.decode(prefix.tokens, 0)
+    on(ctx, 0, 300)
+    assert ctx.restore(ctx.save(), 1)
+    assert ctx.n_intact(1) == prefix.n_cells
+    L.llama_memory_seq_rm(ctx.memory, 0, -1, -1)
+    expected = on(loaded(windowed, prefix), 0, N)[300:]
+    assert kl(expected, on(ctx, 300, N, 1)) < 1e-4
+
+
 def test_no_room_in_the_window(windowed: Any, gguf: Path) -> None:
     """256 cells: of the window 15 tokens, of a ubatch 232."""
     prefix = in_sight.write(gguf, gguf.with_name("wide.ikv"), 1, n_extra=9)
