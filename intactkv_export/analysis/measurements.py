@@ -94,7 +94,7 @@ def of_quantized(
 
     made = intact_tokens.measure_curve(error, len(tokens), intact_tokens.counted(progress, len(tokens)))
     own_k, own_v = ([torch.from_numpy(np.array(x)) for x in rows] for rows in torch_model.prefix_rows(given))
-    _, cache = layers.with_intact(model, tokens, chunks, own_k, own_v, len(tokens), kv_type)
+    _, cache = layers.with_intact(model, tokens, chunks, own_k, own_v, len(tokens), kv_type, given.in_sight)
     _add_kv_errors(kv, _name(given), cache, theirs["rows"], len(tokens))
     text = {"n_chunks": len(chunks), "n_tokens": len(chunks[0])}
     return {

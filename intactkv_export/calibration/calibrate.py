@@ -95,6 +95,7 @@ def calibrate(
     seq_len: int | None = None,
     sequences: int | None = None,
     cells: int = 0,
+    in_sight: bool | None = None,
     kv_type: str | tuple[str, str] = "q8_0",
     tail: int | None = None,
     device: str = "cpu",
@@ -115,6 +116,8 @@ def calibrate(
     sequences: how many texts to sample, or to take of the file at most; one in eight is held out; None: SEQUENCES.
     seq_len: tokens in the long ones; for kl half of the tokens are in short ones (data.Source).
     cells: so many extra cells, which stand for no token, are trained with the prefix; kept if that is better.
+    in_sight: no sliding window is to hide the first token and its extra cells from the tokens behind them; None: yes
+        where the prefix is the first token and the model has windows, unless a training that goes on was begun without.
     kv_type: that the prefix will be used with, "q8_0" or a pair for K and V. tail: how many of the newest cells will be
         intact; None: what the type has by default (libllama.default_tail).
     device, dtype: of torch; None: float32, but bfloat16 elsewhere than on the CPU for more than 2^30 weights, and on a
@@ -171,7 +174,7 @@ def calibrate(
         dtypes = (dtype, dtype) if dtype else _dtypes(model, device, objective, shared=directory is not None)
         who = Participants(found, model, start, _trained_first_token(model, start), work, device, dtypes, report)
         source = Source(str(data), n_texts, n_tokens, seed, "mse" not in objective, objective != "mse")
-        trained, about = train(who, settings, source, cells)
+        trained, about = train(who, settings, source, cells, in_sight)
         made = _build(start, trained, about)
         ikv.write(out, made)
     return Calibrated(

@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,8 +15,9 @@ import numpy as np
 from intactkv_export import torch_model
 from intactkv_export.calibration import extra_cells, training
 from intactkv_export.calibration.data import Data, Source, gather, same_source
+from intactkv_export.errors import UsageError
 from intactkv_export.models import Reference, gguf_file, identity, locate
-from intactkv_export.prefix import Prefix, ikv
+from intactkv_export.prefix import IN_SIGHT, Prefix, has_windows, ikv
 from intactkv_export.work import Progress
 
 
@@ -37,6 +38,11 @@ class Participants:
     dtypes: tuple[str, str]
     report: Progress
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def state(self) -> Path:
+        """The file in which training is kept as it proceeds."""
+        return self.directory / f"{self.model.stem}.pt"
 
     def load(self, path: Path, dtype: str) -> torch_model.TorchModel:
         """A model in torch, found to mean the same rows as the prefix's. Raises IntactKVError."""
@@ -81,11 +87,12 @@ class _Loaded:
 
 
 def train(
-    who: Participants, settings: training.Settings, source: Source, n_cells: int
+    who: Participants, settings: training.Settings, source: Source, n_cells: int, in_sight: bool | None = None
 ) -> tuple[training.Result, dict[str, Any]]:
     """All phases: the trained prefix, and the manifest's field "calibrated". n_cells: extra cells that it has at least,
-    if they pay."""
+    if they pay. in_sight: whether sliding windows are not to hide it; None: where it can be."""
     reference, mse = _Loaded(who), "mse" in settings.objective
+    settings = replace(settings, in_sight=_stays_in_sight(who, in_sight))
     data = _data(who, source, reference)
     if not mse:
         reference.close()  # before the student comes
@@ -103,13 +110,24 @@ def train(
             settings,
             n_extra=n_extra,
             before=before,
+            was_in_sight=who.prefix.in_sight,
             reference=reference() if mse else None,
             prefix=who.prefix.tokens,
-            state=who.directory / f"{who.model.stem}.pt",
+            state=who.state,
             identity=sha256,
             progress=tell,
         )
     return trained, _about(who, settings, source, data, trained, weights, sha256)
+
+
+def _stays_in_sight(who: Participants, asked: bool | None) -> bool:
+    """What was asked for; else what a training that goes on has, or yes for a first token of a model with windows."""
+    can = len(who.prefix.tokens) == 1 and has_windows(who.prefix.manifest)
+    if asked and not can:
+        why = "no layer of the model has a sliding window" if len(who.prefix.tokens) == 1 else "only a first token can"
+        raise UsageError(f"the prefix of {who.prefix.contents} cannot be kept in sight, {why}: leave it out")
+    begun = training.kept_in_sight(who.state) if asked is None else None
+    return can and (begun if begun is not None else asked is not False)
 
 
 def _start(
@@ -158,6 +176,7 @@ def _about(
         "seed": settings.seed,
         "dtype": who.dtypes[1],
         "first_token": None if who.first is None else who.first.sha256,
+        **({IN_SIGHT: True} if trained.in_sight else {}),
         "data": {
             "kind": "self" if source.data == "self" else Path(source.data).name,
             "sha256": data.sha256(),

@@ -24,7 +24,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class Settings:
     have as many tokens. every: steps between evaluations.
 
     patience: evaluations without improvement after which training ends. kv_type: of K and V behind the prefix; of
-    these cells the newest `tail` are intact.
+    these cells the newest `tail` are intact. in_sight: no sliding window hides the trained prefix (MixedCache).
     """
 
     objective: str = "kl"
@@ -74,6 +74,7 @@ class Settings:
     seed: int = 0
     every: int = 10
     patience: int = 4
+    in_sight: bool = False
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -82,8 +83,8 @@ class Settings:
 
 @dataclass
 class Result:
-    """K, V: float16; n_extra: how many of the rows are of extra cells. best_step: after which step they were taken, 0:
-    they are the uncalibrated ones.
+    """K, V: float16; n_extra: how many of the rows are of extra cells; in_sight: they are to stay in sight. best_step:
+    after which step they were taken, 0: they are the uncalibrated ones.
 
     history: (step, held-out divergence) of each evaluation. steps: how many were made. depths: step -> the divergence
     at each of DEPTHS that the held-out texts reach, of each evaluation. lr: the largest of all steps.
@@ -92,6 +93,7 @@ class Result:
     K: Rows
     V: Rows
     n_extra: int
+    in_sight: bool
     best_step: int
     steps: int
     history: list[tuple[int, float]]
@@ -116,6 +118,7 @@ def train(
     *,
     n_extra: int = 0,
     before: tuple[Rows, Rows, int] | None = None,
+    was_in_sight: bool = False,
     reference: TorchModel | None = None,
     prefix: Sequence[int] = (),
     state: Path | None = None,
@@ -125,7 +128,8 @@ def train(
     """Train K and V (by layer, rows in llama.cpp's layout) and return the best.
 
     n_extra: how many of the rows, the last ones, are of extra cells. before: K, V and the number of extra cells that
-    the model has without training, where training begins with others: the first candidate.
+    the model has without training, where training begins with others: the first candidate. was_in_sight: whether that
+    one stays in sight.
     reference, prefix: the reference model and the prefix's tokens, for an objective with mse. state: a file in which
     the training is kept as it proceeds, and from which it goes on if there is one; on a CPU the result is the same,
     bit for bit. identity: of whatever else the result depends on (model, data), so that a file of another training is
@@ -138,6 +142,8 @@ def train(
     begun = {"cells": n_extra, "prefix": _hash(K, V), "before": _hash(*first[:2])}
     about = {**asdict(settings), "identity": identity, "texts": data.sha256(), **begun}
     about = json.loads(json.dumps(about))
+    if not settings.in_sight:
+        del about["in_sight"]  # as in states of versions that had no such setting
     run = _Training.start(student, (K, V), first[:2], len(K[0]) - n_extra, settings)
     if state is not None and state.is_file():
         run.restore(state, about)
@@ -146,7 +152,8 @@ def train(
     while True:
         if run.evaluated < run.step and (run.step % settings.every == 0 or run.step >= settings.steps):
             rows = run.rounded() if run.step else run.best
-            run.candidate(rows, *_held_out(student, rows, run.n_tokens, data, settings))
+            as_used = settings if run.step else replace(settings, in_sight=was_in_sight)
+            run.candidate(rows, *_held_out(student, rows, run.n_tokens, data, as_used))
             saved = -math.inf
             if not math.isfinite(run.history[0][1]):
                 raise IntactKVError(
@@ -176,7 +183,7 @@ def train(
             )
         run.optimizer.step()
         run.step += 1
-    return run.result(settings)
+    return run.result(settings, was_in_sight)
 
 
 @dataclass
@@ -242,10 +249,11 @@ class _Training:
         """The largest lr, which depends on where training began."""
         return peak(settings, self.history[0][1], self.K.shape[1])
 
-    def result(self, settings: Settings) -> Result:
+    def result(self, settings: Settings, was_in_sight: bool) -> Result:
         K, V = (list(x.numpy()) for x in self.best)
         n_extra, lr = len(K[0]) - self.n_tokens, self.peak(settings)
-        return Result(K, V, n_extra, self.best_step, self.step, self.history, self.depths, lr)
+        in_sight = settings.in_sight if self.best_step else was_in_sight
+        return Result(K, V, n_extra, in_sight, self.best_step, self.step, self.history, self.depths, lr)
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
         with atomic.output(path) as file:
@@ -276,6 +284,13 @@ class _Training:
         self.step, self.evaluated = kept["step"], kept["evaluated"]
         self.best_step, self.history = kept["best_step"], [(step, value) for step, value in kept["history"]]
         self.depths = kept["depths"]
+
+
+def kept_in_sight(state: Path) -> bool | None:
+    """Whether the training kept in this file has its prefix in sight; None: there is none."""
+    if not state.is_file():
+        return None
+    return bool(torch.load(state, map_location="cpu", weights_only=True)["about"].get("in_sight", False))
 
 
 def _losses(
@@ -361,7 +376,17 @@ def _cache(
     """As the prefix will be used: these K and V intact, the rest by the settings. after: of the piece before."""
     K, V = (list(x) for x in rows)
     extra = len(K[0]) - n_tokens
-    return student.cache(K, V, settings.kv_type, batch, grows=False, tail=settings.tail, extra=extra, after=after)
+    return student.cache(
+        K,
+        V,
+        settings.kv_type,
+        batch,
+        grows=False,
+        tail=settings.tail,
+        extra=extra,
+        in_sight=settings.in_sight,
+        after=after,
+    )
 
 
 def _storable(student: TorchModel, rows: Tensor, kind: str, kv_type: tuple[str, str]) -> bool:

@@ -226,6 +226,13 @@ def calibrate(
         int,
         typer.Option("--cells", min=0, help="Extra cells to train, K and V that stand for no token; kept if better."),
     ] = 0,
+    in_sight: Annotated[
+        bool | None,
+        typer.Option(
+            "--in-sight/--no-in-sight",
+            help="Sliding windows do not hide the first token and its extra cells. Default: where there are windows.",
+        ),
+    ] = None,
     kv_type: KvType = "q8_0",
     kv_tail: Annotated[
         int | None,
@@ -285,6 +292,7 @@ def calibrate(
             seq_len=seq_len,
             sequences=sequences,
             cells=cells,
+            in_sight=in_sight,
             kv_type=kv_type,
             tail=kv_tail,
             device=device,

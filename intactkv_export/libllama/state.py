@@ -8,11 +8,12 @@ A *file* of llama_state_seq_save_file begins
 a *buffer* of llama_state_seq_get_data with 8 bytes: u32 magic, i32 sequence. After either comes, per KV cache,
 
     u32 n_stream = 1, u32 n_cells, per cell { i32 pos, u32 n_seq_id, i32 seq_id[n_seq_id] },
-    u32 v_trans, u32 n_layer, its highest bit set where some cells are intact
+    u32 v_trans, u32 n_layer, its highest bit set where some cells are intact, the next where some stay in sight
     per layer { i32 type, u64 row_bytes, n_cells rows of K }, the same for V; or for a V that is transposed
     per layer { i32 type, u32 value_bytes, u32 n_embd, n_embd rows of n_cells values }
     intact cells, if the bit is set: u32 n, u32 index[n] into the cells, its highest bit set for a cell of the tail,
         per layer { u64 row_bytes, n F16 rows of K; u64 row_bytes, n F16 rows of V }
+    cells in sight, if that bit is set: u32 n, u32 index[n] into the cells
 
 Nothing read is trusted: every length is compared with what is left.
 """
@@ -33,7 +34,7 @@ KV = dict[int, np.ndarray]  # by layer: [n_tokens, n_head_kv, head_dim]
 MAGIC, VERSION = 0x67677371, 3  # of a file
 BUFFER_HEADER = 8
 MAX_LAYERS = 4096
-INTACT = 0x80000000  # bit of n_layer
+INTACT, SIGHT = 0x80000000, 0x40000000  # bits of n_layer
 F32, F16 = 0, 1  # ggml_type
 REMAKE = "make the prefix again with this version of intactkv-export"
 
@@ -104,7 +105,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Section:
-    """One KV cache in a state. `at` and the like: offsets, for messages. intact: its section's bytes, or None."""
+    """One KV cache in a state. `at` and the like: offsets, for messages. intact, in_sight: the bytes that say which
+    cells are such, or None. flags: of n_layer, where it is written."""
 
     at: int
     n_stream: int
@@ -116,11 +118,16 @@ class Section:
     K: list[Rows]
     V: list[Rows]
     intact: memoryview | None
+    in_sight: memoryview | None
     end: int
 
     @property
     def n_cells(self) -> int:
         return len(self.positions)
+
+    @property
+    def flags(self) -> int:
+        return (0 if self.intact is None else INTACT) | (0 if self.in_sight is None else SIGHT)
 
 
 class _Reader:
@@ -154,7 +161,7 @@ def _section(read: _Reader) -> Section:
         refuse("number of streams", n_stream, start, 1)
     n_cells = read.get("I", "number of cells")
     if n_cells == 0:  # llama.cpp writes nothing more of it
-        return Section(start, n_stream, np.empty(0, np.int32), [], 0, 0, read.at, [], [], None, read.at)
+        return Section(start, n_stream, np.empty(0, np.int32), [], 0, 0, read.at, [], [], None, None, read.at)
     if 8 * n_cells > read.end - read.at:  # before anything of that size is made
         read.take(8 * n_cells, "the cells")
     positions, cells = np.empty(n_cells, np.int32), []
@@ -166,13 +173,14 @@ def _section(read: _Reader) -> Section:
     layers_at = read.at
     v_trans = read.get("I", "flag for a transposed V")
     flagged = read.get("I", "number of layers")
-    n_layer, has_intact = flagged & ~INTACT, flagged & INTACT
+    n_layer = flagged & ~(INTACT | SIGHT)
     if n_layer > MAX_LAYERS:
         raise IntactKVError(f"its number of layers is {n_layer} at byte {layers_at + 4}, over {MAX_LAYERS}: {REMAKE}")
     K = [_rows(read, n_cells, False) for _ in range(n_layer)]
     V = [_rows(read, n_cells, bool(v_trans)) for _ in range(n_layer)]
-    intact = _intact(read, n_layer) if has_intact else None
-    return Section(start, n_stream, positions, cells, v_trans, n_layer, layers_at, K, V, intact, read.at)
+    intact = _intact(read, n_layer) if flagged & INTACT else None
+    in_sight = _in_sight(read) if flagged & SIGHT else None
+    return Section(start, n_stream, positions, cells, v_trans, n_layer, layers_at, K, V, intact, in_sight, read.at)
 
 
 def _rows(read: _Reader, n_cells: int, transposed: bool) -> Rows:
@@ -191,6 +199,12 @@ def _intact(read: _Reader, n_layer: int) -> memoryview:
     read.take(4 * n, "the intact cells")
     for _ in range(2 * n_layer):
         read.take(n * read.get("Q", "row size of an intact layer"), "the intact rows of a layer")
+    return read.data[start : read.at]
+
+
+def _in_sight(read: _Reader) -> memoryview:
+    start = read.at
+    read.take(4 * read.get("I", "number of cells in sight"), "the cells in sight")
     return read.data[start : read.at]
 
 
@@ -232,8 +246,10 @@ def without_intact_cells(data: bytes) -> bytes:
             out += data[section.at : section.end]
             continue
         n_layer_at = section.layers_at + 4
-        rows_end = section.end - (len(section.intact) if section.intact is not None else 0)
-        out += data[section.at : n_layer_at] + struct.pack("<I", section.n_layer) + data[n_layer_at + 4 : rows_end]
+        in_sight = section.in_sight or b""
+        rows_end = section.end - len(section.intact or b"") - len(in_sight)
+        n_layer = struct.pack("<I", section.n_layer | (section.flags & SIGHT))
+        out += data[section.at : n_layer_at] + n_layer + data[n_layer_at + 4 : rows_end] + in_sight
     return bytes(out)
 
 

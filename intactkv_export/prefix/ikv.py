@@ -58,6 +58,11 @@ class Prefix:
         return len(self.tokens) + self.n_extra
 
     @property
+    def in_sight(self) -> bool:
+        """Whether no sliding window hides its cells: it was trained so."""
+        return manifests.in_sight(self.manifest)
+
+    @property
     def contents(self) -> str:
         """For messages: how many tokens, and extra cells if there are some."""
         n, n_extra = len(self.tokens), self.n_extra

@@ -150,10 +150,11 @@ def _calibration(made: dict[str, Any] | None) -> str:
     try:
         held_out = made["held_out"]
         tail = f" with a tail of {made['kv_tail']}" if made.get("kv_tail") else ""
+        sight = ", in sight of every token behind it" if made.get("in_sight") else ""
         return (
             f"{made['objective']}, step {made['best_step']} of {made['steps']}, {made['data']['n_tokens']:,} tokens of "
-            f"{made['data']['kind']}, for {made['model']['type']} behind a {made['kv_type']} cache{tail}: held-out KL "
-            f"divergence {held_out['before']:.4f} -> {held_out['after']:.4f}"
+            f"{made['data']['kind']}, for {made['model']['type']} behind a {made['kv_type']} cache{tail}{sight}: "
+            f"held-out KL divergence {held_out['before']:.4f} -> {held_out['after']:.4f}"
         )
     except (KeyError, TypeError, ValueError):
         return str(made)

@@ -20,6 +20,7 @@ _MAX_BYTES = 16 << 20  # a million tokens with their text
 _MAX_HEADS, _MAX_HEAD_DIM = 1 << 16, 1 << 16
 EXTRA = "extra_cells"  # the field that counts cells which stand for no token; a prefix without such has none
 MAX_EXTRA = 1 << 16
+IN_SIGHT = "in_sight"  # of the field calibrated
 
 
 def encode(manifest: Mapping[str, Any]) -> bytes:
@@ -49,6 +50,16 @@ def caches(manifest: Mapping[str, Any]) -> list[state.CacheShape]:
 def n_extra(manifest: Mapping[str, Any]) -> int:
     """How many of the prefix's cells stand for no token."""
     return manifest.get(EXTRA, 0)
+
+
+def in_sight(manifest: Mapping[str, Any]) -> bool:
+    """Whether the prefix's cells stay in sight of all tokens behind them, also in layers with a sliding window."""
+    return bool((manifest["calibrated"] or {}).get(IN_SIGHT, False))
+
+
+def has_windows(manifest: Mapping[str, Any]) -> bool:
+    """Whether the prefix's model has layers with a sliding window."""
+    return any(cache["swa_type"] for cache in manifest["model"]["caches"])
 
 
 @dataclass(frozen=True)
@@ -182,6 +193,11 @@ def _check_origin(root: _Field) -> None:
         versions[name].text()
     calibrated = root["calibrated"]
     calibrated.expect(calibrated.value is None or isinstance(calibrated.value, dict), "an object or null")
+    if calibrated.value and IN_SIGHT in calibrated.value:
+        calibrated[IN_SIGHT].truth()
+        n = len(root["tokens"].value)
+        alone = n == 1 or not calibrated[IN_SIGHT].value
+        calibrated[IN_SIGHT].expect(alone, f"false for a prefix of {n} tokens, only the first one stays in sight")
     root["created_by"].text()
     if "rope_options" in root.value:
         options = root["rope_options"]

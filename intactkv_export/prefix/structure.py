@@ -97,8 +97,8 @@ def checked_layers(section: state.Section, cache: state.CacheShape, n_tokens: in
             )
     if section.v_trans:
         state.refuse("flag for a transposed V", section.v_trans, section.layers_at, 0)
-    if section.n_layer != len(cache.layers) or section.intact is not None:
-        flagged = section.n_layer | (state.INTACT if section.intact is not None else 0)
+    if section.n_layer != len(cache.layers) or section.flags:
+        flagged = section.n_layer | section.flags
         state.refuse("number of layers", flagged, section.layers_at + 4, len(cache.layers))
     cells, layers = state.which_cells(section.positions, n_tokens), []
     for x, k, v in zip(cache.layers, section.K, section.V, strict=True):

@@ -63,9 +63,10 @@ def held(L: Any, ctx: Any, n_tokens: int) -> bool:
     return 0 <= oldest <= oldest_seen and newest >= n_tokens - 1
 
 
-def has_room(L: Any, ctx: Any, params: Any, n_extra: int) -> bool:
+def has_room(L: Any, ctx: Any, params: Any, n_extra: int, in_sight: bool = False) -> bool:
     """Whether the cache of a sliding window always has cells for a whole ubatch, also while n_extra cells that stand
-    for no token are in sight. It has as many as the window and one ubatch need, rounded up; with swa_full all of n_ctx.
+    for no token are in sight. in_sight: those and the first token's always are. It has as many cells as the window and
+    one ubatch need, rounded up; with swa_full all of n_ctx.
 
     params: the context's. Where there is no room llama_decode() fails for some lengths of texts and not for others.
     """
@@ -73,7 +74,7 @@ def has_room(L: Any, ctx: Any, params: Any, n_extra: int) -> bool:
     if n_swa <= 0 or params.swa_full or not n_extra:
         return True
     n_cells = min(L.llama_n_ctx(ctx), -(-(n_swa + params.n_ubatch) // _SWA_PAD) * _SWA_PAD)
-    return n_cells == L.llama_n_ctx(ctx) or n_swa - 1 + n_extra + params.n_ubatch <= n_cells
+    return n_cells == L.llama_n_ctx(ctx) or n_swa - 1 + n_extra + in_sight + params.n_ubatch <= n_cells
 
 
 def can_shift(L: Any, ctx: Any, type_k: int, metadata: dict[str, str]) -> bool:

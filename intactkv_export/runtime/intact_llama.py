@@ -192,7 +192,7 @@ class IntactLlama(CompletionLlama):
                 f"the prefix in {path} has {prefix.contents}, the context only n_ctx = {len(self.input_ids)}: use a "
                 "larger n_ctx"
             )
-        if not has_room(L, self.ctx, self.context_params, prefix.n_extra):
+        if not has_room(L, self.ctx, self.context_params, prefix.n_extra, prefix.in_sight):
             raise IntactKVError(
                 f"the prefix in {path} has {prefix.n_extra} extra cells, for which the cache of the sliding window has "
                 f"no room beside n_ubatch = {self.context_params.n_ubatch}: use swa_full=True, or a smaller n_ubatch"

@@ -1,7 +1,9 @@
-"""Which cells a token sees, where transformers' own mask would not do: behind extra cells, and with a tail.
+"""Which cells a token sees, where transformers' own mask would not do: behind extra cells, cells in sight, and a tail.
 
 Extra cells, which stand for no token, are at the first token's position: a sliding window leaves them with it, and it
 is as wide for the tokens behind as if they were not there. transformers takes a row's number for its position.
+
+A prefix in sight is seen through every window, however far behind it has been left.
 
 A mixed cache with a tail returns rounded rows for all cells, and behind them intact rows for the newest. All tokens of
 a pass are computed at once, but each sees what it would if they had come one by one: itself and the tail - 1 cells
@@ -37,7 +39,8 @@ def build(net: Any, cache: MixedCache, batch: int, n_new: int) -> Tensor | dict[
     masks = {}
     for kind in {layer_type(text, il) for il in range(text.num_hidden_layers)}:
         window = text.sliding_window if kind == "sliding_attention" else None
-        seen = _visible(positions, cache.n_prefix, n_new, cache.tail, window).to(net.device)
+        n_in_sight = cache.n_prefix if cache.in_sight else 0
+        seen = _visible(positions, cache.n_prefix, n_new, cache.tail, window, n_in_sight).to(net.device)
         if text._attn_implementation == "eager":
             lowest = torch.finfo(net.dtype).min
             seen = torch.zeros(seen.shape, dtype=net.dtype, device=net.device).masked_fill_(~seen, lowest)
@@ -49,7 +52,7 @@ def needed(net: Any, cache: MixedCache) -> bool:
     """Whether build() says anything else than transformers' own mask."""
     text = net.config.get_text_config(decoder=True)
     windows = any(layer_type(text, il) == "sliding_attention" for il in range(text.num_hidden_layers))
-    return cache.tail > 0 or (cache.n_extra > 0 and windows)
+    return cache.tail > 0 or ((cache.n_extra > 0 or cache.in_sight) and windows)
 
 
 def n_intact(n_appended: int, n_new: int, tail: int) -> int:
@@ -86,11 +89,15 @@ class _Grouped(TorchFunctionMode):
         return func(grouped, key, value, **{**options, "enable_gqa": False}).reshape(batch, n_head, 1, -1)
 
 
-def _visible(positions: Tensor, n_prefix: int, n_new: int, tail: int, window: int | None) -> Tensor:
-    """bool [n_new, n_cells + n_intact]. positions: [n_cells]."""
+def _visible(
+    positions: Tensor, n_prefix: int, n_new: int, tail: int, window: int | None, n_in_sight: int = 0
+) -> Tensor:
+    """bool [n_new, n_cells + n_intact]. positions: [n_cells]. n_in_sight: the first cells, which no window hides."""
     n_cells = len(positions)
     distance = positions[-n_new:, None] - positions
-    seen = (distance >= 0) & (distance < (window or n_cells))
+    near = distance < (window or n_cells)
+    near[:, :n_in_sight] = True
+    seen = (distance >= 0) & near
     if not tail:
         return seen
     intact = (distance < tail) & (torch.arange(n_cells) >= n_prefix)

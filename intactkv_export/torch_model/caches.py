@@ -129,6 +129,7 @@ class MixedCache(Cache):
     tail: each token sees as many of the newest cells, itself included, intact, as if tokens came one at a time; F16 and
     F32 caches, all of whose cells are, have none. extra: how many of the prefix's rows, the last ones, stand for no
     token: they are at the first token's position, and tokens go on where the prefix's tokens end (positions()).
+    in_sight: no sliding window hides the prefix from the tokens behind it (Prefix.in_sight).
 
     Raises UsageError if tail or extra is negative, or extra more than there are rows.
 
@@ -144,11 +145,12 @@ class MixedCache(Cache):
         grows: bool = True,
         tail: int = 0,
         extra: int = 0,
+        in_sight: bool = False,
     ) -> None:
         if tail < 0:
             raise UsageError(f"a tail of {tail} tokens: give 0 or more")
         self.tail = 0 if set(kv_type) <= EXACT else tail
-        self.n_prefix, self.n_extra = K[0].shape[-2], extra
+        self.n_prefix, self.n_extra, self.in_sight = K[0].shape[-2], extra, in_sight
         if not 0 <= extra <= self.n_prefix:
             raise UsageError(f"{extra} extra cells among the {self.n_prefix} of a prefix: give its rows, then theirs")
         super().__init__(

@@ -25,14 +25,16 @@ def with_intact(
     V: Sequence[Tensor],
     n: int,
     kv_type: str,
+    in_sight: bool = False,
 ) -> tuple[list[Tensor], MixedCache]:
     """The model is given the first n tokens' K and V, and those of extra cells: outputs for the chunks, cache.
 
-    K, V: by layer, llama.cpp's rows, of all tokens and behind them of the extra cells (prefix_rows()).
+    K, V: by layer, llama.cpp's rows, of all tokens and behind them of the extra cells (prefix_rows()). in_sight: of the
+    prefix (MixedCache).
     """
     n_extra = len(K[0]) - len(tokens)
     k, v = ([torch.cat([rows[:n], rows[len(tokens) :]]) for rows in side] for side in (K, V))
-    cache = model.cache(k, v, kv_type, batch=len(chunks), extra=n_extra)
+    cache = model.cache(k, v, kv_type, batch=len(chunks), extra=n_extra, in_sight=in_sight)
     return layer_outputs(model, tokens[n:], chunks, cache), cache
 
 

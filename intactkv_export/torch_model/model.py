@@ -79,14 +79,15 @@ class TorchModel:
         grows: bool = True,
         tail: int = 0,
         extra: int = 0,
+        in_sight: bool = False,
         after: MixedCache | None = None,
     ) -> MixedCache:
         """A cache that begins with a prefix, the same one for each of `batch` sequences.
 
         K, V: by layer, llama.cpp's rows [n_prefix, n_head_kv, head_dim], K after RoPE; tensors may require a gradient.
         They stay as they are; later rows are rounded to kv_type (a name of libllama.KV_TYPES, or a pair for K and V).
-        grows, tail: see MixedCache. extra: how many of the rows, the last ones, stand for no token (Prefix.n_extra).
-        after: one whose last pass this one follows (MixedCache.followed).
+        grows, tail, in_sight: see MixedCache. extra: how many of the rows, the last ones, stand for no token
+        (Prefix.n_extra). after: one whose last pass this one follows (MixedCache.followed).
         """
         kinds = (kv_type, kv_type) if isinstance(kv_type, str) else kv_type
         place = {"device": self.device, "dtype": self.net.dtype}
@@ -94,7 +95,9 @@ class TorchModel:
             [self.to_cache(torch.as_tensor(x).to(**place), kind).expand(batch, -1, -1, -1) for x in rows]
             for rows, kind in ((K, "K"), (V, "V"))
         )
-        return MixedCache(k, v, self.layout, kinds, grows, tail, extra) if after is None else after.followed(k, v)
+        if after is not None:
+            return after.followed(k, v)
+        return MixedCache(k, v, self.layout, kinds, grows, tail, extra, in_sight)
 
     def roomy_cache(self, n_tokens: int) -> Cache:
         """An empty cache with room for n_tokens tokens in the net's dtype; it keeps every position of every layer."""

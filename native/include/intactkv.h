@@ -8,6 +8,9 @@
 // although the cache is quantized; its rows live in the *arena*, one F16 K row and one F16 V row per layer.
 // *Extra* cells of a prefix stand for no token: they were trained, and are at the first token's position, 0. So tokens go
 // on at the position after the prefix's tokens, and a sequence holds as many cells more than it has tokens.
+// A first token and its extra cells that were trained so stay *in sight*: no sliding window hides them from later tokens
+// of their sequence. In such layers' cache they stay when what was near them is gone: llama_memory_seq_pos_min() leaves
+// them out then, and a state that has them is refused by stock llama.cpp.
 //
 // Errors: functions that can fail say so in their return value; intactkv_error() then gives one sentence.
 // Threads: as with llama.cpp, one context must not be used by two threads at a time.

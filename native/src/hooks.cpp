@@ -2,10 +2,13 @@
 
 #include "intactkv.h"
 
+#include "api/check.h"
 #include "api/describe.h"
 #include "automatic/automatic.h"
 #include "automatic/enable.h"
 #include "cells/arena.h"
+#include "cells/sight.h"
+#include "prefix_file/parse.h"
 #include "prefix_file/read_bytes.h"
 
 #include "llama-context.h"
@@ -46,10 +49,10 @@ bool decode(automatic & prefixes, const llama_batch_ext & batch, int & status) {
 }
 
 uint32_t state_version(const llama_context * ctx, int32_t seq_id) {
-    return intactkv_n_cells(ctx, seq_id) > 0 ? STATE_VERSION_INTACT : 0;
+    return intactkv_n_cells(ctx, seq_id) > 0 || any_in_sight(ctx, seq_id) ? STATE_VERSION_INTACT : 0;
 }
 
-bool verify_file(const llama_context * ctx, const char * path) {
+bool verify_file(const llama_context * ctx, const char * path, bool & in_sight) {
     if (!has_trailer(path)) {
         return true;
     }
@@ -59,10 +62,14 @@ bool verify_file(const llama_context * ctx, const char * path) {
         LLAMA_LOG_ERROR("%s: %s\n", __func__, error.c_str());
         return false;
     }
-    if (intactkv_verify(ctx, data.data(), data.size()) < 0) {
-        LLAMA_LOG_ERROR("%s: %s\n", __func__, intactkv_error());
+    prefix_view view;
+    error = check(ctx, data.data(), data.size(), view);
+    if (!error.empty()) {
+        fail(error);
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, error.c_str());
         return false;
     }
+    in_sight = view.in_sight;
     return true;
 }
 

@@ -36,7 +36,8 @@ uint32_t state_version(const llama_context * ctx, int32_t seq_id);
 
 // A file that ends in the trailer of a prefix file is verified like intactkv_load_file() does, before upstream
 // reads its state; any other file is none of our business. false: refused, the reason is logged.
-bool verify_file(const llama_context * ctx, const char * path);
+// in_sight: set to whether the cells of its prefix are to stay in sight (cells/sight.h).
+bool verify_file(const llama_context * ctx, const char * path, bool & in_sight);
 
 // Whether the recurrent part of a hybrid memory has no layer: the model is of a hybrid architecture, its layers all are
 // attention. Such a memory is what its attention part is, in positions and in saved states too.

@@ -456,6 +456,35 @@ static void nonfinite() {
     }
 }
 
+// A first token, and its extra cells, that no sliding window hides.
+static void in_sight() {
+    sample s;
+    s.tokens = { 1 };
+    s.n_extra = 2;
+    s.caches = { { 0, 0, { 1 }, { 0, 0, 0 } }, { 1, 2, { 0 }, { 0, 0, 0 } } };
+    json manifest = s.manifest();
+    prefix_view view;
+    for (const json & said : std::vector<json>{ json::object(), { { "in_sight", false } }, { { "in_sight", true } } }) {
+        manifest["calibrated"] = said;
+        check_case = "calibrated " + said.dump();
+        CHECK(error_of(sample::seal(s.state(), manifest.dump()), &view) == "");
+        CHECK(view.calibrated && view.in_sight == said.value("in_sight", false));
+    }
+    for (const json & said : std::vector<json>{ 0, 1, "true", nullptr, json::array(), json::object() }) {
+        manifest["calibrated"] = { { "in_sight", said } };
+        check_case = "in_sight " + said.dump();
+        CHECK(contains(error_of(s, manifest), "calibrated.in_sight is "));
+    }
+    check_case = "of more than the first token";
+    const sample several;
+    manifest = several.manifest();
+    manifest["calibrated"] = { { "in_sight", true } };
+    CHECK(contains(
+            error_of(several, manifest), "in_sight is true, not false for a prefix of 3 tokens, only the first"));
+    manifest["calibrated"] = { { "in_sight", false } };
+    CHECK(error_of(several, manifest) == "");
+}
+
 void test_parse() {
     valid();
     truncated();
@@ -466,6 +495,7 @@ void test_parse() {
     tokens();
     cells();
     extra_cells();
+    in_sight();
     windows();
     huge_sizes();
     nonfinite();

@@ -182,6 +182,8 @@ def test_a_right_checksum_is_not_enough():
         ("extra_cells", 65537, "extra_cells is 65537"),
         ("extra_cells", 2.0, "extra_cells is 2.0"),
         ("extra_cells", 2, "number of cells is 5 at byte 36 and must be 7"),
+        ("calibrated", {"in_sight": 1}, "calibrated.in_sight is 1, not true or false"),
+        ("calibrated", {"in_sight": True}, "calibrated.in_sight is True, not false for a prefix of 5 tokens, only the"),
     ],
 )
 def test_manifest_is_checked(path, value, message):

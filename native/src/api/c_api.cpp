@@ -7,6 +7,7 @@
 #include "automatic/automatic.h"
 #include "automatic/enable.h"
 #include "cells/arena.h"
+#include "cells/sight.h"
 #include "prefix_file/parse.h"
 #include "prefix_file/read_bytes.h"
 
@@ -112,6 +113,7 @@ int32_t intactkv_load(llama_context * ctx, const void * data, size_t size, llama
         for (llama_kv_cache * kv : caches_of(ctx)) {
             kv->state_read(io, seq_id, 0);
         }
+        keep_in_sight(ctx, seq_id, view.in_sight);
     } catch (const std::exception & err) {
         llama_memory_seq_rm(llama_get_memory(ctx), seq_id, -1, -1);
         return fail(format(

@@ -1,6 +1,7 @@
 #include "api/check.h"
 
 #include "api/describe.h"
+#include "cells/sight.h"
 #include "prefix_file/compatible.h"
 #include "prefix_file/parse.h"
 
@@ -53,7 +54,7 @@ std::string check_context(const llama_context * ctx, const prefix_view & view) {
     if (!ctx->get_cparams().flash_attn) {
         return "flash attention is off in this context, its V cache is transposed: turn flash attention on to load a prefix";
     }
-    return "";
+    return no_room_in_sight(ctx, view);
 }
 
 std::string check(const llama_context * ctx, const void * data, size_t size, prefix_view & view) {

@@ -3,6 +3,7 @@
 #include "api/describe.h"
 #include "attention/store.h"
 #include "cells/arena.h"
+#include "cells/sight.h"
 #include "prefix_file/parse.h"
 
 #include "llama-impl.h"
@@ -150,6 +151,9 @@ void held_rows::write(uint32_t strm, const std::vector<uint32_t> & cells, const 
     }
     for (size_t i = 0; i < cells.size(); ++i) {
         a->mark_held(strm, cells[i], rows[i]);
+        if (in_sight) {
+            keep_in_sight(*a, strm, cells[i]);
+        }
     }
 }
 
@@ -181,6 +185,7 @@ held_prefix hold(const llama_context * ctx, const prefix_view & view, const std:
         for (const llama_kv_cache * kv : caches_of(ctx)) {
             res.caches.emplace_back(*kv->intact, view.n_tokens);
             res.caches.back().read(at);
+            res.caches.back().in_sight = view.in_sight;
         }
     } catch (...) {
         for (held_rows & rows : res.caches) {

@@ -44,6 +44,8 @@ public:
 
     arena & of() const { return *a; }
 
+    bool in_sight = false; // in a cache of a sliding window, its cells stay so (cells/sight.h)
+
 private:
     arena * a;
     uint32_t n_tokens;

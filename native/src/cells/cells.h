@@ -7,5 +7,6 @@
 #include "cells/pages.h"
 #include "cells/sharing.h"
 #include "cells/shift.h"
+#include "cells/sight.h"
 #include "cells/state.h"
 #include "cells/tail.h"

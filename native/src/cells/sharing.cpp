@@ -103,7 +103,7 @@ void before_move(arena * a, int32_t seq_id, llama_pos p0, llama_pos p1) {
     for (size_t i = 0; i < shared.size(); ++i) {
         if (!own.empty()) {
             copy_cell(*a, strm, shared[i], own[i]);
-            a->mark_held(strm, own[i], cells.ext_get(shared[i]).intact);
+            cells.ext_set(own[i], cells.ext_get(shared[i]));
         }
         cells.seq_rm(shared[i], seq_id);
     }

@@ -2,6 +2,7 @@
 
 #include "cells/arena.h"
 #include "cells/sharing.h"
+#include "cells/sight.h"
 #include "attention/store.h"
 
 #include "llama-impl.h"
@@ -18,13 +19,16 @@ namespace intactkv {
 
 state_writer::state_writer(const arena * a, uint32_t strm, const cell_ranges & ranges) :
     a(a) {
-    if (a == nullptr || a->empty()) {
+    if (a == nullptr || (a->empty() && !a->has_window())) {
         return;
     }
     uint32_t n = 0;
     for (const auto & range : ranges) {
         for (uint32_t i = range.first; i < range.second; ++i, ++n) {
-            if (const int32_t row = a->row_of(strm, i); row >= 0) {
+            if (a->cells_in(strm).ext_get(i).in_sight) {
+                sight.push_back(n);
+            }
+            if (const int32_t row = a->empty() ? -1 : a->row_of(strm, i); row >= 0) {
                 which.push_back(n | (a->kind_of(row) == row_kind::tail ? STATE_TAIL : 0));
                 rows.push_back(row);
             }
@@ -34,7 +38,7 @@ state_writer::state_writer(const arena * a, uint32_t strm, const cell_ranges & r
 
 // u32 n, u32 position[n] (in the state's list of cells, or-ed with STATE_TAIL), then per layer K and V: u64 row size, n rows
 // (row size 0: that side of the cache is exact)
-void state_writer::finish(llama_io_write_i & io) const {
+void state_writer::finish_intact(llama_io_write_i & io) const {
     if (rows.empty()) {
         return;
     }
@@ -58,6 +62,15 @@ void state_writer::finish(llama_io_write_i & io) const {
     }
 }
 
+// Behind the intact cells: u32 n, u32 position[n] of those in sight
+void state_writer::finish(llama_io_write_i & io) const {
+    finish_intact(io);
+    if (const uint32_t n = sight.size()) {
+        io.write(&n, sizeof(n));
+        io.write(sight.data(), n * sizeof(uint32_t));
+    }
+}
+
 //
 // state_reader
 //
@@ -71,10 +84,9 @@ state_reader::state_reader(arena * a, uint32_t strm, const std::vector<uint32_t>
     a(a),
     strm(strm),
     cells(cells),
-    mixed(a && (n_layer & STATE_FLAG)) {
-    if (mixed) {
-        n_layer &= ~STATE_FLAG;
-    }
+    mixed(a && (n_layer & STATE_FLAG)),
+    sight(a && a->has_window() && (n_layer & STATE_SIGHT)) {
+    n_layer &= ~((mixed ? STATE_FLAG : 0) | (sight ? STATE_SIGHT : 0));
 }
 
 bool state_reader::read_rows(llama_io_read_i & io, int32_t type, int32_t il, bool is_v) {
@@ -181,7 +193,37 @@ int32_t state_reader::held_row(const rows_data & data, uint32_t n, uint32_t i, u
     return found == there.end() ? -1 : (int32_t) *found;
 }
 
+// u32 n, u32 position[n] in the state's list of cells, ascending but for a flag
+std::vector<uint32_t> state_reader::read_list(llama_io_read_i & io, uint32_t flag) const {
+    uint32_t n;
+    io.read(&n, sizeof(n));
+    if (n == 0 || n > cells.size()) {
+        throw std::runtime_error(format("the state has %u marked cells of %zu", n, cells.size()));
+    }
+    std::vector<uint32_t> which(n);
+    io.read(which.data(), n * sizeof(uint32_t));
+    for (uint32_t i = 0; i < n; ++i) {
+        const uint32_t at = which[i] & ~flag;
+        if (at >= cells.size() || (i > 0 && at <= (which[i - 1] & ~flag))) {
+            throw std::runtime_error(format("marked cell %u of the state is number %u of %zu", i, at, cells.size()));
+        }
+    }
+    return which;
+}
+
 void state_reader::finish(llama_io_read_i & io) {
+    finish_intact(io);
+    if (sight) {
+        for (const uint32_t i : read_list(io, 0)) {
+            keep_in_sight(*a, strm, cells[i]);
+        }
+    }
+    if (mixed && a->holds_rows()) { // when all is known of the cells: some are given up for others'
+        share_cells(*a, strm, cells);
+    }
+}
+
+void state_reader::finish_intact(llama_io_read_i & io) {
     if (!mixed) {
         for (size_t i = 0; i < rows.size(); ++i) {
             a->mark(strm, cells[i], rows[i], row_kind::kept);
@@ -189,23 +231,14 @@ void state_reader::finish(llama_io_read_i & io) {
         return;
     }
 
-    uint32_t n;
-    io.read(&n, sizeof(n));
-    if (n == 0 || n > cells.size()) {
-        throw std::runtime_error(format("the state has %u intact cells of %zu", n, cells.size()));
-    }
-    std::vector<uint32_t> which(n);
-    io.read(which.data(), n * sizeof(uint32_t));
+    std::vector<uint32_t> which = read_list(io, STATE_TAIL);
+    const uint32_t n = which.size();
     std::vector<row_kind> kinds(n);
     uint32_t n_tail = 0;
     for (uint32_t i = 0; i < n; ++i) {
         kinds[i] = which[i] & STATE_TAIL ? row_kind::tail : row_kind::kept;
         n_tail += kinds[i] == row_kind::tail;
         which[i] &= ~STATE_TAIL;
-        if (which[i] >= cells.size() || (i > 0 && which[i] <= which[i - 1])) {
-            throw std::runtime_error(
-                    format("intact cell %u of the state is number %u of %zu", i, which[i], cells.size()));
-        }
     }
     if (!a->reads_intact()) {
         throw std::runtime_error("INTACTKV_ATTN=stock cannot read a state with intact cells: unset it");
@@ -254,9 +287,6 @@ void state_reader::finish(llama_io_read_i & io) {
         } else {
             a->mark(strm, cells[which[i]], row_of[i], kinds[i]);
         }
-    }
-    if (a->holds_rows()) {
-        share_cells(*a, strm, cells);
     }
 }
 

@@ -241,6 +241,21 @@ static void check_origin(const field & root) {
     root["created_by"].string();
 }
 
+// What has left a window and is not said to stay in sight is not in the file: only a first token can say so.
+static bool read_in_sight(const field & root, size_t n_tokens) {
+    const json & calibrated = root.value["calibrated"];
+    if (calibrated.is_null() || !calibrated.contains("in_sight")) {
+        return false;
+    }
+    const field said = root["calibrated"]["in_sight"];
+    said.boolean();
+    if (said.value.get<bool>() && n_tokens > 1) {
+        said.expected(
+                "false for a prefix of " + std::to_string(n_tokens) + " tokens, only the first one stays in sight");
+    }
+    return said.value.get<bool>();
+}
+
 manifest read_manifest(const char * text, size_t size) {
     const json parsed = parse_json(text, size);
     const field root{ parsed, "" };
@@ -271,6 +286,7 @@ manifest read_manifest(const char * text, size_t size) {
     res.n_extra = parsed.contains("extra_cells") ? root["extra_cells"].integer(1, MAX_EXTRA) : 0;
     check_origin(root);
     res.calibrated = !root["calibrated"].value.is_null();
+    res.in_sight = read_in_sight(root, n_tokens);
     return res;
 }
 

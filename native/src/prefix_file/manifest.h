@@ -28,6 +28,7 @@ struct manifest {
     std::vector<int32_t> tokens;
     uint32_t n_extra;                // cells that stand for no token
     bool calibrated;                 // the rows were trained, together
+    bool in_sight;                   // so that no sliding window hides them
     std::vector<cache_shape> caches; // in the order of the state
 };
 

@@ -158,6 +158,7 @@ static prefix_view read_state(const uint8_t * data, size_t size, const manifest 
     res.n_tokens = said.tokens.size();
     res.n_cells = res.n_tokens + said.n_extra;
     res.calibrated = said.calibrated;
+    res.in_sight = said.in_sight;
     res.tokens = in.data + in.pos;
     for (const int32_t token : said.tokens) { // which the manifest has within the vocabulary
         in.expect(token, "token");

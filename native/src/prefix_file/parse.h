@@ -30,6 +30,7 @@ struct prefix_view {
     const uint8_t * state = nullptr;  // the KV state: the bytes right after the tokens
     size_t state_size = 0;            // up to the manifest, which is not part of it
     bool calibrated = false;          // its rows were trained, together
+    bool in_sight = false;            // so that no sliding window hides them
 };
 
 // Checks everything that the bytes alone can tell: trailer, checksum, the manifest's shape, and that tokens and
