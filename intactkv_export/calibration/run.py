@@ -90,7 +90,7 @@ def train(
     who: Participants, settings: training.Settings, source: Source, n_cells: int, in_sight: bool | None = None
 ) -> tuple[training.Result, dict[str, Any]]:
     """All phases: the trained prefix, and the manifest's field "calibrated". n_cells: extra cells that it has at least,
-    if they pay. in_sight: whether sliding windows are not to hide it; None: where it can be."""
+    if they pay. in_sight: whether sliding windows are not to hide it; None: as it was begun."""
     reference, mse = _Loaded(who), "mse" in settings.objective
     settings = replace(settings, in_sight=_stays_in_sight(who, in_sight))
     data = _data(who, source, reference)
@@ -121,13 +121,15 @@ def train(
 
 
 def _stays_in_sight(who: Participants, asked: bool | None) -> bool:
-    """What was asked for; else what a training that goes on has, or yes for a first token of a model with windows."""
+    """What was asked for; else what a training that goes on was begun with, or what the prefix has."""
     can = len(who.prefix.tokens) == 1 and has_windows(who.prefix.manifest)
     if asked and not can:
         why = "no layer of the model has a sliding window" if len(who.prefix.tokens) == 1 else "only a first token can"
         raise UsageError(f"the prefix of {who.prefix.contents} cannot be kept in sight, {why}: leave it out")
-    begun = training.kept_in_sight(who.state) if asked is None else None
-    return can and (begun if begun is not None else asked is not False)
+    if asked is not None:
+        return asked
+    begun = training.kept_in_sight(who.state)
+    return can and (who.prefix.in_sight if begun is None else begun)
 
 
 def _start(

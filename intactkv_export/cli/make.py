@@ -230,7 +230,9 @@ def calibrate(
         bool | None,
         typer.Option(
             "--in-sight/--no-in-sight",
-            help="Sliding windows do not hide the first token and its extra cells. Default: where there are windows.",
+            help="Sliding windows do not hide the first token and its extra cells: give long texts (--seq-len) then. "
+            "Default: no, or as it was begun.",
+            show_default=False,
         ),
     ] = None,
     kv_type: KvType = "q8_0",

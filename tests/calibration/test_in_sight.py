@@ -1,4 +1,4 @@
-"""A first token that is trained in sight of all later ones: of models with sliding windows, by default."""
+"""A first token that is trained in sight of all later ones: of models with sliding windows, if asked."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def pair(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> t
     return reference, made.outputs[0].path
 
 
-def test_trained_so_by_default(pair: tuple[Path, Path], falling: list[bool], tmp_path: Path) -> None:
+def test_trained_so(pair: tuple[Path, Path], falling: list[bool], tmp_path: Path) -> None:
     """And what is trained is what llama.cpp then computes, far behind the windows too."""
-    made = calibrate(*pair, out=tmp_path / "x.ikv", cells=2, **QUICK)
+    made = calibrate(*pair, out=tmp_path / "x.ikv", cells=2, in_sight=True, **QUICK)
     prefix = ikv.read(made.out)
     assert made.manifest["in_sight"] is True and prefix.in_sight and prefix.n_extra == 2
     assert falling[0] is False and set(falling[1:]) == {True}  # the first is what the model has without training
@@ -65,13 +65,13 @@ def test_trained_so_by_default(pair: tuple[Path, Path], falling: list[bool], tmp
 
 
 def test_what_was_not_trained_is_not_in_sight(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    made = calibrate(*pair, out=tmp_path / "x.ikv", **{**QUICK, "steps": 0})
+    made = calibrate(*pair, out=tmp_path / "x.ikv", in_sight=True, **{**QUICK, "steps": 0})
     assert "in_sight" not in made.manifest and not ikv.read(made.out).in_sight
 
 
 def test_trained_again(pair: tuple[Path, Path], falling: list[bool], tmp_path: Path) -> None:
     """The first candidate is what it begins with, as that is used."""
-    once = calibrate(*pair, out=tmp_path / "once.ikv", **QUICK)
+    once = calibrate(*pair, out=tmp_path / "once.ikv", in_sight=True, **QUICK)
     falling.clear()
     twice = calibrate(*pair, prefix=once.out, out=tmp_path / "twice.ikv", **{**QUICK, "steps": 0})
     assert falling == [True] and twice.manifest["in_sight"] is True
@@ -87,7 +87,7 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_was(
     old = calibrate(*pair, out=tmp_path / "old.ikv", in_sight=False, **settings)
     kept = torch.load(tmp_path / "work" / "tiny.pt", weights_only=True)
     assert "in_sight" not in kept["about"] and "in_sight" not in old.manifest
-    again = calibrate(*pair, out=tmp_path / "again.ikv", **settings)
+    again = calibrate(*pair, out=tmp_path / "again.ikv", **settings)  # not in sight, unless asked
     assert again.out.read_bytes() == old.out.read_bytes()
     with pytest.raises(UsageError, match=r"other settings \(in_sight is None there and True here\)"):
         calibrate(*pair, out=tmp_path / "other.ikv", in_sight=True, **settings)
