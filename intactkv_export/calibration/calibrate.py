@@ -116,8 +116,8 @@ def calibrate(
     sequences: how many texts to sample, or to take of the file at most; one in eight is held out; None: SEQUENCES.
     seq_len: tokens in the long ones; for kl half of the tokens are in short ones (data.Source).
     cells: so many extra cells, which stand for no token, are trained with the prefix; kept if that is better.
-    in_sight: no sliding window is to hide the first token and its extra cells from the tokens behind them. It holds more
-        of the gain as far as the texts are long, and nothing is known to be gained behind that; None: what a training
+    in_sight: no sliding window is to hide the first token and its extra cells from the tokens behind them. That holds
+        more of the gain as far as the texts are long, and nothing is known of what is behind; None: what a training
         that goes on was begun with, else as the prefix is.
     kv_type: that the prefix will be used with, "q8_0" or a pair for K and V. tail: how many of the newest cells will be
         intact; None: what the type has by default (libllama.default_tail).
