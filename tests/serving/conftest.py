@@ -71,7 +71,12 @@ def request(url: str, body: Any = None, **headers: str) -> Any:
 
 def chat(url: str, text: str, system: str | None = None, n: int = 24, **more: Any) -> str:
     """The reply to one message at temperature 0."""
+    return str(choice(url, text, system, n, **more)["message"]["content"])
+
+
+def choice(url: str, text: str, system: str | None = None, n: int = 24, **more: Any) -> dict[str, Any]:
+    """The same as the server says it."""
     messages = [{"role": "system", "content": system}] if system is not None else []
     body = {"messages": [*messages, {"role": "user", "content": text}], "temperature": 0, "max_tokens": n, **more}
     with request(f"{url}/v1/chat/completions", body) as answer:
-        return str(json.load(answer)["choices"][0]["message"]["content"])
+        return dict(json.load(answer)["choices"][0])

@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.serving import choose_settings
-from tests.serving.conftest import chat, request, served
+from tests.serving.conftest import chat, choice, request, served
 from tests.support.smol import SYSTEM_PROMPT, Smol
 
 QUESTIONS = ["What is the capital of France?", "Count to five.", "Why is the sky blue?"]
@@ -65,12 +66,21 @@ def test_concurrent_answers_are_those_of_one_sequence_alone(server: dict[str, An
         for system in [(SYSTEM_PROMPT, "You are a pirate.", None)[i % 3], SYSTEM_PROMPT]
     ]
     # Alone: the slot's cache is not used, so nothing of one request is left for another
-    alone = [chat(server["url"], text, system, cache_prompt=False) for text, system in asked]
+    ask = partial(choice, server["url"], cache_prompt=False, logprobs=True, top_logprobs=5)
+    alone = [ask(*of) for of in asked]
     with ThreadPoolExecutor(len(asked)) as pool:
-        at_once = list(pool.map(lambda of: chat(server["url"], *of, cache_prompt=False), asked))
-    assert all(alone)
-    # Products of one row and of several round otherwise: a reply may part where two tokens are as likely.
-    assert sum(a == b for a, b in zip(alone, at_once, strict=True)) >= len(asked) - 1, (alone, at_once)
+        at_once = list(pool.map(lambda of: ask(*of), asked))
+    assert all(answer["message"]["content"] for answer in alone)
+    # Products of one row and of several round otherwise: a reply may part where two tokens are nearly as likely.
+    for one, other in zip(alone, at_once, strict=True):
+        pairs = zip(one["logprobs"]["content"], other["logprobs"]["content"], strict=False)
+        parting = next(((a, b) for a, b in pairs if a["id"] != b["id"]), None)
+        if parting is not None:
+            a, b = parting
+            as_likely = {top["id"]: top["logprob"] for top in a["top_logprobs"]}
+            assert a["logprob"] - as_likely.get(b["id"], -100.0) < 0.3, (asked, a, b)
+        else:
+            assert one["message"]["content"] == other["message"]["content"]
 
 
 def test_a_streamed_answer_is_the_same(server: dict[str, Any]) -> None:
