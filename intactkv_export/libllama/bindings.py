@@ -54,7 +54,7 @@ def describe(ctx: Context) -> dict[str, Any]:
     """
     text = _call("intactkv_describe", ctx)
     if text is None:
-        raise IntactKVError(_last_error())
+        raise IntactKVError(last_error())
     return json.loads(text)
 
 
@@ -165,7 +165,7 @@ def n_not_computed(ctx: Context) -> int:
 
 def last_error() -> str:
     """The last failure on this thread, one sentence, also of a context that llama.cpp did not make."""
-    return _last_error()
+    return _call("intactkv_error").decode("utf-8", "replace")
 
 
 def _call(name: str, *args: Any) -> Any:
@@ -174,12 +174,8 @@ def _call(name: str, *args: Any) -> Any:
 
 def _count(result: int) -> int:
     if result < 0:
-        raise IntactKVError(_last_error())
+        raise IntactKVError(last_error())
     return result
-
-
-def _last_error() -> str:
-    return _call("intactkv_error").decode("utf-8", "replace")
 
 
 @cache

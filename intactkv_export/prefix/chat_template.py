@@ -34,7 +34,7 @@ _TOOL_FORMAT = 'give a list as OpenAI has it, [{"type": "function", "function": 
 _PROBE = "PROBE-7-EBORP"  # stands for a message, to find what a template does with it
 # Texts by which the server knows templates that it treats in a way of its own.
 _MINISTRAL = ("[SYSTEM_PROMPT]", "[TOOL_CALLS]", "[ARGS]")
-_THINKING = (("[SYSTEM_PROMPT]", "[TOOL_CALLS]", "[ARGS]"), ("'<|tool_call>call:'",))
+_THINKING = (_MINISTRAL, ("'<|tool_call>call:'",))
 _TAIL = 64  # characters that a text may end with, whatever is before
 _TOOL = {
     "type": "function",

@@ -60,9 +60,14 @@ class Embedded:
         return gguf_file.read_bytes(self.path, self.start, self.n_bytes)
 
     @property
+    def n_tokens(self) -> int:
+        """As its header says."""
+        return _n_tokens(gguf_file.read_bytes(self.path, self.start, 12))
+
+    @property
     def tokens(self) -> list[int]:
         """As its header says: magic number, version, number of tokens, the tokens; all of them uint32."""
-        n = min(_n_tokens(gguf_file.read_bytes(self.path, self.start, 12)), self.n_bytes // 4)
+        n = min(self.n_tokens, self.n_bytes // 4)
         return list(struct.unpack(f"<{n}I", gguf_file.read_bytes(self.path, self.start + 12, 4 * n)))
 
 
@@ -177,7 +182,7 @@ def _keys(
     offsets, sizes = ([gguf_file.Uint64(place[i]) for place in places] for i in (0, 1))
     keys: dict[str, gguf_file.Value] = {KEY_OFFSET: offsets[0], KEY_SIZE: sizes[0]}
     name, only = prefixes[0]
-    if len(prefixes) > 1 or name != default_name(_n_tokens(only if isinstance(only, bytes) else only.read())):
+    if len(prefixes) > 1 or name != default_name(_n_tokens(only) if isinstance(only, bytes) else only.n_tokens):
         keys |= {KEY_NAMES: [name for name, _ in prefixes], KEY_OFFSETS: offsets, KEY_SIZES: sizes}
     return keys
 
@@ -223,7 +228,7 @@ def _said(gguf: gguf_file.Gguf) -> list[tuple[str | None, int, int]]:
     pairs = zip(offsets, sizes, strict=True)
     places = [_place(gguf, (KEY_OFFSETS, offset), (KEY_SIZES, size)) for offset, size in pairs]
     for i, name in enumerate(names):
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not is_name(name):
             raise IntactKVError(f"prefix {i} of {gguf.path} is named {name!r}, which is no name: {_AGAIN}")
         if name in names[:i]:
             raise IntactKVError(f"{gguf.path} has two prefixes named {name!r}: {_AGAIN}")

@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from intactkv_export import library
-from intactkv_export.errors import UsageError
 from intactkv_export.libllama import default_tail, kv_pair
 from intactkv_export.models import gguf_file
 from intactkv_export.prefix import ikv
 from intactkv_export.runtime.conversation import Conversation, Sampling, opening_messages
+from intactkv_export.runtime.fit import choose_n_ctx
 from intactkv_export.runtime.intact_llama import IntactLlama
 from intactkv_export.runtime.kv_choice import BEST_PAIR, WITH_TAIL, choose_kv_types
-
-_CONTEXT = 4096  # tokens; the KV cache of more is rarely wanted on a small device
-_ROOM = 2048  # tokens behind a long prefix, to talk in
 
 
 def open_chat(
@@ -49,15 +46,10 @@ def open_chat(
     loaded = None
     if prefix is not None:
         loaded = ikv.own(model) if prefix == "auto" else ikv.named(model, prefix)
-    n_prefix = 0 if loaded is None else loaded.n_cells
-    trained = header.get(f"{header.get('general.architecture')}.context_length") or _CONTEXT
-    if n_ctx is None:
-        n_ctx = min(trained, max(_CONTEXT, n_prefix + _ROOM))
-    elif loaded is not None and 0 < n_ctx <= n_prefix:
-        raise UsageError(
-            f"the prefix in {loaded.source} has {loaded.contents}, and --ctx-size is {n_ctx}: give more, at most "
-            f"{trained}, or leave it out"
-        )
+    n_prefix, of_prefix = 0, ""
+    if loaded is not None:
+        n_prefix, of_prefix = loaded.n_cells, f"the prefix in {loaded.source} has {loaded.contents}"
+    n_ctx = choose_n_ctx(n_ctx, n_prefix, of_prefix, header)
     settings = {"n_ctx": n_ctx, "n_threads": n_threads, "n_threads_batch": n_threads, **llama_kwargs}
     llama = IntactLlama(model, loaded, WITH_TAIL if smaller else pair, tail, **settings)
     if smaller and llama.tail < enough:  # the library says so: by this model, its attention, or INTACTKV_TAIL

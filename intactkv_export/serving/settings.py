@@ -18,8 +18,6 @@ from intactkv_export.prefix import Prefix, check_reference, ikv
 PREFIXES = "LLAMA_INTACTKV"  # read by the library: what it gives to sequences that begin with it
 TAIL = "INTACTKV_TAIL"
 KEY = "LLAMA_API_KEY"
-_CONTEXT = 4096  # tokens of a conversation; the KV cache of more is rarely wanted on a small device
-_ROOM = 2048  # tokens behind a long prefix, to talk in
 
 # What has an option here, and must not be said to llama-server twice. Its name there -> ours
 _OURS = {
@@ -90,6 +88,8 @@ def choose_settings(
     prefix and 2048 more; 0: all that it was trained for. port: 0: a free one. api_key: several with commas between.
     more: further arguments of llama-server. Raises UsageError, IntactKVError.
     """
+    from intactkv_export.runtime import choose_n_ctx
+
     asked = None if kv_type is None else kv_pair(kv_type)
     if given := next((name for name in map(_name, more) if name in _OURS), None):
         raise UsageError(
@@ -109,7 +109,7 @@ def choose_settings(
     if tail is not None:
         environment[TAIL] = str(tail)
     longest = max((prefix.n_cells for prefix in found), default=0)
-    ctx_size = _context(ctx_size, longest, header.values)
+    ctx_size = choose_n_ctx(ctx_size, longest, f"the longest prefix takes {longest} tokens", header.values)
     if api_key is not None:
         if not api_key.strip(" ,\n"):
             raise UsageError("the API key is empty: give one with --api-key, or leave it out")
@@ -176,19 +176,6 @@ def _cache(
         if str(own).isdecimal() and int(own) >= enough:
             return WITH_TAIL, int(own), []  # said aloud: where our kernel does not read the cache it is no default
     return types, tail, [why] if why else []
-
-
-def _context(asked: int | None, longest: int, header: Mapping[str, object]) -> int:
-    trained = header.get(f"{header.get('general.architecture')}.context_length")
-    trained = trained if isinstance(trained, int) else _CONTEXT
-    if asked is None:
-        return min(trained, max(_CONTEXT, longest + _ROOM))
-    if 0 < asked <= longest:
-        raise UsageError(
-            f"the longest prefix takes {longest} tokens, and --ctx-size is {asked}: give more, at most {trained}, or "
-            "leave it out"
-        )
-    return asked or trained
 
 
 def _is_loopback(host: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,8 @@ import pytest
 
 from intactkv_export.engines import llama_engine as engine
 from intactkv_export.prefix import ikv
-from tests.support import extra_cells, lowlevel
-from tests.support.automatic import by_hand, context, evaluate, n_cells
+from tests.support import extra_cells
+from tests.support.automatic import by_hand, context, evaluate, n_cells, some_text
 from tests.support.lowlevel import Context, L, kl
 from tests.support.smol import Smol
 
@@ -27,7 +26,7 @@ KINDS = ["f16", "q8_0", "q4_0", ("q8_0", "f16"), "f32"]
 
 @pytest.fixture(scope="module")
 def text(f16: Any) -> list[int]:
-    return lowlevel.tokenize(f16, topics["yield"], special=False)[:40]
+    return some_text(f16)
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,14 @@ import pytest
 from intactkv_export.libllama import bindings
 from intactkv_export.prefix import ikv
 from tests.support import lowlevel
-from tests.support.automatic import by_hand, context, evaluate, n_cells
+from tests.support.automatic import by_hand, context, evaluate, n_cells, some_text
 from tests.support.lowlevel import Context, L, kl
 from tests.support.smol import Smol
 
 
 @pytest.fixture(scope="module")
 def text(f16: Any) -> list[int]:
-    from pydoc_data.topics import topics
-
-    return lowlevel.tokenize(f16, topics["yield"], special=False)[:40]
+    return some_text(f16)
 
 
 @pytest.fixture(scope="module")

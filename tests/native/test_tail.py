@@ -6,7 +6,6 @@ the input, however small, flips some of them.
 
 from __future__ import annotations
 
-import ctypes
 import re
 import resource
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from intactkv_export.libllama import bindings
 from intactkv_export.libllama import state as states
 from tests.support import lowlevel, tiny_ggufs
 from tests.support.lowlevel import SYSTEM, Context, L, kl
@@ -199,7 +199,7 @@ def test_states_without_flash_attention(tiny: Callable[[str], Any]) -> None:
     np.testing.assert_array_equal(again.decode(TINY[60:61], 60), ctx.decode(TINY[60:61], 60))
     ctx = small(tiny("llama"), "bf16", tail=0, **off)
     assert ctx.set_tail(20) == -1
-    assert "flash attention is off in this context, its bf16 V cache is transposed" in last_error()
+    assert "flash attention is off in this context, its bf16 V cache is transposed" in bindings.last_error()
     assert np.isfinite(logits(ctx, TINY[:60], [30, 1])).all()
 
 
@@ -300,11 +300,6 @@ def test_memory_is_had_when_the_tail_is_set(tiny: Callable[[str], Any]) -> None:
 # --- settings and refusals ---
 
 
-def last_error() -> str:
-    L.llama_cpp._lib.intactkv_error.restype = ctypes.c_char_p
-    return str(L.llama_cpp._lib.intactkv_error().decode())
-
-
 def why_refused(weights: Any, kv: str) -> str:
     """What llama.cpp logs when no context can be made."""
     lines: list[str] = []
@@ -337,7 +332,7 @@ def test_stock_attention_reads_no_tail(tiny: Callable[[str], Any], monkeypatch: 
     assert ctx.set_tail(-1) == ctx.set_tail(0) == 0
     assert ctx.set_tail(64) == -1
     why = "a tail of 64 intact cells was asked for, and INTACTKV_ATTN=stock reads no intact cell"
-    assert why in last_error()
+    assert why in bindings.last_error()
     assert ctx.tail() == 0
     monkeypatch.setenv("INTACTKV_TAIL", "64")
     assert why in why_refused(tiny("llama"), "q4_0")
@@ -372,7 +367,7 @@ def test_a_model_that_can_have_none(tiny: Callable[[str], Any], monkeypatch: pyt
     assert re.fullmatch(
         "a tail of 100 intact cells was asked for, and a model of .* cannot carry a prefix: it is a hybrid, part of "
         "its memory is a recurrent state: set the tail to 0",
-        last_error(),
+        bindings.last_error(),
     )
     monkeypatch.setenv("INTACTKV_TAIL", "100")  # for the models that can
     assert small(tiny("granitehybrid"), "q4_0", tail=None).tail() == 0

@@ -11,8 +11,7 @@ from intactkv_export.errors import UsageError
 from intactkv_export.libllama import KV_TYPES
 from intactkv_export.models import gguf_file
 from intactkv_export.prefix import ikv
-from intactkv_export.runtime import Sampling, open_chat
-from intactkv_export.runtime import chat as chats
+from intactkv_export.runtime import Sampling, fit, open_chat
 from intactkv_export.runtime.intact_llama import IntactLlama
 from intactkv_export.runtime.kv_choice import best_kv_types, check_kv_types, head_sizes
 from tests.support import random_models, tiny_ggufs
@@ -121,11 +120,11 @@ def test_k_and_v_of_different_sizes() -> None:
 
 
 def test_a_context_that_holds_the_prefix_and_room_to_talk(smol: Smol, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chats, "_CONTEXT", 20)  # as 5,009 tokens are to 4,096: the prefix has 24
-    monkeypatch.setattr(chats, "_ROOM", 232)
+    monkeypatch.setattr(fit, "_CONTEXT", 20)  # as 5,009 tokens are to 4,096: the prefix has 24
+    monkeypatch.setattr(fit, "_ROOM", 232)
     talk = open_chat(smol.gguf, notice=print, prefix=smol.ikv, kv_type="q4_0", sampling=Sampling(2, 0.0))
     assert talk.llama.n_ctx() == 256 and "".join(talk.say("Hi"))
-    monkeypatch.setattr(chats, "_ROOM", 10**6)
+    monkeypatch.setattr(fit, "_ROOM", 10**6)
     assert open_chat(smol.gguf, notice=print, prefix=smol.ikv, kv_type="q4_0").llama.n_ctx() == 8192, (
         "as it was trained"
     )

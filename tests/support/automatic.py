@@ -7,15 +7,21 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
 
 from intactkv_export.libllama import bindings
 from intactkv_export.prefix import ikv
-from tests.support.lowlevel import Context, L
+from tests.support.lowlevel import Context, L, tokenize
 
 PREFIXES_VARIABLE = "LLAMA_INTACTKV"
+
+
+def some_text(model: Any) -> list[int]:
+    """Tokens that may stand behind any prefix."""
+    return tokenize(model, topics["yield"], special=False)[:40]
 
 
 @contextmanager

@@ -12,8 +12,6 @@ namespace intactkv {
 
 namespace fs = std::filesystem;
 
-static constexpr const char * VARIABLE = "LLAMA_INTACTKV";
-
 #ifdef _WIN32
 static constexpr char SEPARATOR = ';';
 #else
@@ -31,8 +29,9 @@ static void add_file(std::vector<prefix_source> & to, const std::string & path, 
         throw std::runtime_error(error);
     }
     if (found.empty() && named) {
-        throw std::runtime_error(path + " has no prefix embedded: name an .ikv file in " + VARIABLE +
-                ", or embed one with intactkv-export embed");
+        throw std::runtime_error(path +
+                " has no prefix embedded: name an .ikv file in LLAMA_INTACTKV, or embed one with "
+                "intactkv-export embed");
     }
     for (const embedded_prefix & where : found) {
         to.push_back({ path, where, named });
@@ -48,8 +47,8 @@ static std::vector<std::string> files_in(const std::string & directory) {
         }
     }
     if (error) {
-        throw std::runtime_error(std::string("cannot read the directory ") + directory + " of " + VARIABLE + " (" +
-                error.message() + "): check its permissions");
+        throw std::runtime_error("cannot read the directory " + directory + " of LLAMA_INTACTKV (" + error.message() +
+                "): check its permissions");
     }
     std::sort(res.begin(), res.end());
     return res;
