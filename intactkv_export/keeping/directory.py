@@ -3,7 +3,7 @@
     kept-0123456789abcdef.ikv    made by a served model; the longest unused one goes first when room is needed
     NAME.ikv                     anything else: the user's, never removed. So a kept one that is renamed is pinned
     0123456789abcdef.tokens      what the library has seen come again, its rows yet to be computed
-    lock                         held by the server that keeps here
+    .lock                        held by the server that keeps here
 
 When a prefix was last used is its file's time of modification, which the library sets.
 """
@@ -86,9 +86,9 @@ class Directory:
         self.path, self.model, self.n_bytes, self._say = path.absolute(), model, n_bytes, say
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is no directory to keep prompts in: give another with --keep")
-        with atomic.explained(self.path / "lock"):
+        with atomic.explained(self.path / ".lock"):
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock: IO[bytes] = open(self.path / "lock", "ab")
+            self._lock: IO[bytes] = open(self.path / ".lock", "ab")
         if lock.take(self._lock.fileno()) is False:
             self._lock.close()
             raise IntactKVError(f"another server keeps its prompts in {path}: give this one another directory")

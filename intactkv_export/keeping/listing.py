@@ -9,7 +9,7 @@ from typing import Any
 
 from intactkv_export.keeping.directory import Entry, facts
 
-_WORDS = 60  # characters of a prompt
+_WORDS = 96  # characters of a prompt
 
 
 def as_json(directory: Path, found: Sequence[Entry]) -> dict[str, Any]:
