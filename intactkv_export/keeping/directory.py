@@ -107,7 +107,9 @@ class Directory:
     def fitting(self) -> list[Prefix]:
         """Those of this model, the user's first, then the newest; what is said of the others is why they are not."""
         found: list[Entry] = []
-        for entry in entries(self.path):
+        there = list(entries(self.path))
+        self.model.recognize(entry.prefix.manifest for entry in there if entry.prefix is not None)
+        for entry in there:
             why = entry.problem
             if entry.prefix is not None:
                 try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,17 @@ class ServedModel:
         kept = manifest.get("kept")
         if kept is None:
             check_same_reference("it", manifest["reference"]["sha256"], str(self.path), self._values.get(KEY_REFERENCE))
-        elif any(kept.get(key) != value for key, value in self._file.items()):  # else it is the very file
-            if kept["weights_sha256"] != self.weights_sha256:
-                raise IntactKVError(
-                    f"it is of another model: {kept['model']} with the weights {kept['weights_sha256'][:16]}, here "
-                    f"they are {self.weights_sha256[:16]}"
-                )
+        elif kept["weights_sha256"] != self.weights_sha256:
+            raise IntactKVError(
+                f"it is of another model: {kept['model']} with the weights {kept['weights_sha256'][:16]}, here they "
+                f"are {self.weights_sha256[:16]}"
+            )
+
+    def recognize(self, manifests: Iterable[Mapping[str, Any]]) -> None:
+        """Knows its weights by a prefix that the very file has kept before: they need not be read."""
+        for kept in (manifest.get("kept") for manifest in manifests):
+            if kept and all(kept.get(key) == value for key, value in self._file.items()):
+                self.__dict__["weights_sha256"] = kept["weights_sha256"]
 
     @property
     def _file(self) -> dict[str, int]:

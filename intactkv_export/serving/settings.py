@@ -187,7 +187,10 @@ def _kept(
     found, files = [], []
     for prefix in kept.prefixes:
         assert prefix.source is not None  # they are of files
-        if prefix.source.resolve() in there or os.pathsep in prefix.source.name:
+        if prefix.source.resolve() in there:
+            continue
+        if os.pathsep in prefix.source.name:
+            notes.append(f"{prefix.source} is left out: it has a {os.pathsep!r} in its name")
             continue
         if prefix.n_cells >= n_ctx:
             notes.append(f"{prefix.source} is left out: it takes {prefix.n_cells} tokens and the context has {n_ctx}")

@@ -201,3 +201,15 @@ def test_inspect_lists_them(place: Place, smol: Smol, capsys: pytest.CaptureFixt
     assert main(["verify", str(mine)]) == 0
     assert "made by smol.gguf itself" in capsys.readouterr().out
     assert [entry.pinned for entry in entries(place.path)] == [True, False, True, True]
+
+
+def test_weights_are_read_only_where_nothing_says_whose_they_are(
+    place: Place, smol: Smol, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server of a large model starts at once, though prefixes of another one lie beside its own."""
+    place.put([1, 2, 3])
+    place.put([4, 5, 6], weights_sha256="0" * 64, mtime_ns=7)
+    place.model = ServedModel(smol.gguf)
+    monkeypatch.setattr("intactkv_export.keeping.model.identity", lambda _: pytest.fail("all of the model was read"))
+    with place.open() as opened:
+        assert len(opened.fitting()) == 1

@@ -129,8 +129,10 @@ std::shared_ptr<automatic> of_new(llama_context & ctx) {
             }
         }
         if (!why.empty()) {
-            LLAMA_LOG_INFO("%s: the model's prefixes are not used%s: %s\n", __func__, kept ? ", and none is kept" : "",
-                    why.c_str());
+            LLAMA_LOG_INFO("%s: the model's prefixes are not used: %s\n", __func__, why.c_str());
+            if (kept) {
+                LLAMA_LOG_WARN("%s: no prompt is kept: %s\n", __func__, why.c_str());
+            }
         } else {
             res->keep(std::move(kept));
         }
