@@ -63,4 +63,4 @@ class ServedModel:
     @property
     def _file(self) -> dict[str, int]:
         stats = [file.stat() for file in self._reference.files]
-        return {"n_bytes": sum(x.st_size for x in stats), "mtime_ns": max(x.st_mtime_ns for x in stats)}
+        return {"n_bytes": sum(x.st_size for x in stats), "mtime_ns": max(0, *(x.st_mtime_ns for x in stats))}

@@ -205,7 +205,7 @@ def _check_origin(root: _Field) -> None:
         kept["model"].text()
         kept["weights_sha256"].sha256()
         for key in ("n_bytes", "mtime_ns", "requests"):
-            kept[key].integer(-(2**63), 2**63 - 1)
+            kept[key].integer(0, 2**63 - 1)
     if "rope_options" in root.value:
         options = root["rope_options"]
         options.expect(isinstance(options.value, dict), "an object")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ PREFIXES = "LLAMA_INTACTKV"  # read by the library: what it gives to sequences t
 TAIL = "INTACTKV_TAIL"
 KEEP, KEEP_AFTER = "LLAMA_INTACTKV_KEEP", "LLAMA_INTACTKV_KEEP_AFTER"  # where tokens that come again are noted
 KEY = "LLAMA_API_KEY"
+
+_BATCH, _BEHIND = 2048, 512  # tokens that llama-server evaluates at once; room for a question behind a prefix
 
 # What has an option here, and must not be said to llama-server twice. Its name there -> ours
 _OURS = {
@@ -148,10 +151,32 @@ def choose_settings(
     arguments += ["--ctx-size", str(ctx_size * parallel), "--no-kv-unified"]
     arguments += ["--cache-type-k", types[0], "--cache-type-v", types[1], "--flash-attn", "on", "--metrics"]
     arguments += ["--threads", str(threads)] if threads else []
+    arguments += _prompts_whole(found, notes)
     arguments += ["--verbosity", "2", *more]  # errors and warnings
     return Settings(
         model, found, types, tail, parallel, ctx_size, host, port, has_key, arguments, environment, notes
     )  # fmt: skip
+
+
+def _prompts_whole(prefixes: Sequence[Prefix], notes: list[str]) -> list[str]:
+    """What llama-server needs to be told where a prefix is longer than a sliding window.
+
+    Such a one is loaded by the batch that brings its end, and what came before is computed. For its checkpoints
+    llama-server ends a batch some hundred tokens before a prompt's end, which is in the middle of a prefix as a rule.
+    """
+    long = [len(prefix.tokens) for prefix in prefixes if len(prefix.tokens) > _window(prefix)]
+    if not long:
+        return []
+    notes.append(
+        f"a prefix of {max(long)} tokens is longer than the model's sliding window: prompts are evaluated whole, "
+        "without llama-server's context checkpoints (-- --ctx-checkpoints 32 has them, and computes such prefixes)"
+    )
+    return ["--ctx-checkpoints", "0", "--batch-size", str(max(_BATCH, max(long) + _BEHIND))]
+
+
+def _window(prefix: Prefix) -> float:
+    """Tokens of the sliding window that some layers have, infinite if none has one."""
+    return min((cache["n_swa"] for cache in prefix.manifest["model"]["caches"] if cache["swa_type"]), default=math.inf)
 
 
 def _name(argument: str) -> str:

@@ -15,15 +15,22 @@ from typing import Any
 import pytest
 
 from intactkv_export.cli.main import main
+from intactkv_export.engines import llama_engine
 from intactkv_export.prefix import ikv
+from intactkv_export.serving import choose_settings
 from tests.serving.conftest import request, served
-from tests.support import automatic, lowlevel
+from tests.support import automatic, lowlevel, random_models
 from tests.support.lowlevel import Context
 from tests.support.smol import Smol
 
 SYSTEM = "You are the night porter of a hotel in Trieste. " + " ".join(
     f"Room {100 + i} is on floor {1 + i // 20} and costs {80 + i} euros a night." for i in range(16)
 )
+ORIGIN = {
+    "text": "", "messages": None, "bos_only": False, "chat_template_sha256": None, "calibrated": None,
+    "reference": {"sha256": "0" * 64, "dtype": "F32", "name": "x", "quantized": False},
+    "engine": {"name": "llama", "dtype": "f32", "versions": {}}, "created_by": "the tests",
+}  # fmt: skip
 QUESTIONS = ["What does room 110 cost?", "Is there a lift?", "My key does not work.", "Good evening"]
 
 
@@ -141,6 +148,21 @@ def test_what_is_wrong_is_left_out_and_it_serves(programs: None, smol: Smol, tmp
         facts["process"].terminate()
         said = facts["process"].stderr.read()
     assert "torn.ikv is left out" in said and said.count("\n") == 1, said
+
+
+def test_a_prefix_longer_than_a_window_is_not_cut(tmp_path: Path) -> None:
+    """llama-server would evaluate the prompt in two parts for a checkpoint, and the first would be computed."""
+    pytest.importorskip("torch")
+    random_models.to_gguf([random_models.build("gemma3", tmp_path / "gemma3")])
+    gguf = tmp_path / "gemma3.gguf"  # a window of 8
+    long = {}
+    for n in (6, 1600):
+        tokens = [1, *([7, 8, 9] * n)][:n]
+        description, K, V = llama_engine.compute(gguf, tokens, cache_dtype="f16", n_threads=2)
+        (tmp_path / f"{n}.ikv").write_bytes(ikv.build(description, tokens, K, V, ORIGIN))
+        settings = choose_settings(gguf, prefixes=[tmp_path / f"{n}.ikv"], port=0, kv_type="f16")
+        long[n] = "--ctx-checkpoints 0 --batch-size 2112" in " ".join(settings.arguments), len(settings.notes)
+    assert long == {6: (False, 0), 1600: (True, 1)}
 
 
 def test_one_is_made_again_at_full_precision(programs: None, smol: Smol, tmp_path: Path) -> None:

@@ -37,22 +37,21 @@ static constexpr size_t NEAR = 16;     // tokens: from a turn's mark, the first 
 static constexpr uint32_t N_TIMES = 3; // where LLAMA_INTACTKV_KEEP_AFTER does not say
 static constexpr auto YOUNG = std::chrono::seconds(60); // as long a file that was used is not touched again
 
-static std::string environment(const char * name) {
-    const char * value = getenv(name);
+static std::string text(const char * value) {
     return value ? value : "";
 }
 
 bool keeper::has(const std::string & path) {
-    const std::string directory = environment("LLAMA_INTACTKV_KEEP");
+    const std::string directory = text(getenv("LLAMA_INTACTKV_KEEP"));
     return !directory.empty() && fs::u8path(path).parent_path() == fs::u8path(directory);
 }
 
 std::unique_ptr<keeper> keeper::of_new(const llama_context & ctx) {
-    const std::string directory = environment("LLAMA_INTACTKV_KEEP");
-    if (directory.empty() || environment("LLAMA_INTACTKV") == "off") {
+    const std::string directory = text(getenv("LLAMA_INTACTKV_KEEP"));
+    if (directory.empty() || text(getenv("LLAMA_INTACTKV")) == "off") {
         return nullptr;
     }
-    const std::string after = environment("LLAMA_INTACTKV_KEEP_AFTER");
+    const std::string after = text(getenv("LLAMA_INTACTKV_KEEP_AFTER"));
     char * end = nullptr;
     const unsigned long n = after.empty() ? N_TIMES : strtoul(after.c_str(), &end, 10);
     if (n < 2 || n > 1000000 || (end && *end)) {
@@ -180,8 +179,8 @@ void keeper::write(const std::vector<llama_token> & tokens) const {
         { "requests", n_times },
         { "tokens", tokens },
     };
-    const std::string text = content.dump();
-    const std::string name = hash_sha256_hex(text.data(), text.size()).substr(0, 16);
+    const std::string data = content.dump();
+    const std::string name = hash_sha256_hex(data.data(), data.size()).substr(0, 16);
     const fs::path target = fs::u8path(directory) / (name + ".tokens");
     const fs::path temporary = fs::u8path(directory) / ("." + name + ".tokens.tmp");
     const auto failed = [&] {
@@ -196,7 +195,7 @@ void keeper::write(const std::vector<llama_token> & tokens) const {
     if (file == nullptr) {
         throw failed();
     }
-    bool good = fwrite(text.data(), 1, text.size(), file) == text.size() && fflush(file) == 0;
+    bool good = fwrite(data.data(), 1, data.size(), file) == data.size() && fflush(file) == 0;
 #ifndef _WIN32
     good = good && fsync(descriptor) == 0;
 #endif
