@@ -221,7 +221,7 @@ def serve(
     (/v1/chat/completions, ...), metrics (/metrics), and a web page if it was built with one. It is ready when it says
     where it listens; /health answers 200 from then on. Ctrl-C or SIGTERM ends it.
 
-    With --keep the model computes what many requests begin with once more, on idle cores and with a cache at F16, and
+    With --keep the model computes what many requests begin with once more, at low priority and with a cache at F16, and
     has it at once after the next start. `inspect DIRECTORY` lists what is there; rename a kept file to pin it. Files of
     other models are left out, with a word.
 

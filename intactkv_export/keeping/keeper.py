@@ -1,7 +1,7 @@
 """The rows of what is to be kept, computed beside the server by the model that it serves.
 
-Not read from the server's cache: that is quantized as a rule. In a process of its own, on the cores that nothing else
-wants, and as the model computes with a cache at F16: its rows are what the model can do, not what the reference can.
+Not read from the server's cache: that is quantized as a rule. In a process of its own, on what others leave of the
+cores, and as the model computes with a cache at F16: its rows are what the model can do, not what the reference can.
 """
 
 from __future__ import annotations
@@ -94,7 +94,6 @@ def _make(gguf: Path, tokens: list[int], out: Path, origin: dict[str, Any], n_th
 
 
 def _give_way() -> None:
-    """Threads made from now on compute when nobody else does."""
-    with suppress(OSError, AttributeError):
+    """Threads made from now on compute when others leave a core, and a little beside them: it ends some day."""
+    with suppress(OSError):
         os.nice(19)
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))

@@ -98,8 +98,8 @@ void keeper::prompt(const llama_batch_ext & batch, int32_t seq_id, size_t last, 
     if (tokens.size() < LEAST || is_covered(tokens, held)) {
         return;
     }
+    written.push_back(tokens); // also if it cannot be: that is said once
     write(tokens);
-    written.push_back(std::move(tokens));
 }
 
 // From the sequence's first on, as long as there is one at each position.
