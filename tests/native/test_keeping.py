@@ -237,3 +237,26 @@ def test_nothing_is_kept_unless_it_is_asked_for(
         for i in range(3):
             ask(ctx, prompt(f"{i} nights"))
         assert list(tmp_path.iterdir()) == []
+
+
+def test_several_in_one_batch_and_a_restored_state(ctx: Context, prompt: Prompt, directory: Path, f16: Any) -> None:
+    """As a server batches them. What a slot had before and is brought back has no tokens: llama.cpp saves none of
+    them. It counts for nothing then, also not as something else."""
+    first, second, third, fourth = (prompt(message) for message in ("Good evening", "A lift?", "Who are you?", "Bye"))
+    batch = [
+        (token, pos, [seq], pos == len(tokens) - 1)
+        for seq, tokens in enumerate((first, second))
+        for pos, token in enumerate(tokens)
+    ]
+    assert ctx.batch(batch) == 0
+    state = ctx.save(0)
+    L.llama_memory_clear(ctx.memory, True)
+    n = len(tokenize(f16, SYSTEM))
+    for seq in (2, 3):
+        assert ctx.restore(state, seq)
+        L.llama_memory_seq_rm(ctx.memory, seq, n, -1)
+        rest = third[n:]
+        assert ctx.batch([(token, n + i, [seq], i == len(rest) - 1) for i, token in enumerate(rest)]) == 0
+    assert list(noted(directory)) == []
+    ask(ctx, fourth, 0)
+    assert list(noted(directory)) == [tokenize(f16, SYSTEM + "<|im_start|>")]
