@@ -17,8 +17,8 @@ from tests.support.paths import REPO
 
 PACKAGE = "intactkv_export"
 TOWER = (
-    "cli", "analysis", "conversion", "calibration", "evaluation", "engines", "texts", "serving", "runtime", "replies",
-    "torch_model",
+    "cli", "analysis", "conversion", "calibration", "evaluation", "keeping", "engines", "texts", "serving", "runtime",
+    "replies", "torch_model",
     "prefix", "models", "libllama", "work", "extras", "library", "escapes", "errors",
 )  # fmt: skip
 # Floors that load a large library: others may import them inside functions only.
@@ -147,7 +147,7 @@ def test_rooms_are_few_and_files_short() -> None:
     for folder in ours:
         names = {p.stem for p in folder.iterdir() if p.suffix in (".py", ".cpp", ".h", ".jinja")}
         names |= {p.name for p in folder.iterdir() if p.is_dir() and p.name not in ("__pycache__", "lib", "include")}
-        limit = 19 if folder == REPO / PACKAGE else 9  # the tower itself, and its four singles
+        limit = 20 if folder == REPO / PACKAGE else 9  # the tower itself, and its four singles
         assert len(names - {"__init__", "__main__"}) <= limit, (folder, sorted(names))
     for path in [*(REPO / PACKAGE).rglob("*.py"), *(REPO / "native/src").rglob("*.[ch]*")]:
         assert len(path.read_text().splitlines()) <= 500, path

@@ -35,6 +35,7 @@ from intactkv_export.cli.options import (
 )
 from intactkv_export.cli.output import megabytes, print_gain, print_json, print_result, say, short_path
 from intactkv_export.cli.progress_bar import ProgressBar
+from intactkv_export.errors import UsageError
 from intactkv_export.libllama import Rope
 
 
@@ -123,12 +124,25 @@ def convert(
 @with_rope
 def prefix(
     reference: Reference,
-    model: Annotated[Path, typer.Option("--model", "-m", help="A GGUF quantized from it.", show_default=False)],
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", "-m", help="A GGUF quantized from it; --like does without.", show_default=False),
+    ] = None,
     system_prompt: SystemPrompt = None,
     tools: Tools = None,
     template_args: TemplateArgs = None,
     bos_only: BosOnly = False,
     prefix_tokens: PrefixTokens = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            "--like",
+            metavar="FILE.ikv",
+            help="Of the tokens of this prefix, in place of a prompt: what `serve --keep` has kept, at full precision. "
+            "It is written to --out.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help=f"{PREFIX_NAME}. Default: MODEL with .ikv.")] = None,
     embed: Annotated[
         bool | None,
@@ -156,9 +170,44 @@ def prefix(
     intactkv-export prefix ./SmolLM2 -m smol.gguf -s @agent.txt --tools tools.json -o agent.ikv
     intactkv-export prefix ./SmolLM2 -m smol.gguf --system-prompt "You are a poet." -o poet.ikv
     intactkv-export chat smol.gguf --prefix poet.ikv
+    intactkv-export prefix ./SmolLM2 --like prompts/kept-0123456789abcdef.ikv -o prompts/agent.ikv
     """
     from intactkv_export.conversion import prefix as run
+    from intactkv_export.conversion import remake
 
+    if like is not None:
+        given = {
+            "--system-prompt": system_prompt,
+            "--tools": tools,
+            "--template-args": template_args,
+            "--bos-only": bos_only or None,
+            "--prefix-tokens": prefix_tokens,
+            "--embed": embed,
+        }
+        if other := next((name for name, value in given.items() if value is not None), None):
+            raise UsageError(f"--like takes the tokens of {like} and writes a file: leave out {other}")
+        if out is None:
+            raise UsageError("--like does not say where to write: give --out NAME.ikv")
+        with ProgressBar(quiet=as_json) as progress:
+            remade = remake(
+                reference,
+                like,
+                out,
+                model=model,
+                engine=engine,
+                allow_requantize=allow_requantize,
+                dtype=dtype,
+                device=device,
+                offload_dir=offload_dir,
+                n_threads=threads,
+                n_ctx=ctx_size,
+                rope=rope or None,
+                progress=progress,
+            )
+        print_result(remade, as_json)
+        return
+    if model is None:
+        raise UsageError("no model is given that the prefix is for: give a GGUF with --model, or --like FILE.ikv")
     prompt = None if system_prompt is None else text_or_file(system_prompt)
     given_tools, given_args = tools_of(tools), template_args_of(template_args)
     with ProgressBar(quiet=as_json) as progress:

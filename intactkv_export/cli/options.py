@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from intactkv_export.errors import UsageError
 from intactkv_export.libllama import KV_TYPES, SCALINGS, Rope, option
 from intactkv_export.models import read_text, text_file
 from intactkv_export.prefix import from_json
@@ -209,6 +210,20 @@ def template_args_of(value: str | None) -> Any:
 
 def number_or_word(value: str | None) -> int | str | None:
     return int(value) if value is not None and value.lstrip("-").isdecimal() else value
+
+
+def n_bytes(value: str, name: str) -> int:
+    """What an option says: a number of bytes, or with K, M, G or T behind it, powers of 1000. Raises UsageError."""
+    number, factor = value[:-1], {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}.get(value[-1:].upper())
+    if factor is None:
+        number, factor = value, 1
+    try:
+        size = float(number) * factor
+        if not 1 <= size < 2**63:
+            raise ValueError
+    except ValueError:
+        raise UsageError(f"{name} is {value!r}: give a size, such as 500M or 2G") from None
+    return int(size)
 
 
 def words(value: str) -> list[str]:

@@ -20,7 +20,12 @@ Name = Annotated[
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="An .ikv file, or a GGUF with prefixes.", show_default=False)],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="An .ikv file, a GGUF with prefixes, or a directory of .ikv files.", metavar="FILE", show_default=False
+        ),
+    ],
     model: Annotated[
         Path | None, typer.Option("--model", "-m", help="A GGUF to compare with; it also gives the tokens' text.")
     ] = None,
@@ -31,14 +36,19 @@ def inspect(
     """Show what a prefix file holds: prompt, origin, sizes, and a heat map of its K and V norms.
 
     In the map a row is a token and a column a layer: pivot tokens stand out, their norms are far from the others'. Of
-    several in a GGUF the names are listed and each is shown, the default first; --name shows one of them.
+    several in a GGUF the names are listed and each is shown, the default first; --name shows one of them. Of a
+    directory, as `serve --keep` fills one, each file is listed: who made it, when it was last used, if it is pinned.
 
     \b
     intactkv-export inspect smol.ikv -m smol.gguf
     intactkv-export inspect smol.gguf --name poet --json
+    intactkv-export inspect ~/.cache/prompts
     """
     from intactkv_export.prefix import ikv, inspection
 
+    if file.is_dir():
+        _inspect_directory(file, as_json, given="--name" if name else "--model" if model else None)
+        return
     shown = list(ikv.read_all(file)) if name is None else [ikv.read(file, name)]
     if model is not None:
         from intactkv_export.runtime import check_fit
@@ -61,6 +71,19 @@ def inspect(
             console.print()
         for line in inspection.report(prefix, inspection.token_texts(prefix, model), fits, every):
             console.print(line, soft_wrap=True)
+
+
+def _inspect_directory(directory: Path, as_json: bool, given: str | None) -> None:
+    from intactkv_export import keeping
+
+    if given is not None:
+        raise UsageError(f"{directory} is a directory, and {given} is for one file: name the file, or leave it out")
+    found = list(keeping.entries(directory))
+    if as_json:
+        print_json(keeping.as_json(directory, found))
+    else:
+        for line in keeping.report(directory, found):
+            say(line)
 
 
 @app.command()
@@ -90,11 +113,13 @@ def verify(
             check_fit(found, against)
         else:
             bindings.verify(found.data)
-        result = {"file": str(found.source), "name": found.name, "tokens": len(found.tokens)}
-        results.append(result | {"extra_cells": found.n_extra, "sha256": found.sha256, "model": against})
+        result: dict[str, Any] = {"file": str(found.source), "name": found.name, "tokens": len(found.tokens)}
+        result |= {"extra_cells": found.n_extra, "sha256": found.sha256, "model": against}
+        results.append(result | ({"kept": found.kept} if found.kept else {}))
         if not as_json:
             which = f"{found.source}" if found.name is None else f"{found.source}, {found.name}"
-            say(f"{which}: {found.contents}, whole{f', fits {against}' if against else ''}")
+            made = f", made by {found.kept['model']} itself" if found.kept else ""
+            say(f"{which}: {found.contents}, whole{made}{f', fits {against}' if against else ''}")
     if as_json:
         print_json(results[0] | ({"prefixes": results} if len(results) > 1 else {}))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import stat
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +22,7 @@ from intactkv_export.cli.options import (
     KvTail,
     Threads,
     app,
+    n_bytes,
     text_or_file,
     with_rope,
 )
@@ -29,6 +31,12 @@ from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import Rope
 from intactkv_export.models import text_file
 from intactkv_export.work import usable_cores
+
+if TYPE_CHECKING:
+    from intactkv_export.keeping import Directory
+
+# Options of llama-server with which a model computes other rows than its file says
+_CHANGES_ROWS = ("--rope-", "--yarn-", "--override-kv", "--lora", "--control-vector")
 
 _PATIENCE = 1.0  # seconds without a byte from a pipe, after which it is said that it is waited for
 
@@ -179,6 +187,22 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0: every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: a free one.")] = 8080,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            "--keep",
+            metavar="DIRECTORY",
+            help="Keep system prompts that come again and again there, as .ikv files, and load them at the next start. "
+            "They are texts of your users: the files are readable for you alone.",
+            show_default=False,
+        ),
+    ] = None,
+    keep_after: Annotated[
+        int, typer.Option("--keep-after", min=2, help="Requests that begin alike and then differ, until it is kept.")
+    ] = 3,
+    keep_size: Annotated[
+        str, typer.Option("--keep-size", metavar="SIZE", help="Of all that is kept; beyond it the longest unused goes.")
+    ] = "2G",
     api_key: Annotated[
         str | None,
         typer.Option(
@@ -197,8 +221,13 @@ def serve(
     (/v1/chat/completions, ...), metrics (/metrics), and a web page if it was built with one. It is ready when it says
     where it listens; /health answers 200 from then on. Ctrl-C or SIGTERM ends it.
 
+    With --keep the model computes what many requests begin with once more, at low priority and with a cache at F16, and
+    has it at once after the next start. `inspect DIRECTORY` lists what is there; rename a kept file to pin it. Files of
+    other models are left out, with a word.
+
     \b
     intactkv-export serve smol.gguf --parallel 8
+    intactkv-export serve smol.gguf --keep ~/.cache/prompts --keep-size 500M
     intactkv-export serve smol.gguf --prefix prompts/ --host 0.0.0.0 --api-key @key.txt
     intactkv-export serve smol.gguf -- --spec-type ngram-simple --verbosity 3
     """
@@ -206,23 +235,35 @@ def serve(
 
     if prefix_paths and no_prefix:
         raise UsageError("--prefix and --no-prefix exclude each other: leave one out")
-    settings = serving.choose_settings(
-        model,
-        prefixes=[] if no_prefix else prefix_paths or None,
-        kv_type=kv_type,
-        tail=kv_tail,
-        parallel=parallel,
-        ctx_size=ctx_size,
-        threads=threads or usable_cores(),
-        host=host,
-        port=port,
-        api_key=None if api_key is None else text_or_file(api_key),
-        more=more or [],
-    )
-    with serving.Server(settings, remark) as server:
+    size = n_bytes(keep_size, "--keep-size")
+    n_threads = threads or usable_cores()
+    with contextlib.ExitStack() as stack:
+        kept, directory = None, None
+        if keep is not None:
+            directory = stack.enter_context(_directory(keep, model, size, no_prefix, more or []))
+            kept = serving.Kept(directory.path, directory.fitting(), keep_after)
+        settings = serving.choose_settings(
+            model,
+            prefixes=[] if no_prefix else prefix_paths or None,
+            kv_type=kv_type,
+            tail=kv_tail,
+            parallel=parallel,
+            ctx_size=ctx_size,
+            threads=n_threads,
+            host=host,
+            port=port,
+            api_key=None if api_key is None else text_or_file(api_key),
+            kept=kept,
+            more=more or [],
+        )
+        server = stack.enter_context(serving.Server(settings, remark))
         for note in settings.notes:
             remark(note)
         server.wait_until_ready()
+        if directory is not None:
+            from intactkv_export import keeping
+
+            keeping.Keeper(directory, settings.ctx_size, n_threads, remark)
         if as_json:
             print_json(server.facts())
         else:
@@ -230,6 +271,18 @@ def serve(
                 say(line)
         sys.stdout.flush()
         server.wait()
+
+
+def _directory(path: Path, model: Path, size: int, no_prefix: bool, more: list[str]) -> Directory:
+    """The directory of --keep. Raises UsageError if a served model would not compute what its file says."""
+    from intactkv_export import keeping
+
+    if no_prefix or os.environ.get("LLAMA_INTACTKV") == "off":
+        raise UsageError("--keep is for prefixes, and none are to be used: leave out --no-prefix, LLAMA_INTACTKV=off")
+    other = next((word for word in more if word.startswith(_CHANGES_ROWS)), None)
+    if other is not None:
+        raise UsageError(f"--keep computes with the model as its file says, and {other} changes it: give one of both")
+    return keeping.Directory(path, keeping.ServedModel(model), size, remark)
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -4,7 +4,8 @@ Two engines, llama.cpp on a GGUF and transformers on a Hugging Face directory. B
 n_head_kv, head_dim]} in llama.cpp's layout, computed in float32 and rounded once.
 """
 
+from intactkv_export.engines import llama_engine
 from intactkv_export.engines.choose import check_device, check_in_torch, choose
 from intactkv_export.engines.compute import Engine, compute, longrope_factors
 
-__all__ = ["Engine", "check_device", "check_in_torch", "choose", "compute", "longrope_factors"]
+__all__ = ["Engine", "check_device", "check_in_torch", "choose", "compute", "llama_engine", "longrope_factors"]

@@ -63,6 +63,11 @@ class Prefix:
         return manifests.in_sight(self.manifest)
 
     @property
+    def kept(self) -> dict[str, Any] | None:
+        """Of a prefix that a served model has made of its own: which one, and how many requests began so."""
+        return self.manifest.get(manifests.KEPT)
+
+    @property
     def contents(self) -> str:
         """For messages: how many tokens, and extra cells if there are some."""
         n, n_extra = len(self.tokens), self.n_extra

@@ -120,6 +120,7 @@ def _facts(prefix: Prefix, fits: str | None) -> list[Text]:
         *(("layers", text) for text in _layer_groups(prefix)),
         ("SHA-256", f"{prefix.sha256} (checked)"),
         ("calibrated", _calibration(m["calibrated"])),
+        *_keeping(prefix),
         ("made by", m["created_by"]),
     ]  # fmt: skip
     if fits is not None:
@@ -129,6 +130,14 @@ def _facts(prefix: Prefix, fits: str | None) -> list[Text]:
         for i, part in enumerate(_wrap(_one_line(value), WIDTH - 12)):
             lines.append(Text(f"{name if i == 0 else '':11} ", style="dim") + Text(part, style="default"))
     return lines
+
+
+def _keeping(prefix: Prefix) -> list[tuple[str, str]]:
+    """Of one that no reference has computed."""
+    if prefix.kept is None:
+        return []
+    made = f"by {prefix.kept['model']} while it was served, itself, not by the reference; {prefix.kept['requests']}"
+    return [("kept", f"{made} requests began so")]
 
 
 def _rendering(manifest: dict[str, Any]) -> list[tuple[str, str]]:

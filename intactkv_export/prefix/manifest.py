@@ -20,6 +20,7 @@ _MAX_BYTES = 16 << 20  # a million tokens with their text
 _MAX_HEADS, _MAX_HEAD_DIM = 1 << 16, 1 << 16
 EXTRA = "extra_cells"  # the field that counts cells which stand for no token; a prefix without such has none
 MAX_EXTRA = 1 << 16
+KEPT = "kept"  # the field of a prefix that a served model has made itself, without a reference
 IN_SIGHT = "in_sight"  # of the field calibrated
 
 
@@ -199,6 +200,12 @@ def _check_origin(root: _Field) -> None:
         alone = n == 1 or not calibrated[IN_SIGHT].value
         calibrated[IN_SIGHT].expect(alone, f"false for a prefix of {n} tokens, only the first one stays in sight")
     root["created_by"].text()
+    if KEPT in root.value:
+        kept = root[KEPT]
+        kept["model"].text()
+        kept["weights_sha256"].sha256()
+        for key in ("n_bytes", "mtime_ns", "requests"):
+            kept[key].integer(0, 2**63 - 1)
     if "rope_options" in root.value:
         options = root["rope_options"]
         options.expect(isinstance(options.value, dict), "an object")

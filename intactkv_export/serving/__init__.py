@@ -5,8 +5,8 @@ Also upstream's other programs, if they were built.
 
 from intactkv_export.serving.programs import program_names, program_path, run_program
 from intactkv_export.serving.server import Server
-from intactkv_export.serving.settings import Settings, choose_settings
+from intactkv_export.serving.settings import Kept, Settings, choose_settings
 
 __all__ = [
-    "Server", "Settings", "choose_settings", "program_names", "program_path", "run_program",
+    "Kept", "Server", "Settings", "choose_settings", "program_names", "program_path", "run_program",
 ]  # fmt: skip

@@ -121,6 +121,7 @@ class Server:
             "tail": s.tail,
             "parallel": s.parallel,
             "ctx_size": s.ctx_size,
+            "keep": s.keep,
             "api_key": s.has_key,
             "memory": self.memory,
         }
@@ -135,6 +136,7 @@ class Server:
             *(f"prefix {_called(prefix)}: {prefix.contents}, loaded" for prefix in s.prefixes),
         ]
         lines += [] if s.prefixes else ["no prefix"]
+        lines += [f"prompts that come again and again are kept in {s.keep}"] if s.keep else []
         if memory := self.memory:
             own, files = (f"{memory[name] / 1e6:,.0f} MB" for name in ("own", "files"))
             lines.append(f"memory: {own}, and {files} of files that are mapped")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,10 @@ from intactkv_export.prefix import Prefix, check_reference, ikv
 
 PREFIXES = "LLAMA_INTACTKV"  # read by the library: what it gives to sequences that begin with it
 TAIL = "INTACTKV_TAIL"
+KEEP, KEEP_AFTER = "LLAMA_INTACTKV_KEEP", "LLAMA_INTACTKV_KEEP_AFTER"  # where tokens that come again are noted
 KEY = "LLAMA_API_KEY"
+
+_BATCH, _BEHIND = 2048, 512  # tokens that llama-server evaluates at once; room for a question behind a prefix
 
 # What has an option here, and must not be said to llama-server twice. Its name there -> ours
 _OURS = {
@@ -26,6 +30,16 @@ _OURS = {
     "-ctk": "--kv-type", "--cache-type-k": "--kv-type", "-ctv": "--kv-type", "--cache-type-v": "--kv-type",
     "-t": "--threads", "--threads": "--threads", "--api-key": "--api-key", "--api-key-file": "--api-key @FILE",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a server is to keep. directory: where the library notes the tokens that `after` requests begin with;
+    prefixes: those of its model that are there."""
+
+    directory: Path
+    prefixes: Sequence[Prefix]
+    after: int
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,11 @@ class Settings:
     arguments: list[str] = field(repr=False)
     environment: Mapping[str, str] = field(repr=False)
     notes: list[str] = field(default_factory=list)  # what had to be chosen, for whoever starts it
+
+    @property
+    def keep(self) -> Path | None:
+        """Where prompts that come again and again are kept."""
+        return Path(self.environment[KEEP]) if self.environment.get(KEEP) else None
 
     @property
     def url(self) -> str:
@@ -78,6 +97,7 @@ def choose_settings(
     host: str = "127.0.0.1",
     port: int = 8080,
     api_key: str | None = None,
+    kept: Kept | None = None,
     more: Sequence[str] = (),
 ) -> Settings:
     """Checks all of it, the prefixes' bytes too, and chooses what is not said. Starts nothing.
@@ -86,7 +106,8 @@ def choose_settings(
     those that LLAMA_INTACTKV names, or the file beside the model; empty: none at all, not the embedded ones either.
     kv_type, tail: as of IntactLlama. ctx_size: None: what the model was trained for, at most 4096, or the longest
     prefix and 2048 more; 0: all that it was trained for. port: 0: a free one. api_key: several with commas between.
-    more: further arguments of llama-server. Raises UsageError, IntactKVError.
+    kept: its prefixes are beside all others, those that the context has no room for left out. more: further arguments
+    of llama-server. Raises UsageError, IntactKVError.
     """
     from intactkv_export.runtime import choose_n_ctx
 
@@ -101,15 +122,18 @@ def choose_settings(
     found, files = _prefixes(first, prefixes, environment.get(PREFIXES))
     for prefix in found:
         check_reference(prefix, header.values.get(KEY_REFERENCE), str(model))
-    if prefixes is not None and not prefixes:
-        environment[PREFIXES] = "off"
-    elif files:
-        environment[PREFIXES] = os.pathsep.join(map(str, files))
     types, tail, notes = _cache(asked, tail, header.values, environment)
     if tail is not None:
         environment[TAIL] = str(tail)
     longest = max((prefix.n_cells for prefix in found), default=0)
     ctx_size = choose_n_ctx(ctx_size, longest, f"the longest prefix takes {longest} tokens", header.values)
+    if kept is not None:
+        more_found, more_files = _kept(kept, found, ctx_size, notes, environment)
+        found, files = [*found, *more_found], [*files, *more_files]
+    if prefixes is not None and not prefixes:
+        environment[PREFIXES] = "off"
+    elif files:
+        environment[PREFIXES] = os.pathsep.join(map(str, files))
     if api_key is not None:
         if not api_key.strip(" ,\n"):
             raise UsageError("the API key is empty: give one with --api-key, or leave it out")
@@ -127,10 +151,32 @@ def choose_settings(
     arguments += ["--ctx-size", str(ctx_size * parallel), "--no-kv-unified"]
     arguments += ["--cache-type-k", types[0], "--cache-type-v", types[1], "--flash-attn", "on", "--metrics"]
     arguments += ["--threads", str(threads)] if threads else []
+    arguments += _prompts_whole(found, notes)
     arguments += ["--verbosity", "2", *more]  # errors and warnings
     return Settings(
         model, found, types, tail, parallel, ctx_size, host, port, has_key, arguments, environment, notes
     )  # fmt: skip
+
+
+def _prompts_whole(prefixes: Sequence[Prefix], notes: list[str]) -> list[str]:
+    """What llama-server needs to be told where a prefix is longer than a sliding window.
+
+    Such a one is loaded by the batch that brings its end, and what came before is computed. For its checkpoints
+    llama-server ends a batch some hundred tokens before a prompt's end, which is in the middle of a prefix as a rule.
+    """
+    long = [len(prefix.tokens) for prefix in prefixes if len(prefix.tokens) > _window(prefix)]
+    if not long:
+        return []
+    notes.append(
+        f"a prefix of {max(long)} tokens is longer than the model's sliding window: prompts are evaluated whole, "
+        "without llama-server's context checkpoints (-- --ctx-checkpoints 32 has them, and computes such prefixes)"
+    )
+    return ["--ctx-checkpoints", "0", "--batch-size", str(max(_BATCH, max(long) + _BEHIND))]
+
+
+def _window(prefix: Prefix) -> float:
+    """Tokens of the sliding window that some layers have, infinite if none has one."""
+    return min((cache["n_swa"] for cache in prefix.manifest["model"]["caches"] if cache["swa_type"]), default=math.inf)
 
 
 def _name(argument: str) -> str:
@@ -152,6 +198,31 @@ def _prefixes(model: Path, given: Sequence[Path] | None, variable: str | None) -
         if os.pathsep in str(path):
             raise UsageError(f"{path} has a {os.pathsep!r} in it, which separates paths in {PREFIXES}: rename it")
     return [*embedded, *(prefix for path in files for file in _files(path) for prefix in ikv.read_all(file))], files
+
+
+def _kept(
+    kept: Kept, others: Sequence[Prefix], n_ctx: int, notes: list[str], environment: dict[str, str]
+) -> tuple[list[Prefix], list[Path]]:
+    """Those of kept prefixes that are to be loaded beside others, and their files. What is to be kept is said to the
+    library."""
+    if os.pathsep in str(kept.directory):
+        raise UsageError(f"{kept.directory} has a {os.pathsep!r} in it, which separates paths in {PREFIXES}: rename it")
+    environment[KEEP], environment[KEEP_AFTER] = str(kept.directory), str(kept.after)
+    there = {prefix.source.resolve() for prefix in others if prefix.source is not None}
+    found, files = [], []
+    for prefix in kept.prefixes:
+        assert prefix.source is not None  # they are of files
+        if prefix.source.resolve() in there:
+            continue
+        if os.pathsep in prefix.source.name:
+            notes.append(f"{prefix.source} is left out: it has a {os.pathsep!r} in its name")
+            continue
+        if prefix.n_cells >= n_ctx:
+            notes.append(f"{prefix.source} is left out: it takes {prefix.n_cells} tokens and the context has {n_ctx}")
+            continue
+        found.append(prefix)
+        files.append(prefix.source)
+    return found, files
 
 
 def _files(path: Path) -> list[Path]:

@@ -8,10 +8,12 @@
 
 #include "automatic/plan.h"
 #include "automatic/prefixes.h"
+#include "keeping/keeper.h"
 
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 struct llama_batch_ext;
@@ -34,6 +36,10 @@ public:
     // Throws std::runtime_error. view: of a verified file that fits the context
     void hold(const prefix_view & view, const std::string & name) { held.add(intactkv::hold(&ctx, view, name)); }
 
+    // What its sequences begin with is counted, and what they use is noted; nullptr: it is not
+    void keep(std::unique_ptr<keeper> by) { kept = std::move(by); }
+    bool keeps() const { return kept != nullptr; }
+
     // In place of llama_context::decode(). false: the batch is upstream's to compute, nothing was done
     bool decode(const llama_batch_ext & batch, int & status);
 
@@ -50,6 +56,7 @@ private:
     llama_context & ctx;
     prefixes held;
     uint64_t n_loaded = 0;
+    std::unique_ptr<keeper> kept;
     bool inside = false; // decode() computes what is left of a batch
 
     // outputs of the goes before the last, by index in the caller's batch

@@ -6,6 +6,7 @@
 #include "automatic/enable.h"
 #include "automatic/sources.h"
 #include "cells/arena.h"
+#include "keeping/keeper.h"
 #include "prefix_file/parse.h"
 
 #include "llama-context.h"
@@ -97,6 +98,18 @@ static void add(llama_context & ctx, automatic & to, const prefix_source & sourc
             view.calibrated ? ", trained" : "");
 }
 
+// One that a server has kept is no reason to have no context.
+static void add_or_leave(llama_context & ctx, automatic & to, const prefix_source & source) {
+    try {
+        add(ctx, to, source);
+    } catch (const std::exception & err) {
+        if (!keeper::has(source.path)) {
+            throw;
+        }
+        LLAMA_LOG_WARN("%s: the kept prefix %s is not used: %s\n", __func__, source.name().c_str(), err.what());
+    }
+}
+
 std::shared_ptr<automatic> of_new(llama_context & ctx) {
     if (!enabled || ctx.get_cparams().ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
         return nullptr;
@@ -105,17 +118,23 @@ std::shared_ptr<automatic> of_new(llama_context & ctx) {
     std::string now = "LLAMA_INTACTKV";
     try {
         const std::vector<prefix_source> sources = sources_of(ctx.get_model());
-        const std::string why = sources.empty() ? "" : why_none(ctx);
+        std::unique_ptr<keeper> kept = keeper::of_new(ctx);
+        const std::string why = sources.empty() && !kept ? "" : why_none(ctx);
         for (const prefix_source & source : sources) {
             now = source.name();
             if (why.empty()) {
-                add(ctx, *res, source);
-            } else if (source.named) {
+                add_or_leave(ctx, *res, source);
+            } else if (source.named && !keeper::has(source.path)) {
                 throw std::runtime_error(why);
             }
         }
         if (!why.empty()) {
             LLAMA_LOG_INFO("%s: the model's prefixes are not used: %s\n", __func__, why.c_str());
+            if (kept) {
+                LLAMA_LOG_WARN("%s: no prompt is kept: %s\n", __func__, why.c_str());
+            }
+        } else {
+            res->keep(std::move(kept));
         }
     } catch (const std::exception & err) {
         const std::string error = format(
@@ -123,7 +142,7 @@ std::shared_ptr<automatic> of_new(llama_context & ctx) {
         fail(error);
         throw std::runtime_error(error);
     }
-    return res->all().all().empty() ? nullptr : res;
+    return res->all().all().empty() && !res->keeps() ? nullptr : res;
 }
 
 } // namespace intactkv

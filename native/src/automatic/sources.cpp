@@ -1,5 +1,8 @@
 #include "automatic/sources.h"
 
+#include "keeping/keeper.h"
+
+#include "llama-impl.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -26,6 +29,10 @@ static void add_file(std::vector<prefix_source> & to, const std::string & path, 
     std::vector<embedded_prefix> found;
     std::string error;
     if (!list_prefixes(path.c_str(), found, error)) {
+        if (keeper::has(path)) {
+            LLAMA_LOG_WARN("%s: the kept prefix %s is not used: %s\n", __func__, path.c_str(), error.c_str());
+            return;
+        }
         throw std::runtime_error(error);
     }
     if (found.empty() && named) {

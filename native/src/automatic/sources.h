@@ -21,7 +21,7 @@ struct prefix_source {
 };
 
 // Those of a model: of its file, then those of the files and directories (their *.ikv, sorted) in LLAMA_INTACTKV. Empty
-// if that is "off". Throws std::runtime_error for what cannot be read
+// if that is "off". Throws std::runtime_error for what cannot be read, unless a server keeps it (keeping/keeper.h)
 std::vector<prefix_source> sources_of(const llama_model & model);
 
 } // namespace intactkv

@@ -1,0 +1,221 @@
+#include "keeping/keeper.h"
+
+#include "api/describe.h"
+#include "automatic/prefixes.h"
+#include "cells/arena.h"
+
+#include "llama-batch.h"
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include "hash/hash.h"
+#include "nlohmann/json.hpp"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <filesystem>
+#include <stdexcept>
+#include <system_error>
+#include <utility>
+
+#ifndef _WIN32
+#include <fcntl.h>
+#include <unistd.h>
+#endif
+
+namespace intactkv {
+
+namespace fs = std::filesystem;
+
+static constexpr size_t LEAST = 32;    // tokens that are worth a file
+static constexpr size_t NEAR = 16;     // tokens: from a turn's mark, the first words of a message, or of a reply
+static constexpr uint32_t N_TIMES = 3; // where LLAMA_INTACTKV_KEEP_AFTER does not say
+static constexpr auto YOUNG = std::chrono::seconds(60); // as long a file that was used is not touched again
+
+static std::string text(const char * value) {
+    return value ? value : "";
+}
+
+bool keeper::has(const std::string & path) {
+    const std::string directory = text(getenv("LLAMA_INTACTKV_KEEP"));
+    return !directory.empty() && fs::u8path(path).parent_path() == fs::u8path(directory);
+}
+
+std::unique_ptr<keeper> keeper::of_new(const llama_context & ctx) {
+    const std::string directory = text(getenv("LLAMA_INTACTKV_KEEP"));
+    if (directory.empty() || text(getenv("LLAMA_INTACTKV")) == "off") {
+        return nullptr;
+    }
+    const std::string after = text(getenv("LLAMA_INTACTKV_KEEP_AFTER"));
+    char * end = nullptr;
+    const unsigned long n = after.empty() ? N_TIMES : strtoul(after.c_str(), &end, 10);
+    if (n < 2 || n > 1000000 || (end && *end)) {
+        throw std::runtime_error("LLAMA_INTACTKV_KEEP_AFTER is '" + after + "': give a number of requests, 2 or more");
+    }
+    return std::make_unique<keeper>(ctx, directory, n);
+}
+
+keeper::keeper(const llama_context & ctx, std::string directory, uint32_t n_times) :
+    ctx(ctx),
+    directory(std::move(directory)),
+    n_times(n_times),
+    counted(n_times),
+    prompts(ctx.n_seq_max()) {}
+
+// A prompt is what comes without being asked about, up to the first token that is. One reply's tokens come each asked
+// about, a draft's too.
+void keeper::see(const llama_batch_ext & batch, const prefixes & held) {
+    try {
+        for (size_t i = 0; i < batch.tokens.size(); ++i) {
+            const llama_batch_ext::token & t = batch.tokens[i];
+            if (t.seq_ids.empty()) {
+                return;
+            }
+            const llama_seq_id seq_id = *std::min_element(t.seq_ids.begin(), t.seq_ids.end());
+            if (seq_id < 0 || (size_t) seq_id >= prompts.size()) {
+                return; // upstream refuses it
+            }
+            if (prompts[seq_id] && t.output) {
+                prompt(batch, seq_id, i, held);
+            }
+            prompts[seq_id] = !t.output;
+        }
+    } catch (const std::exception & err) {
+        LLAMA_LOG_WARN("%s: a prompt that comes again and again cannot be kept: %s\n", __func__, err.what());
+    }
+}
+
+void keeper::prompt(const llama_batch_ext & batch, int32_t seq_id, size_t last, const prefixes & held) {
+    std::vector<llama_token> tokens = tokens_of(batch, seq_id, last);
+    const size_t own = n_own(tokens);
+    const size_t n = counted.add({ tokens, own });
+    tokens.resize(cut(tokens, n));
+    if (tokens.size() < LEAST || is_covered(tokens, held)) {
+        return;
+    }
+    written.push_back(tokens); // also if it cannot be: that is said once
+    write(tokens);
+}
+
+// From the sequence's first on, as long as there is one at each position.
+std::vector<llama_token> keeper::tokens_of(const llama_batch_ext & batch, int32_t seq_id, size_t last) const {
+    const arena & a = *caches_of(&ctx)[0]->intact;
+    const uint32_t strm = a.stream_of(seq_id);
+    const llama_kv_cells & cells = a.cells_in(strm);
+    llama_pos first = batch.tokens[last].pos[0];
+    for (size_t i = 0; i < last; ++i) {
+        first = batch.tokens[i].seq_ids.count(seq_id) ? std::min(first, batch.tokens[i].pos[0]) : first;
+    }
+    std::vector<llama_token> res;
+    for (const auto & [pos, cell] : a.cells_of(strm, seq_id)) {
+        const llama_token id = cells.ext_get(cell).tok;
+        if (pos >= first || (size_t) pos > res.size()) {
+            break;
+        }
+        if ((size_t) pos == res.size() && id >= 0) { // extra cells are no tokens
+            res.push_back(id);
+        }
+    }
+    for (size_t i = 0; i <= last; ++i) {
+        const llama_batch_ext::token & t = batch.tokens[i];
+        if (t.seq_ids.count(seq_id) && !t.has_embd && t.id >= 0 && (size_t) t.pos[0] == res.size()) {
+            res.push_back(t.id);
+        }
+    }
+    return res;
+}
+
+// Up to the end of the last message; where what ends a turn is none of its tokens, or far from the end, all of it.
+size_t keeper::n_own(const std::vector<llama_token> & tokens) const {
+    const llama_vocab * vocab = llama_model_get_vocab(&ctx.get_model());
+    for (size_t n = tokens.size(); n > 0 && n + NEAR > tokens.size(); --n) {
+        if (llama_vocab_is_eog(vocab, tokens[n - 1])) {
+            return n;
+        }
+    }
+    return tokens.size();
+}
+
+// Of n tokens that came again, those that will come again: not the words with which several messages happened to begin.
+size_t keeper::cut(const std::vector<llama_token> & tokens, size_t n) const {
+    const llama_vocab * vocab = llama_model_get_vocab(&ctx.get_model());
+    for (size_t res = n; res > 0 && res + NEAR > n; --res) {
+        if (llama_vocab_is_control(vocab, tokens[res - 1])) {
+            return res;
+        }
+    }
+    return n;
+}
+
+// Whether there is little to be gained: a prefix that is held, or was asked for, has all but a few of the tokens.
+bool keeper::is_covered(const std::vector<llama_token> & tokens, const prefixes & held) const {
+    const auto enough = [&](size_t n) {
+        return tokens.size() < n + LEAST;
+    };
+    for (const held_prefix & p : held.all()) {
+        const size_t n = n_common(tokens, p.tokens);
+        const bool ends = n == p.tokens.size();
+        if (enough(n) && (ends || (!p.whole && p.serves(n)))) {
+            return true;
+        }
+    }
+    const bool has_window = caches_of(&ctx).size() > 1; // it leaves behind what a shorter prefix needs
+    return std::any_of(written.begin(), written.end(), [&](const std::vector<llama_token> & w) {
+        const size_t n = n_common(tokens, w);
+        return enough(n) && (n == w.size() || !has_window);
+    });
+}
+
+// Whole or not at all, and for nobody else's eyes.
+void keeper::write(const std::vector<llama_token> & tokens) const {
+    const nlohmann::json content = {
+        { "format", 1 },
+        { "model", ctx.get_model().intact_path },
+        { "requests", n_times },
+        { "tokens", tokens },
+    };
+    const std::string data = content.dump();
+    const std::string name = hash_sha256_hex(data.data(), data.size()).substr(0, 16);
+    const fs::path target = fs::u8path(directory) / (name + ".tokens");
+    const fs::path temporary = fs::u8path(directory) / ("." + name + ".tokens.tmp");
+    const auto failed = [&] {
+        return std::system_error(errno, std::generic_category(), target.u8string());
+    };
+#ifdef _WIN32
+    FILE * file = _wfopen(temporary.c_str(), L"wb");
+#else
+    const int descriptor = open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    FILE * file = descriptor < 0 ? nullptr : fdopen(descriptor, "wb");
+#endif
+    if (file == nullptr) {
+        throw failed();
+    }
+    bool good = fwrite(data.data(), 1, data.size(), file) == data.size() && fflush(file) == 0;
+#ifndef _WIN32
+    good = good && fsync(descriptor) == 0;
+#endif
+    if (fclose(file) != 0 || !good) {
+        throw failed();
+    }
+    fs::rename(temporary, target);
+}
+
+void keeper::used(const held_prefix & prefix, size_t n) {
+    if (n < std::min(LEAST, prefix.tokens.size()) || !has(prefix.name)) {
+        return;
+    }
+    const auto now = std::chrono::steady_clock::now();
+    const auto [it, is_new] = last_used.try_emplace(prefix.name, now);
+    if (is_new || now - it->second > YOUNG) {
+        it->second = now;
+        std::error_code none; // gone meanwhile, or not ours
+        fs::last_write_time(fs::u8path(prefix.name), fs::file_time_type::clock::now(), none);
+    }
+}
+
+} // namespace intactkv
