@@ -65,7 +65,7 @@ class Place:
             p = L.llama_model_default_params()
             none = (ctypes.c_void_p * 1)(None)
             if self.name is None:  # no device: prompts would be multiplied on the GPU otherwise
-                p.devices, p.n_gpu_layers, p.use_extra_bufts = ctypes.cast(none, type(p.devices)), 0, False
+                p.devices, p.n_gpu_layers, p.use_extra_bufts = ctypes.addressof(none), 0, False
             else:
                 p.n_gpu_layers = PLACES[self.name]["n_gpu_layers"]
             self.models[path] = L.llama_model_load_from_file(str(path).encode(), p)
