@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from intactkv_export import library
 from intactkv_export.libllama import bindings
 from intactkv_export.prefix import ikv
 from tests.support import automatic, extra_cells, in_sight, tiny_ggufs
@@ -37,7 +38,7 @@ Logits = list[np.ndarray]
 
 def devices() -> list[str]:
     """Names of the GPUs that the libraries see."""
-    lib = Path(os.environ["LLAMA_CPP_LIB_PATH"])
+    lib = Path(os.environ[library.VARIABLE])
     try:
         ggml, base = (ctypes.CDLL(str(lib / f"lib{name}.so")) for name in ("ggml", "ggml-base"))
     except OSError:  # another system's names: macOS has its GPU in tests of its own
