@@ -3,7 +3,7 @@
 #include "api/describe.h"
 #include "attention/store.h"
 #include "cells/arena.h"
-#include "cells/rows.h"
+#include "attention/rows.h"
 #include "cells/sight.h"
 #include "prefix_file/parse.h"
 

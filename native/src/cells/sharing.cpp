@@ -1,7 +1,7 @@
 #include "cells/sharing.h"
 
 #include "cells/arena.h"
-#include "cells/rows.h"
+#include "attention/rows.h"
 
 #include "llama-impl.h"
 #include "llama-kv-cache.h"

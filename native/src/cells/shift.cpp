@@ -1,7 +1,7 @@
 #include "cells/shift.h"
 
 #include "cells/arena.h"
-#include "cells/rows.h"
+#include "attention/rows.h"
 
 #include "llama-hparams.h"
 #include "llama-impl.h"
