@@ -32,7 +32,7 @@ std::shared_ptr<automatic> enable(llama_context & ctx) {
     }
     if (unsupported(memory, ctx.get_model()).empty()) {
         for (llama_kv_cache * kv : caches_of(memory)) {
-            arena::attach(*kv, ctx.get_cparams());
+            arena::attach(*kv, ctx);
         }
     }
     return of_new(ctx);
@@ -46,6 +46,17 @@ void came_from(llama_model & model, const std::string & path) {
 
 bool decode(automatic & prefixes, const llama_batch_ext & batch, int & status) {
     return prefixes.decode(batch, status);
+}
+
+void keep_on_cpu(ggml_backend_sched_t sched, ggml_backend_t cpu, ggml_tensor * attention) {
+    if (attention->op == GGML_OP_CUSTOM) {
+        ggml_backend_sched_set_tensor_backend(sched, attention, cpu);
+    }
+    for (ggml_tensor * src : attention->src) { // behind a view, or what it merges
+        if (src && src->op == GGML_OP_CUSTOM) {
+            keep_on_cpu(sched, cpu, src);
+        }
+    }
 }
 
 uint32_t state_version(const llama_context * ctx, int32_t seq_id) {

@@ -1,7 +1,9 @@
-// What the patched llama.cpp calls besides cells/: once per model and context, once per batch and state file, and
-// for hybrid memory.
+// What the patched llama.cpp calls besides cells/: once per model and context, once per batch, graph's attention and state
+// file, and for hybrid memory.
 
 #pragma once
+
+#include "ggml-backend.h"
 
 #include <cstdint>
 #include <memory>
@@ -28,6 +30,10 @@ void came_from(llama_model & model, const std::string & path);
 
 // In place of llama_context::decode(), for a context that has automatic prefixes. false: upstream goes on
 bool decode(automatic & prefixes, const llama_batch_ext & batch, int & status);
+
+// attention: what layer_attention::attend() has returned. Its nodes call functions of this process: a backend that takes
+// every op, as that of other machines does, must not be given them because the nodes around them are its own.
+void keep_on_cpu(ggml_backend_sched_t sched, ggml_backend_t cpu, ggml_tensor * attention);
 
 // Or-ed into the version of a saved state that has intact cells: stock llama.cpp then refuses the file, naming it.
 constexpr uint32_t STATE_VERSION_INTACT = 0x494b0000; // "IK"

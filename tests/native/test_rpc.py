@@ -1,4 +1,7 @@
-"""Layers on other machines: two of upstream's RPC servers on the loopback, logits as when all is here."""
+"""Layers on other machines: two of upstream's RPC servers on the loopback, logits as when all is here.
+
+An RPC server takes every op, so these are also the tests of what must not leave this process.
+"""
 
 from __future__ import annotations
 
@@ -45,14 +48,15 @@ def machines() -> Iterator[list[str]]:
             process.wait()
 
 
-CODE = """
-import ctypes, json
+SETUP = """
+import ctypes, json, os
 import numpy as np
 from intactkv_export import library
 from intactkv_export.libllama import bindings
 from intactkv_export.prefix import ikv
+from tests.native.test_attention_now import Counted
 from tests.support import lowlevel
-from tests.support.lowlevel import Context, L
+from tests.support.lowlevel import Context, L, kl
 
 model, machines, prefix = {model!r}, {machines!r}, ikv.read({prefix!r})
 
@@ -62,7 +66,7 @@ def load(n_layers):
     return L.llama_model_load_from_file(model.encode(), params)
 
 here = load(0)
-ggml, base = (ctypes.CDLL(str(library.library_path() / f"lib{{name}}.so")) for name in ("ggml", "ggml-base"))
+ggml, base = (ctypes.CDLL(f"{{os.environ[library.VARIABLE]}}/lib{{name}}.so") for name in ("ggml", "ggml-base"))
 ggml.ggml_backend_reg_by_name.restype = base.ggml_backend_reg_get_proc_address.restype = ctypes.c_void_p
 base.ggml_backend_reg_get_proc_address.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
 ggml.ggml_backend_register.argtypes = [ctypes.c_void_p]
@@ -72,17 +76,20 @@ for machine in machines:
 lines = []
 log = L.llama_log_callback(lambda level, text, data: lines.append(text.decode()))
 L.llama_log_set(log, None)
-there = load(99)
+there = load({n_layers})
 used = [machine for machine in machines if any(f"[{{machine}}] model buffer" in line for line in lines)]
 
 text = "What is the capital of France? Tell me about its river, its history and its people.<|im_end|>\\n"
 tokens = prefix.tokens + lowlevel.tokenize(here, text)
 n, end = len(prefix.tokens), len(prefix.tokens) + len(lowlevel.tokenize(here, text))
 found = {{"used": used}}
+"""
+
+ALL = """
 for k, v, tail in [("q8_0", "q4_0", 16), ("q4_0", "q4_0", 0), ("f16", "f16", 0)]:
     outputs = []
     for each in (here, there):
-        ctx = Context(each, k, v, tail=tail)
+        ctx = Context(each, k, v, tail=tail, offload_kqv={offload})
         bindings.load(ctx.ptr, prefix.data)
         logits = [ctx.decode(tokens[n:-3], n), *(ctx.decode([tokens[i]], i) for i in range(end - 3, end))]
         counts = [ctx.attention(), ctx.n_intact(), ctx.n_tail(), ctx.arena_bytes()]
@@ -98,10 +105,14 @@ print(json.dumps(found))
 """
 
 
-def test_layers_on_two_machines(machines: list[str], smol: Smol) -> None:
-    """Prefix, tail, saved state and shift, all with their rows in the memory of others."""
-    code = CODE.format(model=str(smol.gguf), machines=machines, prefix=str(smol.ikv))
-    done = own_process.run(code, INTACTKV_ATTN="portable", LLAMA_INTACTKV="off")
+@pytest.mark.parametrize(("attention", "offload"), [("portable", True), ("fused", False)], ids=["all", "not the cache"])
+def test_layers_on_two_machines(machines: list[str], smol: Smol, attention: str, offload: bool) -> None:
+    """Prefix, tail, saved state and shift, all with their rows in the memory of others; or with the cache here, where
+    the kernel reads it between layers that are elsewhere."""
+    code = (SETUP + ALL).format(
+        model=str(smol.gguf), machines=machines, prefix=str(smol.ikv), n_layers=99, offload=offload
+    )
+    done = own_process.run(code, INTACTKV_ATTN=attention, LLAMA_INTACTKV="off")
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.pop("used") == machines
@@ -109,6 +120,27 @@ def test_layers_on_two_machines(machines: list[str], smol: Smol) -> None:
     for kv, (counts, counts_there, error) in found.items():
         assert counts_there == counts, kv
         quantized = kv != "f16,f16"
-        assert counts[0] == ("portable" if quantized else "stock") and (counts[1] >= n) == quantized, (kv, counts)
+        assert counts[0] == (attention if quantized or not offload else "stock"), kv
+        assert (counts[1] >= n) == quantized, (kv, counts)
         assert (counts[2] > 0) == (kv == "q8_0,q4_0") and (counts[3] > 0) == quantized, (kv, counts)
         assert error < 1e-3, (kv, error)  # seen: the same bits
+
+
+SOME = """
+counted, outputs = Counted(), []
+for each, params in [(here, {{}}), (there, {{"cb_eval": counted.cb_eval}})]:
+    ctx = Context(each, "q8_0", **params)
+    bindings.load(ctx.ptr, prefix.data)
+    outputs.append(ctx.decode(tokens[n:], n))
+print(json.dumps([kl(*outputs), ctx.attention(), sorted(counted.ran)]))
+"""
+
+
+def test_some_layers_elsewhere(machines: list[str], smol: Smol) -> None:
+    """Each layer has the attention that the memory of its rows allows."""
+    code = (SETUP + SOME).format(model=str(smol.gguf), machines=machines, prefix=str(smol.ikv), n_layers=10)
+    done = own_process.run(code, INTACTKV_ATTN="", LLAMA_INTACTKV="off")
+    assert done.returncode == 0, done.stderr[-2000:]
+    apart, said, ran = json.loads(done.stdout.splitlines()[-1])
+    assert (said, ran) == ("portable", ["CUSTOM", "FLASH_ATTN_EXT"])
+    assert apart < 2e-3

@@ -3,6 +3,7 @@
 #include "api/describe.h"
 #include "attention/store.h"
 #include "cells/arena.h"
+#include "attention/rows.h"
 #include "cells/sight.h"
 #include "prefix_file/parse.h"
 
@@ -50,6 +51,7 @@ void held_rows::read(const uint8_t *& state) {
         positions[token - first] = token;
     }
     numbers = a->hold_rows(positions);
+    a->wait();
     get<uint32_t>(state); // V is not transposed
     get<uint32_t>(state); // layers
     const std::vector<uint32_t> layers = a->layer_ids();
@@ -84,6 +86,7 @@ void held_rows::take(ggml_tensor * arena_rows, std::vector<uint8_t> & exact, con
     }
     std::vector<ggml_fp16_t> f16(n);
     std::vector<float> f32(n);
+    std::vector<uint8_t> rows(items.size() * row_size);
     for (size_t i = 0; i < items.size(); ++i) {
         memcpy(f16.data(), data + i * row_size, row_size);
         fused_widen(f16.data(), f32.data(), n);
@@ -94,8 +97,9 @@ void held_rows::take(ggml_tensor * arena_rows, std::vector<uint8_t> & exact, con
             throw std::runtime_error(format(
                     "%s row %zu of layer %u is not finite in the basis of this cache: use an F16 cache", side, i, il));
         }
-        ggml_backend_tensor_set(arena_rows, f16.data(), numbers[items[i]] * row_size, row_size);
+        memcpy(rows.data() + items[i] * row_size, f16.data(), row_size);
     }
+    set_rows(arena_rows, numbers, rows.data());
 }
 
 void held_rows::release() {
@@ -113,14 +117,15 @@ void held_rows::write_side(ggml_tensor * cells, const ggml_tensor * arena_rows, 
     const size_t out_size = ggml_row_size(cells->type, n);
     std::vector<ggml_fp16_t> f16(n);
     std::vector<float> f32(n);
+    std::vector<uint8_t> there;
+    if (arena_rows) {
+        get_rows(arena_rows, rows, there);
+    }
     std::vector<uint8_t> out(to.size() * out_size);
     for (size_t i = 0; i < to.size(); ++i) {
         uint8_t * dst = out.data() + i * out_size;
-        if (arena_rows) {
-            ggml_backend_tensor_get(arena_rows, f16.data(), rows[i] * row_size, row_size);
-        } else {
-            memcpy(f16.data(), exact.data() + item_of(rows[i]) * row_size, row_size);
-        }
+        memcpy(f16.data(), arena_rows ? there.data() + i * row_size : exact.data() + item_of(rows[i]) * row_size,
+                row_size);
         if (cells->type == GGML_TYPE_F16) {
             memcpy(dst, f16.data(), row_size);
             continue;
@@ -128,17 +133,11 @@ void held_rows::write_side(ggml_tensor * cells, const ggml_tensor * arena_rows, 
         fused_widen(f16.data(), f32.data(), n);
         fused_narrow(cells->type, f32.data(), dst, n);
     }
-    for (size_t i = 0; i < to.size();) { // neighbours at once
-        size_t end = i + 1;
-        while (end < to.size() && to[end] == to[end - 1] + 1) {
-            ++end;
-        }
-        ggml_backend_tensor_set(cells, out.data() + i * out_size, to[i] * out_size, (end - i) * out_size);
-        i = end;
-    }
+    set_rows(cells, to, out.data());
 }
 
 void held_rows::write(uint32_t strm, const std::vector<uint32_t> & cells, const std::vector<int32_t> & rows) const {
+    a->wait();
     const std::vector<uint32_t> layers = a->layer_ids();
     for (size_t i = 0; i < layers.size(); ++i) {
         const arena_layer & kept = a->layer(layers[i]);

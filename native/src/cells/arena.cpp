@@ -3,6 +3,7 @@
 #include "cells/tail.h"
 #include "attention/store.h"
 
+#include "llama-context.h"
 #include "llama-cparams.h"
 #include "llama-hparams.h"
 #include "llama-impl.h"
@@ -22,6 +23,7 @@ bool is_exact(ggml_type type) {
 }
 
 // INTACTKV_ATTN, else the fastest that can read this cache: the fused kernel works on memory of the CPU only
+// on_cpu: some layer's K and V are there. Those of the others are left to portable attention (arena::fused)
 static attention_kind choose_attention(bool on_cpu) {
     const char * env = getenv("INTACTKV_ATTN");
     if (env == nullptr || *env == 0) {
@@ -37,28 +39,29 @@ static attention_kind choose_attention(bool on_cpu) {
         throw std::runtime_error(format("INTACTKV_ATTN is '%s': use fused, portable or stock, or unset it", env));
     }
     if (!on_cpu) {
-        throw std::runtime_error("INTACTKV_ATTN is fused, but the KV cache is not in CPU memory: unset it, or keep the "
-                                 "cache there (offload_kqv = false)");
+        throw std::runtime_error("INTACTKV_ATTN is fused, but no layer of the KV cache is in CPU memory: unset it, or "
+                                 "keep the cache there (offload_kqv = false)");
     }
     return attention_kind::fused;
 }
 
-void arena::attach(llama_kv_cache & kv, const llama_cparams & cparams) {
+void arena::attach(llama_kv_cache & kv, const llama_context & ctx) {
     if (kv.other == nullptr) {
-        kv.intact = std::make_shared<arena>(kv, cparams);
+        kv.intact = std::make_shared<arena>(kv, ctx);
     }
 }
 
-arena::arena(llama_kv_cache & kv, const llama_cparams & cparams) :
+arena::arena(llama_kv_cache & kv, const llama_context & ctx) :
     kv(kv),
-    kind(choose_attention(std::all_of(kv.layers.begin(), kv.layers.end(),
+    ctx(ctx),
+    kind(choose_attention(std::any_of(kv.layers.begin(), kv.layers.end(),
             [](const auto & layer) {
                 return ggml_backend_buffer_get_type(layer.k->buffer) == ggml_backend_cpu_buffer_type();
             }))),
-    n_seq_max(cparams.n_seq_max),
-    n_ubatch(cparams.n_ubatch),
+    n_seq_max(ctx.get_cparams().n_seq_max),
+    n_ubatch(ctx.get_cparams().n_ubatch),
     layers(kv.layers.size()),
-    fast(fused(cparams)) {
+    fast(fused(ctx.get_cparams())) {
     set_tail(tail_asked());
 }
 
@@ -317,6 +320,12 @@ llama_kv_cells & arena::cells_in(uint32_t strm) const {
     return kv.v_cells[strm];
 }
 
+void arena::wait() const {
+    if (ggml_backend_sched_t sched = ctx.get_sched()) { // a context that is being made has none
+        ggml_backend_sched_synchronize(sched);
+    }
+}
+
 std::vector<uint32_t> arena::layer_ids() const {
     return kv.get_layer_ids();
 }
@@ -389,6 +398,7 @@ void arena::resize(uint32_t n_rows_new) {
         ctxs_bufs_new.emplace_back(std::move(ctx), std::move(buf));
     }
 
+    wait();
     std::vector<uint8_t> rows;
     auto copy = [&](ggml_tensor * src, ggml_tensor * dst) {
         if (src && dst) {

@@ -23,6 +23,7 @@
 #include <utility>
 #include <vector>
 
+struct llama_context;
 struct llama_cparams;
 struct llama_hparams;
 class llama_kv_cache;
@@ -49,10 +50,10 @@ bool is_exact(ggml_type type);
 class arena {
 public:
     // gives a cache its arena; the cache owns it. A cache that borrows another's cells (drafting) gets none
-    static void attach(llama_kv_cache & kv, const llama_cparams & cparams);
+    static void attach(llama_kv_cache & kv, const llama_context & ctx);
 
     // Throws std::runtime_error if INTACTKV_ATTN or INTACTKV_TAIL cannot be had
-    arena(llama_kv_cache & kv, const llama_cparams & cparams);
+    arena(llama_kv_cache & kv, const llama_context & ctx);
 
     // number of intact cells of a sequence (-1: of all), or of those that are the tail's
     uint32_t n_cells(int32_t seq_id, bool tail_only = false) const;
@@ -156,12 +157,17 @@ public:
     std::vector<uint32_t> layer_ids() const;
     bool all_exact() const; // no row of the cache needs the arena
 
+    // Before rows are read or written from outside of a graph: a GPU may still be computing with them. Upstream does this
+    // in all that saves and loads states
+    void wait() const;
+
     // whether a token at position pos has lost sight of one at an earlier position: sliding windows
     bool is_out_of_sight(llama_pos earlier, llama_pos pos) const;
     bool has_window() const;
 
 private:
     llama_kv_cache & kv;
+    const llama_context & ctx; // it has the cache
 
     const attention_kind kind;
     const uint32_t n_seq_max;

@@ -1,11 +1,10 @@
 #include "cells/sharing.h"
 
 #include "cells/arena.h"
+#include "attention/rows.h"
 
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
-
-#include "ggml-backend.h"
 
 #include <map>
 #include <utility>
@@ -62,14 +61,15 @@ void share_cells(const arena & a, uint32_t strm, const std::vector<uint32_t> & a
     }
 }
 
-static void copy_cell(const arena & a, uint32_t strm, uint32_t from, uint32_t to) {
+static void copy_cells(
+        const arena & a, uint32_t strm, const std::vector<uint32_t> & from, const std::vector<uint32_t> & to) {
+    a.wait();
     std::vector<uint8_t> buf;
     for (const uint32_t il : a.layer_ids()) {
         for (ggml_tensor * t : { a.stream_k(il, strm), a.stream_v(il, strm) }) {
             if (t) {
-                buf.resize(ggml_row_size(t->type, t->ne[0]));
-                ggml_backend_tensor_get(t, buf.data(), from * buf.size(), buf.size());
-                ggml_backend_tensor_set(t, buf.data(), to * buf.size(), buf.size());
+                get_rows(t, from, buf);
+                set_rows(t, to, buf.data());
             }
         }
     }
@@ -100,9 +100,11 @@ void before_move(arena * a, int32_t seq_id, llama_pos p0, llama_pos p1) {
                        "moves: it loses them\n",
                 __func__, shared.size(), seq_id);
     }
+    if (!own.empty()) {
+        copy_cells(*a, strm, shared, own);
+    }
     for (size_t i = 0; i < shared.size(); ++i) {
         if (!own.empty()) {
-            copy_cell(*a, strm, shared[i], own[i]);
             cells.ext_set(own[i], cells.ext_get(shared[i]));
         }
         cells.seq_rm(shared[i], seq_id);

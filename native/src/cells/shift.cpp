@@ -1,6 +1,7 @@
 #include "cells/shift.h"
 
 #include "cells/arena.h"
+#include "attention/rows.h"
 
 #include "llama-hparams.h"
 #include "llama-impl.h"
@@ -33,24 +34,25 @@ void before_shift(arena * a) {
         }
     }
 
+    a->wait();
     std::vector<uint8_t> buf;
     for (const row_kind kind : { row_kind::kept, row_kind::tail }) {
         const auto & groups = parting[(int) kind];
         const std::vector<uint32_t> copies =
                 kind == row_kind::tail ? a->take_rows(0, groups.size()) : a->take_rows(groups.size());
+        std::vector<uint32_t> rows;
         for (size_t g = 0; g < groups.size(); ++g) {
-            const auto & [row, cells] = groups[g];
-            for (const auto & layer : a->all_layers()) {
-                for (ggml_tensor * t : { layer.k, layer.v }) {
-                    if (t) {
-                        buf.resize(t->nb[1]);
-                        ggml_backend_tensor_get(t, buf.data(), row * t->nb[1], t->nb[1]);
-                        ggml_backend_tensor_set(t, buf.data(), copies[g] * t->nb[1], t->nb[1]);
-                    }
-                }
-            }
-            for (const auto & [s, i] : cells) {
+            rows.push_back(groups[g].first);
+            for (const auto & [s, i] : groups[g].second) {
                 a->mark(s, i, copies[g], kind);
+            }
+        }
+        for (const auto & layer : a->all_layers()) {
+            for (ggml_tensor * t : { layer.k, layer.v }) {
+                if (t) {
+                    get_rows(t, rows, buf);
+                    set_rows(t, copies, buf.data());
+                }
             }
         }
     }

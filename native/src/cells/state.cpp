@@ -1,6 +1,7 @@
 #include "cells/state.h"
 
 #include "cells/arena.h"
+#include "attention/rows.h"
 #include "cells/sharing.h"
 #include "cells/sight.h"
 #include "attention/store.h"
@@ -51,12 +52,9 @@ void state_writer::finish_intact(llama_io_write_i & io) const {
         for (const ggml_tensor * t : { layer.k, layer.v }) {
             const uint64_t row_size = t ? t->nb[1] : 0;
             io.write(&row_size, sizeof(row_size));
-            buf.resize(row_size);
-            for (const int32_t row : rows) {
-                if (t) {
-                    ggml_backend_tensor_get(t, buf.data(), row * row_size, row_size);
-                    io.write(buf.data(), row_size);
-                }
+            if (t) {
+                get_rows(t, rows, buf);
+                io.write(buf.data(), buf.size());
             }
         }
     }
@@ -123,7 +121,9 @@ bool state_reader::read_rows(llama_io_read_i & io, int32_t type, int32_t il, boo
 
     std::vector<ggml_fp16_t> f16(ne0);
     std::vector<float> f32(ne0);
-    std::vector<uint8_t> out(ggml_row_size(dst->type, ne0));
+    const size_t out_size = ggml_row_size(dst->type, ne0);
+    std::vector<uint8_t> exact(arena_rows ? cells.size() * row_size : 0);
+    std::vector<uint8_t> out(cells.size() * out_size);
 
     for (size_t i = 0; i < cells.size(); ++i) {
         io.read(f16.data(), row_size);
@@ -137,12 +137,15 @@ bool state_reader::read_rows(llama_io_read_i & io, int32_t type, int32_t il, boo
                                                 "use an F16 cache",
                         is_v ? "V" : "K", i, il));
             }
-            ggml_backend_tensor_set(arena_rows, f16.data(), rows[i] * row_size, row_size);
+            memcpy(exact.data() + i * row_size, f16.data(), row_size);
         }
         // a copy in the cache's own type, for whatever reads the tensors directly
-        fused_narrow(dst->type, f32.data(), out.data(), ne0);
-        ggml_backend_tensor_set(dst, out.data(), cells[i] * out.size(), out.size());
+        fused_narrow(dst->type, f32.data(), out.data() + i * out_size, ne0);
     }
+    if (arena_rows) {
+        set_rows(arena_rows, rows, exact.data());
+    }
+    set_rows(dst, cells, out.data());
     return true;
 }
 
@@ -274,9 +277,12 @@ void state_reader::finish_intact(llama_io_read_i & io) {
             } else {
                 buf.swap(data[side++]);
             }
-            for (size_t k = 0; t && k < own.size(); ++k) {
+            if (t) {
                 const size_t row_size = t->nb[1];
-                ggml_backend_tensor_set(t, buf.data() + own[k] * row_size, row_of[own[k]] * row_size, row_size);
+                for (size_t k = 0; k < own.size(); ++k) { // ascending: those to be written come together
+                    memmove(buf.data() + k * row_size, buf.data() + own[k] * row_size, row_size);
+                }
+                set_rows(t, rows, buf.data());
             }
         }
     }
