@@ -30,6 +30,7 @@ from intactkv_export.prefix import embedding, outputs, structure
 from intactkv_export.prefix import manifest as manifests
 from intactkv_export.work import atomic
 
+VARIABLE = "LLAMA_INTACTKV"  # the library reads it too: the prefixes that its contexts hold
 KEY_FORMAT = "intactkv.format"
 KEY_FILE_TYPE = "general.file_type"  # llama.cpp's own: how a GGUF is quantized, a number of its enum llama_ftype
 
@@ -167,9 +168,43 @@ def find(model_path: str | os.PathLike[str]) -> Path | None:
 
 
 def own(model: str | os.PathLike[str]) -> Prefix | None:
-    """The prefix of a model where find() finds it, the default of several, or None."""
-    path = find(model)
-    return None if path is None else read(path)
+    """The prefix of a model, where none is named: the first that LLAMA_INTACTKV names, else where find() finds it, the
+    default of several; None: there is none, or the variable says `off`.
+
+    Warns if the variable names more than one: it is one prefix that is asked for.
+    """
+    paths = in_environment()
+    if paths is None:
+        path = find(model)
+        return None if path is None else read(path)
+    files = [file for path in paths for file in files_of(path)]
+    if not files:
+        return None
+    try:
+        first, *others = read_all(files[0])
+    except IntactKVError as error:
+        raise IntactKVError(f"{VARIABLE} names a prefix that cannot be used: {error}") from error
+    if n := len(others) + len(files) - 1:
+        warnings.warn(f"{VARIABLE} names {n} prefixes beside {first.source}: of them all this one is used", stacklevel=3)
+    return first
+
+
+def in_environment() -> list[Path] | None:
+    """The files and directories that LLAMA_INTACTKV names, [] for `off`; None: it names none, and says nothing."""
+    value = os.environ.get(VARIABLE, "")
+    if value == "off":
+        return []
+    return [Path(name) for name in value.split(os.pathsep) if name] or None
+
+
+def files_of(path: Path) -> list[Path]:
+    """A file that is named as a prefix's, or the .ikv files of a directory, sorted. Raises UsageError if it has none."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.glob("*.ikv"))
+    if not files:
+        raise UsageError(f"there is no .ikv file in the directory {path}: make one with `intactkv-export prefix`")
+    return files
 
 
 def named(model: str | os.PathLike[str], given: str | os.PathLike[str]) -> Prefix:

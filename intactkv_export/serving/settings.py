@@ -15,7 +15,6 @@ from intactkv_export.libllama import default_tail, kv_pair
 from intactkv_export.models import KEY_REFERENCE, gguf_file
 from intactkv_export.prefix import Prefix, check_reference, ikv
 
-PREFIXES = "LLAMA_INTACTKV"  # read by the library: what it gives to sequences that begin with it
 TAIL = "INTACTKV_TAIL"
 KEY = "LLAMA_API_KEY"
 
@@ -98,13 +97,13 @@ def choose_settings(
     first = gguf_file.first_part(model)
     header = gguf_file.read(first)
     environment = library.environment(patient=True)
-    found, files = _prefixes(first, prefixes, environment.get(PREFIXES))
+    found, files = _prefixes(first, prefixes)
     for prefix in found:
         check_reference(prefix, header.values.get(KEY_REFERENCE), str(model))
     if prefixes is not None and not prefixes:
-        environment[PREFIXES] = "off"
+        environment[ikv.VARIABLE] = "off"
     elif files:
-        environment[PREFIXES] = os.pathsep.join(map(str, files))
+        environment[ikv.VARIABLE] = os.pathsep.join(map(str, files))
     types, tail, notes = _cache(asked, tail, header.values, environment)
     if tail is not None:
         environment[TAIL] = str(tail)
@@ -137,30 +136,20 @@ def _name(argument: str) -> str:
     return argument.partition("=")[0] if argument.startswith("--") else argument
 
 
-def _prefixes(model: Path, given: Sequence[Path] | None, variable: str | None) -> tuple[list[Prefix], list[Path]]:
+def _prefixes(model: Path, given: Sequence[Path] | None) -> tuple[list[Prefix], list[Path]]:
     """The prefixes that the library will hold, verified, and the files that have to be named to it."""
-    if given is None and variable == "off" or given is not None and not given:
+    named = ikv.in_environment() if given is None else list(given)
+    if named == []:
         return [], []
     place = ikv.find(model)
     embedded = list(ikv.read_all(model)) if place == model else []
-    if given is None and variable:
-        given = [Path(name) for name in variable.split(os.pathsep) if name]
-    elif given is None:
-        given = [place] if place is not None and place != model else []
-    files = [path.absolute() for path in given]
+    if named is None:
+        named = [place] if place is not None and place != model else []
+    files = [path.absolute() for path in named]
     for path in files:
         if os.pathsep in str(path):
-            raise UsageError(f"{path} has a {os.pathsep!r} in it, which separates paths in {PREFIXES}: rename it")
-    return [*embedded, *(prefix for path in files for file in _files(path) for prefix in ikv.read_all(file))], files
-
-
-def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    files = sorted(path.glob("*.ikv"))
-    if not files:
-        raise UsageError(f"there is no .ikv file in the directory {path}: make one with `intactkv-export prefix`")
-    return files
+            raise UsageError(f"{path} has a {os.pathsep!r} in it, which separates paths in {ikv.VARIABLE}: rename it")
+    return [*embedded, *(prefix for path in files for file in ikv.files_of(path) for prefix in ikv.read_all(file))], files
 
 
 def _cache(
