@@ -185,7 +185,9 @@ def own(model: str | os.PathLike[str]) -> Prefix | None:
     except IntactKVError as error:
         raise IntactKVError(f"{VARIABLE} names a prefix that cannot be used: {error}") from error
     if n := len(others) + len(files) - 1:
-        warnings.warn(f"{VARIABLE} names {n} prefixes beside {first.source}: of them all this one is used", stacklevel=3)
+        warnings.warn(
+            f"{VARIABLE} names {n} prefixes beside {first.source}: of them all this one is used", stacklevel=3
+        )
     return first
 
 
@@ -198,7 +200,7 @@ def in_environment() -> list[Path] | None:
 
 
 def files_of(path: Path) -> list[Path]:
-    """A file that is named as a prefix's, or the .ikv files of a directory, sorted. Raises UsageError if it has none."""
+    """A file that is named, or the .ikv files of a directory, sorted. Raises UsageError if it has none."""
     if not path.is_dir():
         return [path]
     files = sorted(path.glob("*.ikv"))

@@ -149,7 +149,10 @@ def _prefixes(model: Path, given: Sequence[Path] | None) -> tuple[list[Prefix], 
     for path in files:
         if os.pathsep in str(path):
             raise UsageError(f"{path} has a {os.pathsep!r} in it, which separates paths in {ikv.VARIABLE}: rename it")
-    return [*embedded, *(prefix for path in files for file in ikv.files_of(path) for prefix in ikv.read_all(file))], files
+    return [
+        *embedded,
+        *(prefix for path in files for file in ikv.files_of(path) for prefix in ikv.read_all(file)),
+    ], files
 
 
 def _cache(
