@@ -173,22 +173,30 @@ def own(model: str | os.PathLike[str]) -> Prefix | None:
 
     Warns if the variable names more than one: it is one prefix that is asked for.
     """
-    paths = in_environment()
-    if paths is None:
+    named = of_environment()
+    if named is None:
         path = find(model)
         return None if path is None else read(path)
-    files = [file for path in paths for file in files_of(path)]
-    if not files:
+    if len(named) > 1:
+        warnings.warn(
+            f"{VARIABLE} names {len(named)} prefixes, and here one is used: the first, of {named[0].source}",
+            stacklevel=3,
+        )
+    return named[0] if named else None
+
+
+def of_environment() -> list[Prefix] | None:
+    """Every prefix that LLAMA_INTACTKV names, verified, [] for `off`; None: it names none, and says nothing.
+
+    Raises IntactKVError or UsageError, with the variable's name: who types a command may have forgotten it.
+    """
+    paths = in_environment()
+    if paths is None:
         return None
     try:
-        first, *others = read_all(files[0])
+        return [prefix for path in paths for file in files_of(path) for prefix in read_all(file)]
     except IntactKVError as error:
-        raise IntactKVError(f"{VARIABLE} names a prefix that cannot be used: {error}") from error
-    if n := len(others) + len(files) - 1:
-        warnings.warn(
-            f"{VARIABLE} names {n} prefixes beside {first.source}: of them all this one is used", stacklevel=3
-        )
-    return first
+        raise type(error)(f"{VARIABLE} names a prefix that cannot be used: {error}") from error
 
 
 def in_environment() -> list[Path] | None:

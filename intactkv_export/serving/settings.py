@@ -143,16 +143,16 @@ def _prefixes(model: Path, given: Sequence[Path] | None) -> tuple[list[Prefix], 
         return [], []
     place = ikv.find(model)
     embedded = list(ikv.read_all(model)) if place == model else []
+    beside = ikv.of_environment() if given is None else None
     if named is None:
         named = [place] if place is not None and place != model else []
     files = [path.absolute() for path in named]
     for path in files:
         if os.pathsep in str(path):
             raise UsageError(f"{path} has a {os.pathsep!r} in it, which separates paths in {ikv.VARIABLE}: rename it")
-    return [
-        *embedded,
-        *(prefix for path in files for file in ikv.files_of(path) for prefix in ikv.read_all(file)),
-    ], files
+    if beside is None:
+        beside = [prefix for path in files for file in ikv.files_of(path) for prefix in ikv.read_all(file)]
+    return [*embedded, *beside], files
 
 
 def _cache(

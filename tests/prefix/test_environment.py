@@ -47,7 +47,7 @@ def test_the_variable_goes_before_the_model(
     for name, path in (("b.ikv", smol.bos), ("a.ikv", smol.ikv)):
         shutil.copy(path, tmp_path / name)
     monkeypatch.setenv("LLAMA_INTACTKV", os.pathsep.join([str(tmp_path), str(smol.bos)]))
-    with pytest.warns(UserWarning, match="LLAMA_INTACTKV names 2 prefixes beside .*a.ikv"):
+    with pytest.warns(UserWarning, match="LLAMA_INTACTKV names 3 prefixes, and here one is used: .*a.ikv"):
         assert source(made) == tmp_path / "a.ikv"
 
 
@@ -56,7 +56,7 @@ def test_what_it_names_and_is_not_there(made: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(IntactKVError, match=r"LLAMA_INTACTKV names a prefix that cannot be used: .*/no/such.ikv"):
         ikv.own(made)
     monkeypatch.setenv("LLAMA_INTACTKV", str(tmp_path))
-    with pytest.raises(UsageError, match="there is no .ikv file in the directory"):
+    with pytest.raises(UsageError, match="LLAMA_INTACTKV names .*there is no .ikv file in the directory"):
         ikv.own(made)
 
 

@@ -187,6 +187,10 @@ def test_settings(smol: Smol, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert [len(prefix.tokens) for prefix in both.prefixes] == [len(smol.tokens), 1]
     monkeypatch.setenv("LLAMA_INTACTKV", str(smol.bos))
     assert [len(prefix.tokens) for prefix in settings().prefixes] == [1]
+    monkeypatch.setenv("LLAMA_INTACTKV", str(tmp_path / "none.ikv"))
+    with pytest.raises(IntactKVError, match="LLAMA_INTACTKV names a prefix that cannot be used: .*none.ikv"):
+        settings()
+    assert [len(prefix.tokens) for prefix in settings(prefixes=[smol.bos]).prefixes] == [1]
     monkeypatch.setenv("LLAMA_INTACTKV", "off")
     assert settings().prefixes == [] and settings().environment["LLAMA_INTACTKV"] == "off"
     for kwargs, types, tail in [
