@@ -121,6 +121,17 @@ def test_signals_end_both_processes(programs: None, smol: Smol, number: int, cod
         assert not process.stderr.read()
 
 
+@pytest.mark.parametrize("delay", [0.15, 0.4, 0.8, 1.6])
+def test_ctrl_c_while_it_starts_says_nothing(programs: None, smol: Smol, delay: float) -> None:
+    """While Python imports, too: ended by the signal, or with its exit code, and no traceback."""
+    command = [Path(sys.executable).with_name("intactkv-export"), "serve", smol.gguf, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20)[1] == ""
+        assert process.returncode in (-signal.SIGINT, 130)
+
+
 def _ignored(url: str) -> None:
     try:
         chat(url, "Tell a long story.", n=800)
