@@ -12,13 +12,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import typer
-
-from intactkv_export.cli import make, measure, prefixes, talk  # their commands register themselves
-from intactkv_export.cli.options import PROG, app
-from intactkv_export.cli.output import remark
 from intactkv_export.errors import IntactKVError, UsageError
-from intactkv_export.work import streams
+from intactkv_export.work import interrupts_at_once, streams
+
+with interrupts_at_once():
+    import typer
+
+    from intactkv_export.cli import make, measure, prefixes, talk  # their commands register themselves
+    from intactkv_export.cli.options import PROG, app
+    from intactkv_export.cli.output import remark
 
 __all__ = ["main", "make", "measure", "prefixes", "talk"]
 

@@ -139,6 +139,16 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            "--window",
+            metavar="N",
+            help="Cut the text and measure as `llama-perplexity -c N --kl-divergence` does, for a prefix of the first "
+            "token: --chunks windows, the second half of each. Instead of --tokens and --depths.",
+            show_default=False,
+        ),
+    ] = None,
     allow_requantize: Annotated[bool, typer.Option("--allow-requantize", help="Take a quantized reference.")] = False,
     threads: Threads = None,
     encoding: Encoding = None,
@@ -170,13 +180,22 @@ def evaluate(
                 decode_batch=decode_batch,
                 ubatch=ubatch,
                 kv_tails=_numbers("--kv-tail", kv_tail),
+                window=window,
                 progress=progress,
                 impossible=impossible.append,
             )
         )
     if as_json:
         figures = evaluation.metrics.as_json(results, impossible)
-        print_json({"reference": reference, "chunks": chunks, "tokens": tokens, **figures})
+        print_json(
+            {
+                "reference": reference,
+                "chunks": chunks,
+                "tokens": None if window else tokens,
+                "window": window,
+                **figures,
+            }
+        )
         return
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
     for part in evaluation.tables.tables(results, impossible):

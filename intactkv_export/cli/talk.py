@@ -30,7 +30,7 @@ from intactkv_export.cli.output import print_json, remark, say
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import Rope
 from intactkv_export.models import text_file
-from intactkv_export.work import usable_cores
+from intactkv_export.work import interrupts_at_once, usable_cores
 
 if TYPE_CHECKING:
     from intactkv_export.keeping import Directory
@@ -231,10 +231,10 @@ def serve(
     intactkv-export serve smol.gguf --prefix prompts/ --host 0.0.0.0 --api-key @key.txt
     intactkv-export serve smol.gguf -- --spec-type ngram-simple --verbosity 3
     """
-    from intactkv_export import serving
-
     if prefix_paths and no_prefix:
         raise UsageError("--prefix and --no-prefix exclude each other: leave one out")
+    with interrupts_at_once():
+        from intactkv_export import runtime, serving  # noqa: F401 (llama_cpp and numpy: the longest imports)
     size = n_bytes(keep_size, "--keep-size")
     n_threads = threads or usable_cores()
     with contextlib.ExitStack() as stack:

@@ -22,8 +22,10 @@ from intactkv_export.evaluation.target import Target, check_context, measure_tar
 from intactkv_export.evaluation.texts import Texts
 from intactkv_export.libllama import EXACT, kv_pair
 from intactkv_export.models import check_convertible, gguf_file, locate, weights
-from intactkv_export.prefix import of_model
+from intactkv_export.prefix import Prefix, of_model
 from intactkv_export.work import Progress, Stages, silent
+
+WINDOW_BATCH = 512  # tokens that llama-perplexity evaluates at a time, unless told otherwise
 
 
 def evaluate(
@@ -42,6 +44,7 @@ def evaluate(
     decode_batch: int | None = None,
     ubatch: int | None = None,
     kv_tails: Sequence[int] = (),
+    window: int | None = None,
     progress: Progress | None = None,
     impossible: Callable[[Impossible], None] | None = None,
 ) -> Iterator[Figures]:
@@ -66,6 +69,10 @@ def evaluate(
     library's default. Without depths a text is evaluated at once, in one ubatch, and there is no tail: it would hold
     all of it.
 
+    window: the text is cut as upstream's llama-perplexity cuts it in a context of that many tokens, and what that
+    measures is measured: the second half of each window, its first token the vocabulary's. So it is for prefixes of one
+    token, and instead of depths; at most 512 tokens are evaluated at a time then (decode_batch), as there.
+
     impossible: told of a quantized KV type that a model cannot have (its head size is no multiple of the type's block,
     for instance), and the others are measured; None: that is an error.
 
@@ -79,6 +86,13 @@ def evaluate(
     for kv_type in kv_types:
         kv_pair(kv_type)
     texts, report = texts or Texts(), progress or silent
+    if window is not None:
+        if depths:
+            raise UsageError(
+                "the second half of a window is measured, at no other depth: leave out --depths or --window"
+            )
+        texts, depth = texts.in_windows(window)
+        depths, decode_batch = [depth], decode_batch or min(window, WINDOW_BATCH)
     measured = Depths.of(depths, decode_batch, ubatch, kv_tails)
     if depths and texts.questions:
         raise UsageError("questions stand right behind the prefix, at no depth: evaluate them without --depths")
@@ -91,7 +105,10 @@ def evaluate(
     check_convertible(found)
     for model, own in zip(models, prefixes, strict=True):
         if Path(model).is_file():
-            check_context(model, of_model(model, own), texts.longest(measured.deepest))
+            found_prefix = of_model(model, own)
+            if window is not None:
+                _check_one_token(found_prefix, system_prompt)
+            check_context(model, found_prefix, texts.longest(measured.deepest))
     with tempfile.TemporaryDirectory() as folder:
         work = Stages(Path(folder), progress)
         gguf = weights.reference_gguf(work, found)
@@ -123,6 +140,18 @@ def evaluate(
                 if modes is None or REFERENCE in modes:
                     yield from target.figures
             yield from _compare(target, model, given, kv_types, measured, modes, report, tell)
+
+
+def _check_one_token(prefix: Prefix, system_prompt: str | Sequence[str] | None) -> None:
+    """Before a window. Raises UsageError."""
+    if system_prompt is not None or len(prefix.tokens) != 1:
+        what = (
+            f"the prefix {prefix.source} has {len(prefix.tokens)}" if system_prompt is None else "a system prompt more"
+        )
+        raise UsageError(
+            f"a window begins with the first token alone, as llama-perplexity's, and {what}: give a prefix of the "
+            "first token, made with `intactkv-export prefix --bos-only`, or leave out --window"
+        )
 
 
 def _once(impossible: Callable[[Impossible], None]) -> Callable[[Impossible], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from intactkv_export import extras
@@ -12,7 +12,7 @@ from intactkv_export.evaluation import multiple_choice
 from intactkv_export.libllama import Vocabulary
 from intactkv_export.models import Reference, gguf_file
 from intactkv_export.prefix import Prefix, Rendering, chat_template_of
-from intactkv_export.texts import Turns, cut_text, default_text, sample_from
+from intactkv_export.texts import Turns, cut_text, cut_windows, default_text, sample_from
 from intactkv_export.work import Stages
 
 SELF = "self"
@@ -24,6 +24,7 @@ class Texts:
     """n_chunks chunks of n_tokens tokens, each evaluated right behind the prefix or, at depths, behind as many more
     tokens of text, and questions.
 
+    window: texts are windows of that many tokens, as llama-perplexity cuts them, without the first: in_windows().
     text: what is cut into chunks, tokenized without special tokens; None: Python's language reference (default_text);
     SELF: conversations that the reference writes, with a seed of their own: not those that calibration is given.
     tokens: the chunks themselves, instead of a text. questions: multiple_choice.read(). Raises UsageError.
@@ -34,6 +35,7 @@ class Texts:
     text: str | None = None
     tokens: Sequence[Sequence[int]] | None = None
     questions: Sequence[multiple_choice.Question] = ()
+    window: int | None = None
 
     def __post_init__(self) -> None:
         if self.text is not None and self.tokens is not None:
@@ -42,6 +44,16 @@ class Texts:
             raise UsageError(
                 f"{self.n_chunks} chunks of {self.n_tokens} tokens measure nothing: give one or more, of two or more"
             )
+
+    def in_windows(self, n_tokens: int) -> tuple[Texts, int]:
+        """The same text in windows of n_tokens tokens, the second half of each measured; and how many tokens of text
+        are before that half. Raises UsageError."""
+        if n_tokens < 8:
+            raise UsageError(f"a window of {n_tokens} tokens measures nothing: give 8 or more, as 512")
+        if self.tokens is not None or self.as_conversation:
+            raise UsageError("windows are cut from a text: give one, or leave the windows out")
+        half = n_tokens // 2
+        return replace(self, n_tokens=n_tokens - 1 - half, window=n_tokens), half - 1
 
     def longest(self, n_before: int = 0) -> int:
         """Tokens of the longest chunk, with n_before more."""
@@ -82,6 +94,8 @@ class Texts:
                 seed=_SEED,
             )
         text = default_text(whole=n_before > 0) if self.text is None else self.text
+        if self.window is not None:
+            return cut_windows(gguf, text, self.n_chunks, self.window)
         return cut_text(gguf, text, self.n_chunks, self.n_tokens, n_before)
 
     def items(self, gguf: Path, prefix: Prefix) -> list[multiple_choice.Item]:

@@ -30,6 +30,7 @@ from intactkv_export.prefix import embedding, outputs, structure
 from intactkv_export.prefix import manifest as manifests
 from intactkv_export.work import atomic
 
+VARIABLE = "LLAMA_INTACTKV"  # the library reads it too: the prefixes that its contexts hold
 KEY_FORMAT = "intactkv.format"
 KEY_FILE_TYPE = "general.file_type"  # llama.cpp's own: how a GGUF is quantized, a number of its enum llama_ftype
 
@@ -172,9 +173,53 @@ def find(model_path: str | os.PathLike[str]) -> Path | None:
 
 
 def own(model: str | os.PathLike[str]) -> Prefix | None:
-    """The prefix of a model where find() finds it, the default of several, or None."""
-    path = find(model)
-    return None if path is None else read(path)
+    """The prefix of a model, where none is named: the first that LLAMA_INTACTKV names, else where find() finds it, the
+    default of several; None: there is none, or the variable says `off`.
+
+    Warns if the variable names more than one: it is one prefix that is asked for.
+    """
+    named = of_environment()
+    if named is None:
+        path = find(model)
+        return None if path is None else read(path)
+    if len(named) > 1:
+        warnings.warn(
+            f"{VARIABLE} names {len(named)} prefixes, and here one is used: the first, of {named[0].source}",
+            stacklevel=3,
+        )
+    return named[0] if named else None
+
+
+def of_environment() -> list[Prefix] | None:
+    """Every prefix that LLAMA_INTACTKV names, verified, [] for `off`; None: it names none, and says nothing.
+
+    Raises IntactKVError or UsageError, with the variable's name: who types a command may have forgotten it.
+    """
+    paths = in_environment()
+    if paths is None:
+        return None
+    try:
+        return [prefix for path in paths for file in files_of(path) for prefix in read_all(file)]
+    except IntactKVError as error:
+        raise type(error)(f"{VARIABLE} names a prefix that cannot be used: {error}") from error
+
+
+def in_environment() -> list[Path] | None:
+    """The files and directories that LLAMA_INTACTKV names, [] for `off`; None: it names none, and says nothing."""
+    value = os.environ.get(VARIABLE, "")
+    if value == "off":
+        return []
+    return [Path(name) for name in value.split(os.pathsep) if name] or None
+
+
+def files_of(path: Path) -> list[Path]:
+    """A file that is named, or the .ikv files of a directory, sorted. Raises UsageError if it has none."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.glob("*.ikv"))
+    if not files:
+        raise UsageError(f"there is no .ikv file in the directory {path}: make one with `intactkv-export prefix`")
+    return files
 
 
 def named(model: str | os.PathLike[str], given: str | os.PathLike[str]) -> Prefix:

@@ -89,8 +89,8 @@ class IntactLlama(CompletionLlama):
 
     model_path: the quantized model, a GGUF, or any of its parts (NAME-00001-of-00003.gguf).
     prefix: an `.ikv` file or a GGUF that has one embedded, the name of one of several in the model, or one that was
-        read (ikv.Prefix); "auto": the one embedded in the model, of several the default, or the file beside it
-        (ikv.find), or none; None: none.
+        read (ikv.Prefix); "auto": the first that LLAMA_INTACTKV names, or the one embedded in the model, of several
+        the default, or the file beside it, or none (ikv.own); None: none.
     kv_type: type of the KV cache, or a pair of types for K and V: f16, q8_0, q5_1, q5_0, q4_1, q4_0, bf16, iq4_nl,
         f32; None: q8_0, or f16, with a warning, where the model's heads do not fit it. Flash attention is on:
         quantized caches and prefixes need it.

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from intactkv_export import library
 from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.prefix import ikv
 
 _BUILD = "install with `make tools`, or pip install --config-settings=cmake.define.INTACTKV_TOOLS=ON"
 
@@ -35,9 +36,11 @@ def program_path(name: str) -> Path:
 def run_program(name: str, arguments: Sequence[str]) -> NoReturn:
     """Become the program: its exit code, and the signals it gets, are those of this process.
 
-    Raises as program_path(), and IntactKVError if it cannot be run.
+    Raises as program_path(), and IntactKVError if it cannot be run, or a prefix that LLAMA_INTACTKV names cannot be
+    read: some programs keep the library's reasons to themselves.
     """
     path = program_path(name)
+    ikv.of_environment()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()

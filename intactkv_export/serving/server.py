@@ -33,7 +33,9 @@ _PR_SET_PDEATHSIG = 1
 _LOG_LINE = re.compile(r"^[\d.]+ (?P<level>[A-Z]) (?:(?P<part>\w+)\s+(?=\w+: ))?(?P<text>.*)$")
 # What says that it failed, not why; and which is no news for who started it like this
 _OUTER = re.compile(r"common_fit_params: |llama_server: exiting due to|load_model: failed to load model")
-_NO_NEWS = re.compile(r"server default port will be changed")
+_NO_NEWS = re.compile(
+    r"server default port will be changed|stop: cancel task|need to evaluate at least 1 token for|n_past was set to \d"
+)
 
 
 class Server:

@@ -16,7 +16,6 @@ from intactkv_export.libllama import default_tail, kv_pair
 from intactkv_export.models import KEY_REFERENCE, gguf_file
 from intactkv_export.prefix import Prefix, check_reference, ikv
 
-PREFIXES = "LLAMA_INTACTKV"  # read by the library: what it gives to sequences that begin with it
 TAIL = "INTACTKV_TAIL"
 KEEP, KEEP_AFTER = "LLAMA_INTACTKV_KEEP", "LLAMA_INTACTKV_KEEP_AFTER"  # where tokens that come again are noted
 KEY = "LLAMA_API_KEY"
@@ -119,7 +118,7 @@ def choose_settings(
     first = gguf_file.first_part(model)
     header = gguf_file.read(first)
     environment = library.environment(patient=True)
-    found, files = _prefixes(first, prefixes, environment.get(PREFIXES))
+    found, files = _prefixes(first, prefixes)
     for prefix in found:
         check_reference(prefix, header.values.get(KEY_REFERENCE), str(model))
     types, tail, notes = _cache(asked, tail, header.values, environment)
@@ -131,9 +130,9 @@ def choose_settings(
         more_found, more_files = _kept(kept, found, ctx_size, notes, environment)
         found, files = [*found, *more_found], [*files, *more_files]
     if prefixes is not None and not prefixes:
-        environment[PREFIXES] = "off"
+        environment[ikv.VARIABLE] = "off"
     elif files:
-        environment[PREFIXES] = os.pathsep.join(map(str, files))
+        environment[ikv.VARIABLE] = os.pathsep.join(map(str, files))
     if api_key is not None:
         if not api_key.strip(" ,\n"):
             raise UsageError("the API key is empty: give one with --api-key, or leave it out")
@@ -183,21 +182,23 @@ def _name(argument: str) -> str:
     return argument.partition("=")[0] if argument.startswith("--") else argument
 
 
-def _prefixes(model: Path, given: Sequence[Path] | None, variable: str | None) -> tuple[list[Prefix], list[Path]]:
+def _prefixes(model: Path, given: Sequence[Path] | None) -> tuple[list[Prefix], list[Path]]:
     """The prefixes that the library will hold, verified, and the files that have to be named to it."""
-    if given is None and variable == "off" or given is not None and not given:
+    named = ikv.in_environment() if given is None else list(given)
+    if named == []:
         return [], []
     place = ikv.find(model)
     embedded = list(ikv.read_all(model)) if place == model else []
-    if given is None and variable:
-        given = [Path(name) for name in variable.split(os.pathsep) if name]
-    elif given is None:
-        given = [place] if place is not None and place != model else []
-    files = [path.absolute() for path in given]
+    beside = ikv.of_environment() if given is None else None
+    if named is None:
+        named = [place] if place is not None and place != model else []
+    files = [path.absolute() for path in named]
     for path in files:
         if os.pathsep in str(path):
-            raise UsageError(f"{path} has a {os.pathsep!r} in it, which separates paths in {PREFIXES}: rename it")
-    return [*embedded, *(prefix for path in files for file in _files(path) for prefix in ikv.read_all(file))], files
+            raise UsageError(f"{path} has a {os.pathsep!r} in it, which separates paths in {ikv.VARIABLE}: rename it")
+    if beside is None:
+        beside = [prefix for path in files for file in ikv.files_of(path) for prefix in ikv.read_all(file)]
+    return [*embedded, *beside], files
 
 
 def _kept(
@@ -206,7 +207,9 @@ def _kept(
     """Those of kept prefixes that are to be loaded beside others, and their files. What is to be kept is said to the
     library."""
     if os.pathsep in str(kept.directory):
-        raise UsageError(f"{kept.directory} has a {os.pathsep!r} in it, which separates paths in {PREFIXES}: rename it")
+        raise UsageError(
+            f"{kept.directory} has a {os.pathsep!r} in it, which separates paths in {ikv.VARIABLE}: rename it"
+        )
     environment[KEEP], environment[KEEP_AFTER] = str(kept.directory), str(kept.after)
     there = {prefix.source.resolve() for prefix in others if prefix.source is not None}
     found, files = [], []
@@ -223,15 +226,6 @@ def _kept(
         found.append(prefix)
         files.append(prefix.source)
     return found, files
-
-
-def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    files = sorted(path.glob("*.ikv"))
-    if not files:
-        raise UsageError(f"there is no .ikv file in the directory {path}: make one with `intactkv-export prefix`")
-    return files
 
 
 def _cache(

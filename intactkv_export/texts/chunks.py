@@ -42,6 +42,24 @@ def cut_text(gguf: str | Path, text: str, n_chunks: int, n_tokens: int, n_before
     return [tokens[i * length : (i + 1) * length] for i in range(n_chunks)]
 
 
+def cut_windows(gguf: str | Path, text: str, n_windows: int, n_tokens: int) -> list[list[int]]:
+    """The first n_windows windows of n_tokens tokens of a text as upstream's llama-perplexity cuts it, by the tokenizer
+    of a vocabulary that adds a first token, without two tokens of each: its first, in whose place llama-perplexity
+    puts the vocabulary's first, and its last, behind which nothing is measured.
+
+    Raises IntactKVError if the text is too short.
+    """
+    with Vocabulary(gguf) as vocabulary:
+        # llama-perplexity takes one line break off the end of a file
+        tokens = [-1, *vocabulary.tokenize(text.removesuffix("\n"), special=False)]
+    if len(tokens) < n_windows * n_tokens:
+        raise IntactKVError(
+            f"the text has {len(tokens)} tokens, {n_windows} windows of {n_tokens} need {n_windows * n_tokens}: give a "
+            f"longer text, or fewer (it is enough for {len(tokens) // n_tokens}) or shorter windows"
+        )
+    return [tokens[i * n_tokens + 1 : (i + 1) * n_tokens - 1] for i in range(n_windows)]
+
+
 def token_hash(sequences: Sequence[Sequence[int]]) -> str:
     """SHA-256, hex, of the sequences: for each its length and its tokens, 32 bit little endian."""
     digest = hashlib.sha256()

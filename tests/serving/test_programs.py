@@ -44,6 +44,17 @@ def test_exit_codes_and_options_are_the_programs(programs: None) -> None:
     )
 
 
+def test_a_prefix_that_cannot_be_read_is_said_first(programs: None, smol: Smol, tmp_path: Path) -> None:
+    """llama-bench would not say why it gets no context."""
+    torn = tmp_path / "torn.ikv"
+    torn.write_bytes(smol.ikv.read_bytes()[:-100])
+    for named in (torn, tmp_path, tmp_path / "none"):
+        done = tool("llama-bench", "-m", smol.gguf, "-fa", 1, env={**os.environ, "LLAMA_INTACTKV": str(named)})
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done
+        assert done.stderr.startswith("intactkv-export: LLAMA_INTACTKV names a prefix that cannot be used: "), done
+        assert str(named) in done.stderr, done
+
+
 def test_it_runs_on_our_library(programs: None, smol: Smol) -> None:
     """It refuses a tail with stock attention."""
     done = tool(

@@ -85,13 +85,14 @@ def test_concurrent_answers_are_those_of_one_sequence_alone(server: dict[str, An
 
 def test_a_streamed_answer_is_the_same(server: dict[str, Any]) -> None:
     body = {"messages": [{"role": "user", "content": QUESTIONS[0]}], "temperature": 0, "max_tokens": 24, "stream": True}
+    body["cache_prompt"] = False  # a prompt computed again from its last token alone rounds otherwise
     pieces = []
     with request(f"{server['url']}/v1/chat/completions", body) as answer:
         for line in answer:
             if line.startswith(b"data: {"):
                 pieces += [c["delta"].get("content") or "" for c in json.loads(line[6:])["choices"]]
     assert len(pieces) > 5
-    assert "".join(pieces) == chat(server["url"], QUESTIONS[0])
+    assert "".join(pieces) == chat(server["url"], QUESTIONS[0], cache_prompt=False)
 
 
 def test_a_port_in_use_is_one_sentence(server: dict[str, Any], smol: Smol) -> None:
@@ -119,6 +120,31 @@ def test_signals_end_both_processes(programs: None, smol: Smol, number: int, cod
             time.sleep(0.1)
         assert is_gone(facts["pid"]) and not is_open(facts["url"])
         assert not process.stderr.read()
+
+
+def test_repeated_and_cancelled_requests_are_no_news(programs: None, smol: Smol) -> None:
+    """llama-server warns of both."""
+    with served(smol.gguf, "--prefix", smol.ikv, "--ctx-size", 512) as facts:
+        for question in (QUESTIONS[0], QUESTIONS[0]):
+            assert chat(facts["url"], question)
+        body = {"messages": [{"role": "user", "content": "Tell a long story."}], "max_tokens": 300, "stream": True}
+        with request(f"{facts['url']}/v1/chat/completions", body) as answer:
+            assert answer.readline().startswith(b"data: ")
+        assert chat(facts["url"], QUESTIONS[1])
+        facts["process"].terminate()
+        facts["process"].wait(30)
+        assert facts["process"].stderr.read() == ""
+
+
+@pytest.mark.parametrize("delay", [0.15, 0.4, 0.8, 1.6])
+def test_ctrl_c_while_it_starts_says_nothing(programs: None, smol: Smol, delay: float) -> None:
+    """While Python imports, too: ended by the signal, or with its exit code, and no traceback."""
+    command = [Path(sys.executable).with_name("intactkv-export"), "serve", smol.gguf, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20)[1] == ""
+        assert process.returncode in (-signal.SIGINT, 130)
 
 
 def _ignored(url: str) -> None:
@@ -187,6 +213,10 @@ def test_settings(smol: Smol, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert [len(prefix.tokens) for prefix in both.prefixes] == [len(smol.tokens), 1]
     monkeypatch.setenv("LLAMA_INTACTKV", str(smol.bos))
     assert [len(prefix.tokens) for prefix in settings().prefixes] == [1]
+    monkeypatch.setenv("LLAMA_INTACTKV", str(tmp_path / "none.ikv"))
+    with pytest.raises(IntactKVError, match="LLAMA_INTACTKV names a prefix that cannot be used: .*none.ikv"):
+        settings()
+    assert [len(prefix.tokens) for prefix in settings(prefixes=[smol.bos]).prefixes] == [1]
     monkeypatch.setenv("LLAMA_INTACTKV", "off")
     assert settings().prefixes == [] and settings().environment["LLAMA_INTACTKV"] == "off"
     for kwargs, types, tail in [
