@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 struct llama_batch_ext;
@@ -32,7 +33,11 @@ public:
         held(&ctx) {}
 
     // Throws std::runtime_error. view: of a verified file that fits the context
-    void hold(const prefix_view & view, const std::string & name) { held.add(intactkv::hold(&ctx, view, name)); }
+    // source: something that lives as long as the context holds it
+    void hold(const prefix_view & view, const std::string & name, std::shared_ptr<const void> source = nullptr) {
+        held.add(intactkv::hold(&ctx, view, name));
+        sources.push_back(std::move(source));
+    }
 
     // In place of llama_context::decode(). false: the batch is upstream's to compute, nothing was done
     bool decode(const llama_batch_ext & batch, int & status);
@@ -49,6 +54,7 @@ public:
 private:
     llama_context & ctx;
     prefixes held;
+    std::vector<std::shared_ptr<const void>> sources;
     uint64_t n_loaded = 0;
     bool inside = false; // decode() computes what is left of a batch
 

@@ -71,6 +71,9 @@ public:
     // false: no attention of this cache would read an intact cell, so none may be made
     bool reads_intact() const { return kind != attention_kind::stock; }
 
+    // whether new cells are rounded by the kernel, where it can: their blocks have scales that are fitted
+    bool stores_fitted() const { return kind == attention_kind::fused; }
+
     // how many of the newest cells of each sequence are intact; 0: none are for being new
     uint32_t tail() const { return n_tail; }
 

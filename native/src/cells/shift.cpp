@@ -146,16 +146,17 @@ static ggml_tensor * shifted(ggml_context * ctx, ggml_tensor * rows, const k_lay
     return ggml_reshape_2d(ctx, k, rows->ne[0], rows->ne[1]);
 }
 
-// k: [n_embd_gqa, n]: rows of the arena, or cells
+// k: [n_embd_gqa, n]: rows of the arena, or cells; fitted: they are rounded as the kernel does it
 static void build_row_shift(ggml_cgraph * gf, ggml_context * ctx, ggml_tensor * k, const k_layer & layer,
-        ggml_tensor * moves, ggml_tensor * rot, const rope_fn & rope) {
+        ggml_tensor * moves, ggml_tensor * rot, const rope_fn & rope, bool fitted) {
     const int64_t n = moves->ne[0];
     ggml_tensor * rows = ggml_view_1d(ctx, moves, n, 0);
     ggml_tensor * shift = ggml_view_1d(ctx, moves, n, moves->nb[1]);
 
     ggml_tensor * cur = ggml_get_rows(ctx, k, rows);
     cur = shifted(ctx, cur, layer, shift, rot, rope);
-    ggml_build_forward_expand(gf, store_rows(ctx, k, cur, rows, layer.head_dim));
+    cur = fitted ? store_rows(ctx, k, cur, rows, layer.head_dim) : ggml_set_rows(ctx, k, cur, rows);
+    ggml_build_forward_expand(gf, cur);
 }
 
 static bool upstream_shifts(const k_layer & layer, const ggml_tensor * rot) {
@@ -176,11 +177,11 @@ static void build_cell_shift(ggml_cgraph * gf, ggml_context * ctx, const k_layer
 bool build_shift(const arena * a, ggml_cgraph * gf, ggml_context * ctx, const k_layer & k, ggml_tensor * shift,
         const shift_inputs & moves, ggml_tensor * rot, const rope_fn & rope) {
     if (ggml_tensor * rows = moves.rows ? a->layer(k.il).k : nullptr) {
-        build_row_shift(gf, ctx, rows, k, moves.rows, rot, rope);
+        build_row_shift(gf, ctx, rows, k, moves.rows, rot, rope, false);
     }
     if (moves.cells) {
         ggml_tensor * cells = ggml_reshape_2d(ctx, k.cells, k.cells->ne[0], ggml_nrows(k.cells));
-        build_row_shift(gf, ctx, cells, k, moves.cells, rot, rope);
+        build_row_shift(gf, ctx, cells, k, moves.cells, rot, rope, a->stores_fitted());
         return true;
     }
     if (upstream_shifts(k, rot)) {
