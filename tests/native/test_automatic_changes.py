@@ -231,7 +231,7 @@ def test_restored_behind_rows_that_are_held(
 
 @pytest.mark.parametrize("kv", ["f16", "q8_0"])
 def test_samplers_in_the_backend(smol: Smol, f16: Any, kv: str) -> None:
-    """One decode a batch, else the sampler would run more than once: a token asked for inside the prefix has all of them
+    """One decode a batch, else the sampler would run twice: a token asked for inside the prefix has all of them
     computed, then taken over."""
     set_sampler, sampled = (L.llama_cpp._lib[f"llama_{name}"] for name in ("set_sampler", "get_sampled_token_ith"))
     set_sampler.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p]
