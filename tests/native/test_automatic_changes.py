@@ -262,3 +262,32 @@ def test_samplers_in_the_backend(smol: Smol, f16: Any, kv: str) -> None:
     assert sampled(ctx.ptr, n) == found.argmax()
     del ctx
     L.llama_sampler_free(chain)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("kv", ["f16", "f32", "q8_0"])
+def test_restored_sequences_begin_with_it_too(smol: Smol, f16: Any, text: list[int], kv: str, whole: bool) -> None:
+    """They share its cells, and one that ends within it goes on in it, though states of exact caches do not say which
+    cells are whose."""
+    n, m = len(smol.tokens), 10
+    params = {"n_seq_max": 4, "kv_unified": True}
+    ctx, again = (context(f16, kv, smol.ikv, **params) for _ in range(2))
+    assert ctx.batch([(t, pos, [0], False) for pos, t in enumerate([*smol.tokens, *text])]) == 0
+    assert ctx.batch([(t, pos, [1], False) for pos, t in enumerate(smol.tokens[:m])]) == 0
+    if whole:
+        assert again.restore(ctx.save(None), None)
+    else:
+        for seq in (0, 1):
+            assert again.restore(ctx.save(seq), seq)
+            assert ctx.restore(ctx.save(seq), seq + 2)
+    assert again.batch([(t, pos, [1], False) for pos, t in enumerate(smol.tokens) if pos >= m]) == 0
+    assert again.n_not_computed() == n - m and n_cells(again) == n + len(text)
+    wanted, got = (c.batch([(504, n, [1], True)]) or c.logits(0) for c in (by(ctx, smol, m), again))
+    assert n_cells(ctx) == n + (1 if whole else 2) * len(text) + 1
+    assert isinstance(wanted, np.ndarray) and isinstance(got, np.ndarray) and kl(wanted[None], got[None]) < 2e-3
+
+
+def by(ctx: Context, smol: Smol, m: int) -> Context:
+    """The same as it would have gone on where it was."""
+    assert ctx.batch([(t, pos, [1], False) for pos, t in enumerate(smol.tokens) if pos >= m]) == 0
+    return ctx
