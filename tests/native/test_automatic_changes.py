@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from typing import Any
 
@@ -226,3 +227,67 @@ def test_restored_behind_rows_that_are_held(
     got = evaluate(again, tokens, 64, 12, n, 0)
     assert again.n_not_computed() == loaded + n - 12
     assert kl(np.stack(evaluate(by_hand(f16, "q4_0", prefix, tail=4), tokens, 64, n, n)), np.stack(got)) < 0.02
+
+
+@pytest.mark.parametrize("kv", ["f16", "q8_0"])
+def test_samplers_in_the_backend(smol: Smol, f16: Any, kv: str) -> None:
+    """One decode a batch, else the sampler would run twice: a token asked for inside the prefix has all of them
+    computed, then taken over."""
+    set_sampler, sampled = (L.llama_cpp._lib[f"llama_{name}"] for name in ("set_sampler", "get_sampled_token_ith"))
+    set_sampler.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p]
+    sampled.argtypes = [ctypes.c_void_p, ctypes.c_int32]
+    n = len(smol.tokens)
+    plain, ctx = context(f16, kv), context(f16, kv, smol.ikv)
+    entries = [(token, pos, [0], pos == 10) for pos, token in enumerate(smol.tokens)]
+    assert plain.batch(entries) == 0
+    expected = plain.logits(10)
+    chain = L.llama_sampler_chain_init(L.llama_sampler_chain_default_params())
+    L.llama_sampler_chain_add(chain, L.llama_sampler_init_greedy())
+    assert set_sampler(ctx.ptr, 0, ctypes.cast(chain, ctypes.c_void_p))
+    assert ctx.batch(entries) == 0
+    assert expected is not None
+    assert sampled(ctx.ptr, 10) == expected.argmax()
+    assert ctx.n_not_computed() == 0 and ctx.n_intact() == (n if kv == "q8_0" else 0)
+    by_itself = by_hand(f16, kv, ikv.read(smol.ikv))
+    assert by_itself.batch([(504, n, [0], True)]) == 0
+    assert ctx.batch([(504, n, [0], True)]) == 0
+    found = by_itself.logits(0)
+    assert found is not None
+    assert sampled(ctx.ptr, 0) == found.argmax()
+    assert kv != "f16" or ctx.save() == by_itself.save()
+    # where nothing is asked for inside, it is loaded as ever
+    L.llama_memory_clear(ctx.memory, True)
+    assert ctx.batch([(t, pos, [0], pos == n) for pos, t in enumerate([*smol.tokens, 504])]) == 0
+    assert ctx.n_not_computed() == n
+    assert sampled(ctx.ptr, n) == found.argmax()
+    del ctx
+    L.llama_sampler_free(chain)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("kv", ["f16", "f32", "q8_0"])
+def test_restored_sequences_begin_with_it_too(smol: Smol, f16: Any, text: list[int], kv: str, whole: bool) -> None:
+    """They share its cells, and one that ends within it goes on in it, though states of exact caches do not say which
+    cells are whose."""
+    n, m = len(smol.tokens), 10
+    params = {"n_seq_max": 4, "kv_unified": True}
+    ctx, again = (context(f16, kv, smol.ikv, **params) for _ in range(2))
+    assert ctx.batch([(t, pos, [0], False) for pos, t in enumerate([*smol.tokens, *text])]) == 0
+    assert ctx.batch([(t, pos, [1], False) for pos, t in enumerate(smol.tokens[:m])]) == 0
+    if whole:
+        assert again.restore(ctx.save(None), None)
+    else:
+        for seq in (0, 1):
+            assert again.restore(ctx.save(seq), seq)
+            assert ctx.restore(ctx.save(seq), seq + 2)
+    assert again.batch([(t, pos, [1], False) for pos, t in enumerate(smol.tokens) if pos >= m]) == 0
+    assert again.n_not_computed() == n - m and n_cells(again) == n + len(text)
+    wanted, got = (c.batch([(504, n, [1], True)]) or c.logits(0) for c in (by(ctx, smol, m), again))
+    assert n_cells(ctx) == n + (1 if whole else 2) * len(text) + 1
+    assert isinstance(wanted, np.ndarray) and isinstance(got, np.ndarray) and kl(wanted[None], got[None]) < 2e-3
+
+
+def by(ctx: Context, smol: Smol, m: int) -> Context:
+    """The same as it would have gone on where it was."""
+    assert ctx.batch([(t, pos, [1], False) for pos, t in enumerate(smol.tokens) if pos >= m]) == 0
+    return ctx

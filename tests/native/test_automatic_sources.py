@@ -12,7 +12,7 @@ import pytest
 from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama import bindings
 from intactkv_export.prefix import ikv
-from tests.support import lowlevel
+from tests.support import lowlevel, shorter
 from tests.support.automatic import environment, n_cells
 from tests.support.lowlevel import Context, L
 from tests.support.smol import Smol
@@ -213,3 +213,21 @@ def test_several_in_one_gguf(made: Path, smol: Smol, tmp_path: Path) -> None:
         assert ctx.n_intact(seq) == n
     assert ctx.n_not_computed() == 1 + len(smol.tokens)
     several.unlink()
+
+
+def test_a_file_for_the_model_beside_a_draft_model(smol: Smol, tmp_path: Path) -> None:
+    """No context has it: an error. One has it: others that cannot use it are made without."""
+    draft = lowlevel.load_model(shorter.write(smol.gguf, tmp_path / "draft.gguf", 2))
+    (tmp_path / "draft.gguf").unlink()
+    served = lowlevel.load_model(smol.gguf)
+    for other, params, part in ((draft, {}, "the number of layers"), (served, {"embeddings": True}, "for embeddings")):
+        assert part in why_not(other, str(smol.ikv), **params)
+        with environment(str(smol.ikv)):
+            target = Context(served, "q8_0")
+            assert names(target) == [str(smol.ikv)]
+        assert why_not(other, str(smol.ikv), **params) == ""
+        with environment(str(smol.ikv)):
+            assert names(Context(other, "q8_0", **params)) == []
+        assert why_not(other, str(tmp_path / "none.ikv")) != ""
+        del target
+        assert part in why_not(other, str(smol.ikv), **params)

@@ -324,3 +324,18 @@ def test_stock_refuses_a_mixed_state(
     ours, stock = (load_state(model("F16"), "q8_0", path, lib) for lib in (None, stock_lib))
     assert ours.stdout.startswith(f"True {len(prefix)}"), ours.stderr
     assert stock.stdout.startswith("False") and "494b0003" in stock.stdout, stock.stdout + stock.stderr
+
+
+def test_a_sequence_fits_caches_of_other_streams(f16: Any, prefix: list[int], text: list[int], state: bytes) -> None:
+    """Saved from one of four streams: a server with another number of slots reads its slots again."""
+    ctx = Context(f16, "q4_0", n_seq_max=4)
+    assert ctx.restore(state, 2)
+    ctx.decode(text[:20], len(prefix), 2)
+    saved = ctx.save(2)
+    expected = ctx.decode(text[20:22], len(prefix) + 20, 2)
+    for params in ({}, {"n_seq_max": 2}, {"n_seq_max": 8}, {"n_seq_max": 3, "kv_unified": True}):
+        other = Context(f16, "q4_0", **params)
+        assert other.restore(saved, 0), params
+        assert other.n_intact(0) == len(prefix)
+        assert np.array_equal(other.decode(text[20:22], len(prefix) + 20), expected)
+    assert not Context(f16, "q4_0", n_seq_max=2).restore(ctx.save(None), None)

@@ -147,3 +147,27 @@ def test_scaled_rope_does_not_scale_k_again(model: Callable[..., Any], shape: tu
     got = ctx.decode(TOKENS[N:], N + BY)
     true = fresh(weights, "f32")
     assert distance(got, true) < 4 * max(distance(fresh(weights, kv), true), 1e-3)
+
+
+@pytest.mark.parametrize("unified", [False, True])
+@pytest.mark.parametrize("kv", ["f16", "bf16", "q8_0", "q5_1", "q4_0"])
+def test_cells_that_stay_keep_their_bits(model: Callable[..., Any], kv: str, unified: bool) -> None:
+    """Those of another sequence, and those before the ones that move: they are not rounded once more."""
+    weights = model("llama", 64, 64)
+    ctx = Context(weights, kv, "f16", n_ctx=512, n_batch=256, n_ubatch=256, n_seq_max=2, kv_unified=unified)
+    for seq in (0, 1):
+        ctx.decode(TOKENS[:N], 0, seq)
+    L.llama_memory_seq_rm(ctx.memory, 0, 10, 20)
+    other = ctx.save(1)
+    L.llama_memory_seq_rm(ctx.memory, 1, -1, -1)
+    L.llama_memory_seq_cp(ctx.memory, 0, 1, -1, -1)
+    L.llama_memory_seq_rm(ctx.memory, 1, 10, -1)
+    first = ctx.save(1)
+    assert ctx.restore(other, 1)
+    L.llama_memory_seq_add(ctx.memory, 0, 20, -1, -10)
+    ctx.decode(TOKENS[N : N + 1], N - 10)
+    assert ctx.save(1) == other
+    L.llama_memory_seq_rm(ctx.memory, 0, 10, -1)
+    L.llama_memory_seq_rm(ctx.memory, 1, -1, -1)
+    L.llama_memory_seq_cp(ctx.memory, 0, 1, -1, -1)
+    assert ctx.save(1) == first

@@ -111,7 +111,26 @@ void store(ggml_tensor * dst, int ith, int nth, void *) {
     }
 }
 
+void narrow_rows(ggml_tensor * dst, int ith, int nth, void *) {
+    const ggml_tensor * x = dst->src[1];
+    const int32_t * row = (const int32_t *) dst->src[2]->data;
+    const int64_t n = x->ne[1];
+    for (int64_t i = n * ith / nth; i < n * (ith + 1) / nth; i++) {
+        const float * from = (const float *) ((const char *) x->data + i * x->nb[1]);
+        fused_narrow(dst->type, from, (char *) dst->data + row[i] * dst->nb[1], dst->ne[0]);
+    }
+}
+
 } // namespace
+
+ggml_tensor * store_rows(ggml_context * ctx, ggml_tensor * to, ggml_tensor * x, ggml_tensor * rows, int64_t head_dim) {
+    if (!fused_head_supported(to->type, head_dim) || !fused_in_host_memory(to)) {
+        return ggml_set_rows(ctx, to, x, rows);
+    }
+    GGML_ASSERT(x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && rows->type == GGML_TYPE_I32);
+    ggml_tensor * others[] = { x, rows };
+    return ggml_custom_inplace(ctx, to, others, 2, narrow_rows, GGML_N_TASKS_MAX, nullptr);
+}
 
 bool fused_store_supported(const ggml_tensor * cache, const ggml_tensor * cur) {
     return fused_head_supported(cache->type, cur->ne[0]) && fused_in_host_memory(cache) &&

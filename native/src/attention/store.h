@@ -33,6 +33,13 @@ ggml_tensor * fused_store(ggml_context * ctx, ggml_tensor * k_cache, ggml_tensor
         ggml_tensor * v, ggml_tensor * k_cells, ggml_tensor * v_cells, fused_rotation rot,
         const row_target * tail = nullptr);
 
+// F32 rows, as the cache keeps them, into a cache or an arena, rounded as fused_store() does it. Where that is not possible
+// ggml_set_rows() does it.
+//   to    F16 or KV [head_dim*n_head_kv, n_cells]
+//   x     F32 [head_dim*n_head_kv, n_rows]
+//   rows  I32 [n_rows] where they go
+ggml_tensor * store_rows(ggml_context * ctx, ggml_tensor * to, ggml_tensor * x, ggml_tensor * rows, int64_t head_dim);
+
 // In place, the rotation of fused_rotation: each block of n_rot of the n values. n_rot 0: nothing happens.
 void fused_rotate(float * x, int64_t n, int32_t n_rot);
 

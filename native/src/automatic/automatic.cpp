@@ -98,6 +98,7 @@ bool automatic::decode(const llama_batch_ext & batch, int & status) {
     outputs.clear();
     std::vector<start> starts;
     try {
+        held.know_restored();
         starts = plan(held, *ctx.memory, batch, !ctx.sampling.samplers.empty());
         if (!starts.empty()) {
             status = run(batch, starts);

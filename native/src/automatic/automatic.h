@@ -34,7 +34,11 @@ public:
         held(&ctx) {}
 
     // Throws std::runtime_error. view: of a verified file that fits the context
-    void hold(const prefix_view & view, const std::string & name) { held.add(intactkv::hold(&ctx, view, name)); }
+    // source: something that lives as long as the context holds it
+    void hold(const prefix_view & view, const std::string & name, std::shared_ptr<const void> source = nullptr) {
+        held.add(intactkv::hold(&ctx, view, name));
+        sources.push_back(std::move(source));
+    }
 
     // What its sequences begin with is counted, and what they use is noted; nullptr: it is not
     void keep(std::unique_ptr<keeper> by) { kept = std::move(by); }
@@ -55,6 +59,7 @@ public:
 private:
     llama_context & ctx;
     prefixes held;
+    std::vector<std::shared_ptr<const void>> sources;
     uint64_t n_loaded = 0;
     std::unique_ptr<keeper> kept;
     bool inside = false; // decode() computes what is left of a batch

@@ -74,26 +74,37 @@ static std::string why_no_window(const llama_context & ctx, const prefix_view & 
     return "";
 }
 
+// A prefix that this context cannot use. Throws if that leaves a file that the user has named without any use.
+static void leave_out(const prefix_source & source, const std::string & why) {
+    if (source.named && !is_of_use(source)) {
+        throw std::runtime_error(why);
+    }
+    LLAMA_LOG_WARN("%s: the prefix %s is not used%s: %s\n", __func__, source.name().c_str(),
+            source.named ? " by this context, another one has it" : "", why.c_str());
+}
+
 static void add(llama_context & ctx, automatic & to, const prefix_source & source) {
     std::vector<uint8_t> data;
     std::string error;
     prefix_view view;
-    if (read_prefix(source.path.c_str(), source.where, data, error)) {
-        error = check_file(&ctx, data.data(), data.size(), view);
-    }
-    if (!error.empty()) {
+    if (!read_prefix(source.path.c_str(), source.where, data, error)) {
         throw std::runtime_error(error);
     }
-    std::string why = check_context(&ctx, view);
-    why = why.empty() ? why_no_window(ctx, view) : why;
-    if (!why.empty()) {
-        if (source.named) {
-            throw std::runtime_error(why);
-        }
-        LLAMA_LOG_WARN("%s: the prefix %s is not used: %s\n", __func__, source.name().c_str(), why.c_str());
+    error = check_file(&ctx, data.data(), data.size(), view);
+    if (!error.empty() && !source.named) {
+        throw std::runtime_error(error);
+    }
+    if (error.empty()) {
+        error = check_context(&ctx, view);
+    }
+    if (error.empty()) {
+        error = why_no_window(ctx, view);
+    }
+    if (!error.empty()) {
+        leave_out(source, error);
         return;
     }
-    to.hold(view, source.name());
+    to.hold(view, source.name(), source.named ? of_use(source) : nullptr);
     LLAMA_LOG_INFO("%s: automatic prefix %s: %u tokens%s\n", __func__, source.name().c_str(), view.n_tokens,
             view.calibrated ? ", trained" : "");
 }
@@ -125,16 +136,18 @@ std::shared_ptr<automatic> of_new(llama_context & ctx) {
             if (why.empty()) {
                 add_or_leave(ctx, *res, source);
             } else if (source.named && !keeper::has(source.path)) {
-                throw std::runtime_error(why);
+                leave_out(source, why);
             }
         }
-        if (!why.empty()) {
-            LLAMA_LOG_INFO("%s: the model's prefixes are not used: %s\n", __func__, why.c_str());
+        if (why.empty()) {
+            res->keep(std::move(kept));
+        } else {
+            if (!sources.empty() && !sources[0].named) {
+                LLAMA_LOG_INFO("%s: the model's prefixes are not used: %s\n", __func__, why.c_str());
+            }
             if (kept) {
                 LLAMA_LOG_WARN("%s: no prompt is kept: %s\n", __func__, why.c_str());
             }
-        } else {
-            res->keep(std::move(kept));
         }
     } catch (const std::exception & err) {
         const std::string error = format(

@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 namespace intactkv {
 
@@ -154,6 +155,36 @@ void held_rows::write(uint32_t strm, const std::vector<uint32_t> & cells, const 
             keep_in_sight(*a, strm, cells[i]);
         }
     }
+}
+
+static bool is_row(const ggml_tensor * cells, uint32_t cell, const uint8_t * f16) {
+    const int64_t n = cells->ne[0];
+    std::vector<uint8_t> want(ggml_row_size(cells->type, n));
+    std::vector<uint8_t> there(want.size());
+    if (cells->type == GGML_TYPE_F32) {
+        fused_widen((const ggml_fp16_t *) f16, (float *) want.data(), n);
+    } else {
+        memcpy(want.data(), f16, want.size());
+    }
+    ggml_backend_tensor_get(cells, there.data(), cell * there.size(), there.size());
+    return want == there;
+}
+
+bool held_rows::is_in(uint32_t strm, uint32_t cell, int32_t row) const {
+    const std::vector<uint32_t> layers = a->layer_ids();
+    const size_t item = item_of(row);
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const std::pair<const ggml_tensor *, const std::vector<uint8_t> *> sides[] = {
+            { a->stream_k(layers[i], strm), &exact_k[i] }, { a->stream_v(layers[i], strm), &exact_v[i] }
+        };
+        for (const auto & [cells, rows] : sides) {
+            if (cells && cells->ne[0] > 0 &&
+                    !is_row(cells, cell, rows->data() + item * cells->ne[0] * sizeof(ggml_fp16_t))) {
+                return false;
+            }
+        }
+    }
+    return true;
 }
 
 size_t held_rows::n_bytes() const {

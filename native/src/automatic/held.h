@@ -40,6 +40,9 @@ public:
     // Writes rows into cells of a stream and marks these. rows: of row() and extra_row()
     void write(uint32_t strm, const std::vector<uint32_t> & cells, const std::vector<int32_t> & rows) const;
 
+    // whether a cell of exact types has this row
+    bool is_in(uint32_t strm, uint32_t cell, int32_t row) const;
+
     size_t n_bytes() const; // beside the arena's
 
     arena & of() const { return *a; }

@@ -43,6 +43,27 @@ const prefixes::owner * prefixes::owner_of(size_t cache, uint32_t strm, uint32_t
     return cells.pos_get(cell) == std::max(res.token, 0) ? &res : nullptr;
 }
 
+void prefixes::know_restored() const {
+    for (size_t c = 0; c < list.front().caches.size(); ++c) {
+        arena & a = list.front().caches[c].of();
+        for (const auto & [strm, restored] : a.take_restored()) {
+            const llama_kv_cells & cells = a.cells_in(strm);
+            for (const uint32_t cell : restored) {
+                if (cells.is_empty(cell) || cells.get_shift(cell) != 0) {
+                    continue;
+                }
+                for (const uint32_t row : a.held_at(cells.pos_get(cell))) {
+                    if (owners[c][row].prefix->caches[c].is_in(strm, cell, row)) {
+                        a.mark_held(strm, cell, row);
+                        break;
+                    }
+                }
+            }
+            share_cells(a, strm, { restored.begin(), restored.end() });
+        }
+    }
+}
+
 // Whether a cache has a cell at every position that a token at position n sees.
 static bool has_all_in_sight(const arena & a, llama_seq_id seq_id, uint32_t n) {
     const auto & cells = a.cells_of(a.stream_of(seq_id), seq_id);

@@ -24,6 +24,10 @@ public:
     const std::deque<held_prefix> & all() const { return list; }
     uint32_t longest() const { return n_longest; } // tokens
 
+    // Marks the cells of exact caches that states were read into meanwhile and that have a prefix's rows; sequences share
+    // them
+    void know_restored() const;
+
     // Whether all cells of a sequence are those of held prefixes, at the positions 0, 1, ..., and what they are: read from
     // the cells themselves. An empty sequence begins so too
     bool begun(llama_seq_id seq_id, origins & of) const;

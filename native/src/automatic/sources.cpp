@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <filesystem>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <system_error>
 
@@ -98,6 +100,27 @@ std::vector<prefix_source> sources_of(const llama_model & model) {
     }
     add_named(res, list);
     return res;
+}
+
+// by name(); contexts are made in any thread
+static std::mutex users_mutex;
+static std::map<std::string, std::weak_ptr<const void>> users;
+
+std::shared_ptr<const void> of_use(const prefix_source & source) {
+    const std::lock_guard<std::mutex> lock(users_mutex);
+    auto & known = users[source.name()];
+    auto res = known.lock();
+    if (res == nullptr) {
+        res = std::make_shared<const char>();
+        known = res;
+    }
+    return res;
+}
+
+bool is_of_use(const prefix_source & source) {
+    const std::lock_guard<std::mutex> lock(users_mutex);
+    const auto found = users.find(source.name());
+    return found != users.end() && !found->second.expired();
 }
 
 } // namespace intactkv

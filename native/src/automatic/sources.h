@@ -4,6 +4,7 @@
 
 #include "prefix_file/read_bytes.h"
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -23,5 +24,10 @@ struct prefix_source {
 // Those of a model: of its file, then those of the files and directories (their *.ikv, sorted) in LLAMA_INTACTKV. Empty
 // if that is "off". Throws std::runtime_error for what cannot be read, unless a server keeps it (keeping/keeper.h)
 std::vector<prefix_source> sources_of(const llama_model & model);
+
+// A file that the user has named is of use if some context of the process holds its prefix: a draft model beside the model
+// that it was made for is no error. It is of use for as long as what of_use() returns lives.
+std::shared_ptr<const void> of_use(const prefix_source & source);
+bool is_of_use(const prefix_source & source);
 
 } // namespace intactkv

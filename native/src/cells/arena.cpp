@@ -303,6 +303,12 @@ const std::vector<uint32_t> & arena::held_at(llama_pos pos) const {
     return found == held_by_pos.end() ? none : found->second;
 }
 
+void arena::note_restored(uint32_t strm, const std::vector<uint32_t> & cells) {
+    if (all_exact()) {
+        unseen[strm].insert(cells.begin(), cells.end());
+    }
+}
+
 void arena::release_rows(const std::vector<uint32_t> & rows) {
     for (const uint32_t row : rows) {
         held[row] = false;

@@ -72,6 +72,9 @@ public:
     // false: no attention of this cache would read an intact cell, so none may be made
     bool reads_intact() const { return kind != attention_kind::stock; }
 
+    // whether new cells are rounded by the kernel, where it can: their blocks have scales that are fitted
+    bool stores_fitted() const { return kind == attention_kind::fused; }
+
     // how many of the newest cells of each sequence are intact; 0: none are for being new
     uint32_t tail() const { return n_tail; }
 
@@ -150,6 +153,12 @@ public:
     const std::vector<uint32_t> & held_at(llama_pos pos) const; // those for this position
     void mark_held(uint32_t strm, uint32_t cell, int32_t row) { set_row(strm, cell, row); }
 
+    // Cells of a stream that a state was read into: of exact ones it does not say which have a row that stays, and their
+    // data may still be on its way. Whoever holds the rows looks, and takes the list
+    using restored = std::map<uint32_t, std::set<uint32_t>>; // by stream
+    void note_restored(uint32_t strm, const std::vector<uint32_t> & cells);
+    restored take_restored() { return std::exchange(unseen, {}); }
+
     // the cache itself, for what places cells in it (sharing.h)
     llama_kv_cache & cache() const { return kv; }
     uint32_t stream_of(int32_t seq_id) const;
@@ -180,6 +189,7 @@ private:
     std::vector<row_kind> kinds; // [n_rows], of rows that are in use
     std::vector<bool> held;      // rows that stay; as many as there are, or fewer
     std::map<llama_pos, std::vector<uint32_t>> held_by_pos;
+    restored unseen;
 
     std::vector<arena_layer> layers; // by index of the layer in the cache
     const bool fast;                 // the kernel reads them all

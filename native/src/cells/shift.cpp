@@ -1,10 +1,12 @@
 #include "cells/shift.h"
 
+#include "attention/store.h"
 #include "cells/arena.h"
 #include "attention/rows.h"
 
 #include "llama-hparams.h"
 #include "llama-impl.h"
+#include "llama-kv-cells.h"
 
 #include "ggml-backend.h"
 
@@ -58,9 +60,11 @@ void before_shift(arena * a) {
     }
 }
 
-// row -> by how many positions it moves
-static std::map<int32_t, llama_pos> moved_rows(const arena & a) {
-    std::map<int32_t, llama_pos> res;
+// row or cell -> by how many positions it moves
+using moved = std::map<int32_t, llama_pos>;
+
+static moved moved_rows(const arena & a) {
+    moved res;
     a.each_intact([&](uint32_t s, uint32_t i, int32_t row) {
         if (const llama_pos shift = a.shift_of(s, i)) {
             res[row] = shift;
@@ -69,27 +73,61 @@ static std::map<int32_t, llama_pos> moved_rows(const arena & a) {
     return res;
 }
 
-ggml_tensor * build_input_shift(const arena * a, ggml_context * ctx) {
-    const int64_t n = a ? moved_rows(*a).size() : 0;
+static moved moved_cells(const arena & a) {
+    moved res;
+    for (uint32_t s = 0; s < a.n_streams(); ++s) {
+        const llama_kv_cells & cells = a.cells_in(s);
+        for (uint32_t i = 0; i < cells.used_max_p1(); ++i) {
+            if (!cells.is_empty(i) && cells.get_shift(i) != 0) {
+                res[s * a.n_stream_cells() + i] = cells.get_shift(i);
+            }
+        }
+    }
+    if (res.empty()) { // those that moved are gone, and a graph without a node cannot be computed
+        res[a.n_streams() * a.n_stream_cells() - 1] = 0;
+    }
+    return res;
+}
+
+static ggml_tensor * build_moves(ggml_context * ctx, size_t n, const char * name) {
     if (n == 0) {
         return nullptr;
     }
     ggml_tensor * moves = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n, 2);
     ggml_set_input(moves);
-    ggml_set_name(moves, "intact_moves");
+    ggml_set_name(moves, name);
     return moves;
 }
 
-void set_input_shift(const arena * a, ggml_tensor * moves) {
-    if (moves == nullptr || moves->buffer == nullptr) {
-        return;
-    }
+static void set_moves(ggml_tensor * moves, const moved & what) {
     GGML_ASSERT(ggml_backend_buffer_is_host(moves->buffer));
-    int32_t * row = (int32_t *) moves->data;
-    int32_t * shift = row + moves->ne[0];
-    for (const auto & [r, by] : moved_rows(*a)) {
-        *row++ = r;
+    int32_t * index = (int32_t *) moves->data;
+    int32_t * shift = index + moves->ne[0];
+    for (const auto & [i, by] : what) {
+        *index++ = i;
         *shift++ = by;
+    }
+}
+
+static bool has_rounded_k(const arena & a) {
+    const std::vector<uint32_t> layers = a.layer_ids();
+    return !layers.empty() && !is_exact(a.cache_k(layers[0])->type);
+}
+
+shift_inputs build_input_shift(const arena * a, ggml_context * ctx) {
+    if (a == nullptr) {
+        return {};
+    }
+    return { build_moves(ctx, moved_rows(*a).size(), "intact_moves"),
+        build_moves(ctx, has_rounded_k(*a) ? moved_cells(*a).size() : 0, "intact_moved_cells") };
+}
+
+void set_input_shift(const arena * a, const shift_inputs & moves) {
+    if (moves.rows && moves.rows->buffer) {
+        set_moves(moves.rows, moved_rows(*a));
+    }
+    if (moves.cells && moves.cells->buffer) {
+        set_moves(moves.cells, moved_cells(*a));
     }
 }
 
@@ -110,15 +148,17 @@ static ggml_tensor * shifted(ggml_context * ctx, ggml_tensor * rows, const k_lay
     return ggml_reshape_2d(ctx, k, rows->ne[0], rows->ne[1]);
 }
 
+// k: [n_embd_gqa, n]: rows of the arena, or cells; fitted: they are rounded as the kernel does it
 static void build_row_shift(ggml_cgraph * gf, ggml_context * ctx, ggml_tensor * k, const k_layer & layer,
-        ggml_tensor * moves, ggml_tensor * rot, const rope_fn & rope) {
+        ggml_tensor * moves, ggml_tensor * rot, const rope_fn & rope, bool fitted) {
     const int64_t n = moves->ne[0];
     ggml_tensor * rows = ggml_view_1d(ctx, moves, n, 0);
     ggml_tensor * shift = ggml_view_1d(ctx, moves, n, moves->nb[1]);
 
     ggml_tensor * cur = ggml_get_rows(ctx, k, rows);
     cur = shifted(ctx, cur, layer, shift, rot, rope);
-    ggml_build_forward_expand(gf, ggml_set_rows(ctx, k, cur, rows));
+    cur = fitted ? store_rows(ctx, k, cur, rows, layer.head_dim) : ggml_set_rows(ctx, k, cur, rows);
+    ggml_build_forward_expand(gf, cur);
 }
 
 static bool upstream_shifts(const k_layer & layer, const ggml_tensor * rot) {
@@ -137,9 +177,14 @@ static void build_cell_shift(ggml_cgraph * gf, ggml_context * ctx, const k_layer
 }
 
 bool build_shift(const arena * a, ggml_cgraph * gf, ggml_context * ctx, const k_layer & k, ggml_tensor * shift,
-        ggml_tensor * moves, ggml_tensor * rot, const rope_fn & rope) {
-    if (ggml_tensor * rows = moves ? a->layer(k.il).k : nullptr) {
-        build_row_shift(gf, ctx, rows, k, moves, rot, rope);
+        const shift_inputs & moves, ggml_tensor * rot, const rope_fn & rope) {
+    if (ggml_tensor * rows = moves.rows ? a->layer(k.il).k : nullptr) {
+        build_row_shift(gf, ctx, rows, k, moves.rows, rot, rope, false);
+    }
+    if (moves.cells) {
+        ggml_tensor * cells = ggml_reshape_2d(ctx, k.cells, k.cells->ne[0], ggml_nrows(k.cells));
+        build_row_shift(gf, ctx, cells, k, moves.cells, rot, rope, a->stores_fitted());
+        return true;
     }
     if (upstream_shifts(k, rot)) {
         return false;

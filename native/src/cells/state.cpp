@@ -221,7 +221,8 @@ void state_reader::finish(llama_io_read_i & io) {
             keep_in_sight(*a, strm, cells[i]);
         }
     }
-    if (mixed && a->holds_rows()) { // when all is known of the cells: some are given up for others'
+    if (a && a->holds_rows()) { // when all is known of the cells: some are given up for others'
+        a->note_restored(strm, cells);
         share_cells(*a, strm, cells);
     }
 }
