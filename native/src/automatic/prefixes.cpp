@@ -44,6 +44,9 @@ const prefixes::owner * prefixes::owner_of(size_t cache, uint32_t strm, uint32_t
 }
 
 void prefixes::know_restored() const {
+    if (list.empty()) {
+        return; // a context that only keeps prompts
+    }
     for (size_t c = 0; c < list.front().caches.size(); ++c) {
         arena & a = list.front().caches[c].of();
         for (const auto & [strm, restored] : a.take_restored()) {
