@@ -99,8 +99,8 @@ LLAMA_API const char * intactkv_prefix_name(const struct llama_context * ctx, in
 // Number of tokens so far that were in a batch and did not have to be computed.
 LLAMA_API uint64_t intactkv_n_not_computed(const struct llama_context * ctx);
 
-// Bytes allocated for the arenas of all layers, and for the rows of the prefixes that a context holds. With a tail they are allocated when it is set: for every sequence the
-// context can have, and one ubatch.
+// Bytes allocated for the arenas of all layers, and for the rows of the prefixes that a context holds. With a tail they
+// are allocated when it is set: for every sequence the context can have, and one ubatch.
 LLAMA_API size_t intactkv_arena_bytes(const struct llama_context * ctx);
 
 // Which attention the next batch will use:
@@ -109,8 +109,8 @@ LLAMA_API size_t intactkv_arena_bytes(const struct llama_context * ctx);
 //   "portable"  upstream's ops, in the layers the kernel does not take, over copies of K and V with the intact cells'
 //               rows written over them: any backend
 //   "stock"     upstream's ops as they are in those layers, because no cell is intact and there is no tail
-// INTACTKV_ATTN, read when a context is made, overrides the choice. fused: an error if the cache is not in CPU memory;
-// what else the kernel does not take, it still leaves. portable: no kernel, so stock as long as no cell is intact.
+// The choice is made for each layer. INTACTKV_ATTN, read when a context is made, overrides it. fused: an error if no
+// layer of the cache is in CPU memory; what else the kernel does not take, it still leaves. portable: no kernel, so stock as long as no cell is intact.
 // stock: F16 cells, and a tail, are refused for any cache but an F16 or F32 one.
 LLAMA_API const char * intactkv_attention(const struct llama_context * ctx);
 
