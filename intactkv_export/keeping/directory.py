@@ -10,6 +10,7 @@ When a prefix was last used is its file's time of modification, which the librar
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -219,8 +220,6 @@ def write(path: Path, data: bytes) -> None:
 
 def file_name(weights_sha256: str, tokens: Sequence[int]) -> str:
     """Of what a model keeps of these tokens."""
-    import hashlib
-
     text = f"{weights_sha256} {','.join(map(str, tokens))}"
     return f"kept-{hashlib.sha256(text.encode()).hexdigest()[:16]}.ikv"
 
