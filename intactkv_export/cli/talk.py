@@ -263,7 +263,7 @@ def serve(
         if directory is not None:
             from intactkv_export import keeping
 
-            keeping.Keeper(directory, settings.ctx_size, n_threads, remark)
+            keeping.Keeper(directory, settings.ctx_size, n_threads, remark, settings.prefixes)
         if as_json:
             print_json(server.facts())
         else:

@@ -29,6 +29,7 @@ from intactkv_export.prefix import Prefix, has_windows, ikv
 from intactkv_export.work import atomic, lock
 
 _KEPT = re.compile(r"kept-[0-9a-f]{16}\.ikv")
+_NOTE = re.compile(r"[0-9a-f]{16}\.tokens")
 _LEFT = re.compile(r"\.(?:(?P<kept>kept-[0-9a-f]{16}\.ikv)\.tmp-[0-9a-f]+|[0-9a-f]{16}\.tokens\.tmp)")
 _FORGOTTEN = 30 * 24 * 3600  # seconds: tokens noted for a model that is not served here any more
 _MOST = 512  # files that are loaded: each is named to the library, and held in memory
@@ -85,9 +86,9 @@ class Directory:
 
     def __init__(self, path: Path, model: ServedModel, n_bytes: int, say: Callable[[str], None]) -> None:
         self.path, self.model, self.n_bytes, self._say = path.absolute(), model, n_bytes, say
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"{path} is no directory to keep prompts in: give another with --keep")
         with atomic.explained(self.path / ".lock"):
+            if path.exists() and not path.is_dir():
+                raise UsageError(f"{path} is no directory to keep prompts in: give another with --keep")
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock: IO[bytes] = open(self.path / ".lock", "ab")
         if lock.take(self._lock.fileno()) is False:
@@ -129,6 +130,8 @@ class Directory:
     def wanted(self) -> Iterator[Wanted]:
         """What this model's library has noted; notes that nobody will read any more are removed."""
         for path in sorted(self.path.glob("*.tokens")):
+            if not _NOTE.fullmatch(path.name) or path.is_dir():
+                continue  # the user's
             try:
                 note = json.loads(path.read_bytes())
                 mine = note["model"] == str(self.model.path.absolute())
@@ -139,13 +142,15 @@ class Directory:
             except FileNotFoundError:
                 continue
             except (OSError, ValueError, KeyError, TypeError) as error:
-                self._say(f"{path} is no note of tokens ({type(error).__name__}), and removed")
-                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.unlink()
+                    self._say(f"{path} is no note of tokens ({type(error).__name__}), and removed")
                 continue
             if mine:
                 yield wanted
             elif old:
-                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.unlink()
 
     def has(self, tokens: Sequence[int]) -> bool:
         """Whether a prefix of this model that is here serves sequences that begin with these tokens."""

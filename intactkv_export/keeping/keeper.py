@@ -2,13 +2,15 @@
 
 Not read from the server's cache: that is quantized as a rule. In a process of its own, on what others leave of the
 cores, and as the model computes with a cache at F16: its rows are what the model can do, not what the reference can.
+But for those of the tokens with which a prefix begins that is served too, the reference's or trained: the model takes
+these as it does when it answers, or what is kept would put its own in their place.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from intactkv_export.errors import IntactKVError
 from intactkv_export.keeping import directory as directories
 from intactkv_export.keeping.directory import Directory, Wanted
 from intactkv_export.libllama import Vocabulary
-from intactkv_export.prefix import ikv
+from intactkv_export.prefix import Prefix, ikv
 from intactkv_export.work import run
 
 _LOOK_EVERY = 0.5  # seconds
@@ -28,33 +30,50 @@ _LOOK_EVERY = 0.5  # seconds
 class Keeper:
     """Computes what the library notes in a directory, one after the other, until this process ends.
 
-    n_ctx: tokens of a conversation's context. say: is told what was kept, and what could not be.
+    n_ctx: tokens of a conversation's context. say: is told what was kept, and what could not be. served: all prefixes
+    that the model is served with.
     """
 
-    def __init__(self, directory: Directory, n_ctx: int, n_threads: int | None, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        n_ctx: int,
+        n_threads: int | None,
+        say: Callable[[str], None],
+        served: Sequence[Prefix] = (),
+    ) -> None:
         self._directory, self._n_ctx, self._n_threads, self._say = directory, n_ctx, n_threads, say
+        self._served = [prefix for prefix in served if prefix.kept is None]
+        self._failed: set[Path] = set()  # notes that cannot be removed
         # A daemon: the process of a computation ends with this one, and its note is there at the next start.
         threading.Thread(target=self._work, daemon=True).start()
 
     def _work(self) -> None:
         never = threading.Event()
         while not never.wait(_LOOK_EVERY):
-            for wanted in list(self._directory.wanted()):
+            for wanted in [each for each in self._directory.wanted() if each.path not in self._failed]:
                 try:
                     self._keep(wanted)
                 except (IntactKVError, OSError) as error:
                     self._say(f"a prompt of {len(wanted.tokens)} tokens is not kept: {error}")
-                with suppress(OSError):
-                    wanted.path.unlink()
+                try:
+                    wanted.path.unlink(missing_ok=True)
+                except OSError:
+                    self._failed.add(wanted.path)
 
     def _keep(self, wanted: Wanted) -> None:
         there, model = self._directory, self._directory.model
         n = len(wanted.tokens)
         if there.has(wanted.tokens):
             return
+        if spoilt := next((p for p in self._served if _begins(p, wanted.tokens) and (p.n_extra or p.in_sight)), None):
+            raise IntactKVError(
+                f"the trained prefix of {spoilt.source} that it begins with has cells that a kept one cannot have: "
+                "make one of the whole prompt with `intactkv-export prefix`"
+            )
         path = there.path / directories.file_name(model.weights_sha256, wanted.tokens)
         origin = {"reference": model.origin, "kept": {**model.about, "requests": wanted.requests}}
-        done = run(_make, model.path, wanted.tokens, path, origin, self._n_threads, self._n_ctx)
+        done = run(_make, model.path, wanted.tokens, path, origin, self._n_threads, self._n_ctx, *self._beside())
         removed = there.make_room(path)
         if path in removed:
             self._say(
@@ -65,14 +84,35 @@ class Keeper:
         gone = f"; removed {', '.join(each.name for each in removed)}" if removed else ""
         self._say(f"kept {path}: {n} tokens, {done.value:,} bytes, computed in {done.seconds:.1f} s{gone}")
 
+    def _beside(self) -> tuple[list[str], int]:
+        """What else the model is served with: files that LLAMA_INTACTKV names, and the cells of the longest prefix."""
+        model = self._directory.model.path.resolve()
+        sources = dict.fromkeys(p.source for p in self._served if p.source is not None and p.source.resolve() != model)
+        return [str(source) for source in sources], max((p.n_cells for p in self._served), default=0)
 
-def _make(gguf: Path, tokens: list[int], out: Path, origin: dict[str, Any], n_threads: int | None, n_ctx: int) -> int:
-    """A prefix by a model itself: a stage of its own. Returns its bytes. Raises IntactKVError."""
+
+def _begins(prefix: Prefix, tokens: Sequence[int]) -> bool:
+    return prefix.tokens == list(tokens[: len(prefix.tokens)])
+
+
+def _make(
+    gguf: Path,
+    tokens: list[int],
+    out: Path,
+    origin: dict[str, Any],
+    n_threads: int | None,
+    n_ctx: int,
+    named: Sequence[str] = (),
+    n_served: int = 0,
+) -> int:
+    """A prefix by a model itself: a stage of its own. named, n_served: the files, beside its own, and the cells of the
+    longest of the prefixes that it is served with. Returns its bytes. Raises IntactKVError."""
     _give_way()
+    os.environ[ikv.VARIABLE] = os.pathsep.join(named)
     with Vocabulary(gguf) as vocabulary:
         text = vocabulary.text(tokens)
     model, K, V = llama_engine.compute(
-        gguf, tokens, cache_dtype="f16", n_threads=n_threads, n_ctx=max(n_ctx, len(tokens) + 1)
+        gguf, tokens, cache_dtype="f16", n_threads=n_threads, n_ctx=max(n_ctx, len(tokens) + 1), n_automatic=n_served
     )
     manifest = {
         "text": text,

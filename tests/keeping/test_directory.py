@@ -166,17 +166,20 @@ def test_kill_9_in_mid_write_loses_nothing_else(place: Place) -> None:
 def test_notes(place: Place, tmp_path: Path) -> None:
     def note(name: str, **values: Any) -> Path:
         whole = {"format": 1, "model": str(place.model.path.absolute()), "requests": 3, "tokens": [1, 2], **values}
-        (place.path / f"{name}.tokens").write_text(json.dumps(whole))
-        return place.path / f"{name}.tokens"
+        path = place.path / f"{name * 16}.tokens"
+        path.write_text(json.dumps(whole))
+        return path
 
     mine, other, old = note("a"), note("b", model="/other.gguf"), note("c", model="/gone.gguf")
     os.utime(old, (1, 1))
     note("d", tokens="no list"), note("e", format=2)
-    (place.path / "f.tokens").write_text('{"format":1,')
+    (place.path / f"{'f' * 16}.tokens").write_text('{"format":1,')
+    (place.path / f"{'1' * 16}.tokens").mkdir()
+    (place.path / "thesis.tokens").write_text("the user's own")
     with place.open() as opened:
         found = list(opened.wanted())
     assert [(wanted.path, wanted.tokens, wanted.requests) for wanted in found] == [(mine, [1, 2], 3)]
-    assert place.names == {mine.name, other.name} and len(place.said) == 3
+    assert place.names == {mine.name, other.name, f"{'1' * 16}.tokens", "thesis.tokens"} and len(place.said) == 3
 
 
 def test_inspect_lists_them(place: Place, smol: Smol, capsys: pytest.CaptureFixture[str]) -> None:
