@@ -241,7 +241,7 @@ def serve(
         kept, directory = None, None
         if keep is not None:
             directory = stack.enter_context(_directory(keep, model, size, no_prefix, more or []))
-            kept = serving.Kept(directory.path, directory.fitting(), keep_after)
+            kept = serving.Kept(directory.path, directory.fitting, keep_after)
         settings = serving.choose_settings(
             model,
             prefixes=[] if no_prefix else prefix_paths or None,
@@ -263,7 +263,7 @@ def serve(
         if directory is not None:
             from intactkv_export import keeping
 
-            keeping.Keeper(directory, settings.ctx_size, n_threads, remark, settings.prefixes)
+            keeping.Keeper(directory, settings.ctx_size, n_threads, remark)
         if as_json:
             print_json(server.facts())
         else:

@@ -21,7 +21,7 @@ from intactkv_export.errors import IntactKVError
 from intactkv_export.keeping import directory as directories
 from intactkv_export.keeping.directory import Directory, Wanted
 from intactkv_export.libllama import Vocabulary
-from intactkv_export.prefix import Prefix, ikv
+from intactkv_export.prefix import BEHIND, ikv
 from intactkv_export.work import run
 
 _LOOK_EVERY = 0.5  # seconds
@@ -30,20 +30,11 @@ _LOOK_EVERY = 0.5  # seconds
 class Keeper:
     """Computes what the library notes in a directory, one after the other, until this process ends.
 
-    n_ctx: tokens of a conversation's context. say: is told what was kept, and what could not be. served: all prefixes
-    that the model is served with.
+    n_ctx: tokens of a conversation's context. say: is told what was kept, and what could not be.
     """
 
-    def __init__(
-        self,
-        directory: Directory,
-        n_ctx: int,
-        n_threads: int | None,
-        say: Callable[[str], None],
-        served: Sequence[Prefix] = (),
-    ) -> None:
+    def __init__(self, directory: Directory, n_ctx: int, n_threads: int | None, say: Callable[[str], None]) -> None:
         self._directory, self._n_ctx, self._n_threads, self._say = directory, n_ctx, n_threads, say
-        self._served = [prefix for prefix in served if prefix.kept is None]
         self._failed: set[Path] = set()  # notes that cannot be removed
         # A daemon: the process of a computation ends with this one, and its note is there at the next start.
         threading.Thread(target=self._work, daemon=True).start()
@@ -66,13 +57,17 @@ class Keeper:
         n = len(wanted.tokens)
         if there.has(wanted.tokens):
             return
-        if spoilt := next((p for p in self._served if _begins(p, wanted.tokens) and (p.n_extra or p.in_sight)), None):
+        behind = there.behind(wanted.tokens)
+        if behind is not None and (behind.n_extra or behind.in_sight):
             raise IntactKVError(
-                f"the trained prefix of {spoilt.source} that it begins with has cells that a kept one cannot have: "
+                f"the trained prefix of {behind.source} that it begins with has cells that a kept one cannot have: "
                 "make one of the whole prompt with `intactkv-export prefix`"
             )
         path = there.path / directories.file_name(model.weights_sha256, wanted.tokens)
-        origin = {"reference": model.origin, "kept": {**model.about, "requests": wanted.requests}}
+        kept = {**model.about, "requests": wanted.requests}
+        if behind is not None:
+            kept[BEHIND] = behind.sha256
+        origin = {"reference": model.origin, "kept": kept}
         done = run(_make, model.path, wanted.tokens, path, origin, self._n_threads, self._n_ctx, *self._beside())
         removed = there.make_room(path)
         if path in removed:
@@ -86,13 +81,9 @@ class Keeper:
 
     def _beside(self) -> tuple[list[str], int]:
         """What else the model is served with: files that LLAMA_INTACTKV names, and the cells of the longest prefix."""
-        model = self._directory.model.path.resolve()
-        sources = dict.fromkeys(p.source for p in self._served if p.source is not None and p.source.resolve() != model)
-        return [str(source) for source in sources], max((p.n_cells for p in self._served), default=0)
-
-
-def _begins(prefix: Prefix, tokens: Sequence[int]) -> bool:
-    return prefix.tokens == list(tokens[: len(prefix.tokens)])
+        model, served = self._directory.model.path.resolve(), self._directory.served
+        sources = dict.fromkeys(p.source for p in served if p.source is not None and p.source.resolve() != model)
+        return [str(source) for source in sources], max((p.n_cells for p in served), default=0)
 
 
 def _make(

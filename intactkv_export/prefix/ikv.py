@@ -69,6 +69,11 @@ class Prefix:
         return self.manifest.get(manifests.KEPT)
 
     @property
+    def behind(self) -> str | None:
+        """Of one that a served model has made: the SHA-256 of the prefix whose rows it begins with."""
+        return (self.kept or {}).get(manifests.BEHIND)
+
+    @property
     def contents(self) -> str:
         """For messages: how many tokens, and extra cells if there are some."""
         n, n_extra = len(self.tokens), self.n_extra

@@ -23,12 +23,14 @@ def keep(smol: Smol, tmp_path: Path) -> Callable[..., tuple[Path, list[str]]]:
     """keep(tokens, prefix, ...): the file in which a model served with these prefixes keeps them, and what is said."""
 
     def noted(tokens: list[int], *served: Prefix) -> tuple[Path, list[str]]:
-        model, said = ServedModel(smol.gguf), []
+        said: list[str] = []
+        model = ServedModel(smol.gguf)
         with Directory(tmp_path / "kept", model, 10**9, said.append) as opened:
             note = opened.path / f"{'0' * 16}.tokens"
             about = {"format": 1, "model": str(model.path.absolute()), "requests": 3, "tokens": tokens}
             note.write_text(json.dumps(about))
-            Keeper(opened, 1024, 1, said.append, served)
+            assert opened.fitting(served, 1024) == []
+            Keeper(opened, 1024, 1, said.append)
             end = time.monotonic() + 120
             while note.exists() and time.monotonic() < end:
                 time.sleep(0.1)
@@ -47,6 +49,23 @@ def test_it_begins_with_the_rows_of_a_prefix_that_is_served(
     for new, old in zip(ikv.read(path).layers, served.layers, strict=True):
         np.testing.assert_array_equal(new.K[:n], old.K[:n])
         np.testing.assert_array_equal(new.V[:n], old.V[:n])
+    said: list[str] = []
+    with Directory(path.parent, ServedModel(smol.gguf), 10**9, said.append) as opened:
+        assert [found.source for found in opened.fitting([served])] == [path] and said == []
+        assert opened.has(served.tokens[:n] + MORE)
+        assert [found.source for found in opened.fitting()] == [path] and said == []
+
+
+def test_one_that_has_the_models_own_rows_is_left_out_where_there_are_better(
+    smol: Smol, keep: Callable[..., tuple[Path, list[str]]]
+) -> None:
+    served = ikv.read(smol.ikv)
+    path, _ = keep(served.tokens[:6] + MORE)
+    said: list[str] = []
+    with Directory(path.parent, ServedModel(smol.gguf), 10**9, said.append) as opened:
+        assert len(opened.fitting()) == 1 and said == []
+        assert opened.fitting([served]) == [] and not opened.has(served.tokens[:6] + MORE)
+        assert said == [f"{path} is left out: its first rows are not those of {smol.ikv}, which is served now"]
 
 
 def test_it_has_no_cells_that_stand_for_no_token(
