@@ -198,7 +198,10 @@ def serve(
         ),
     ] = None,
     keep_after: Annotated[
-        int, typer.Option("--keep-after", min=2, help="Requests that begin alike and then differ, until it is kept.")
+        int,
+        typer.Option(
+            "--keep-after", min=2, max=256, help="Requests that begin alike and then differ, until it is kept."
+        ),
     ] = 3,
     keep_size: Annotated[
         str, typer.Option("--keep-size", metavar="SIZE", help="Of all that is kept; beyond it the longest unused goes.")
