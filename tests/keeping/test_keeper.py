@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from intactkv_export.cli.main import main
 from intactkv_export.keeping import Directory, Keeper, ServedModel
 from intactkv_export.keeping import directory as directories
 from intactkv_export.prefix import Prefix, ikv
@@ -75,3 +76,14 @@ def test_it_has_no_cells_that_stand_for_no_token(
     served = ikv.read(smol.ikv)
     path, said = keep(served.tokens + MORE, served)
     assert not path.exists() and len(said) == 1 and "has cells that a kept one cannot have" in said[0]
+
+
+@pytest.mark.parametrize("how", ["--rope-freq-scale", "LLAMA_ARG_ROPE_FREQ_SCALE"])
+def test_not_where_the_model_is_served_otherwise_than_its_file_says(
+    smol: Smol, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    if how.startswith("LLAMA"):
+        monkeypatch.setenv(how, "0.5")
+    more = ["--", how, "0.5"] if how.startswith("--") else []
+    assert main(["serve", str(smol.gguf), "--keep", str(tmp_path / "kept"), *more]) == 2
+    assert f"--keep computes with the model as its file says, and {how} changes it" in capsys.readouterr().err
