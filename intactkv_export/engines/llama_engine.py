@@ -55,8 +55,8 @@ def compute(
 
     Rows that a sliding window has left behind are zero. cache_dtype: "f32": no flash attention, rounded once; "f16":
     flash attention, as most programs run. n_ctx: of the context that the prefix will be used in; LongRoPE models choose
-    their factors by it. rope: settings that it will be used with. progress counts tokens. n_automatic: cells of the
-    longest automatic prefix that the model is to be given, as in any program, instead of none. Raises IntactKVError if
+    their factors by it. rope: settings that it will be used with. progress counts tokens. n_automatic: cells of an
+    automatic prefix that the model is to be given, as in any program, instead of none. Raises IntactKVError if
     the model cannot be loaded, cannot carry a prefix, or has K or V beyond float16.
     """
     if cache_dtype not in CACHE_TYPES:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from intactkv_export.errors import IntactKVError
 from intactkv_export.keeping import directory as directories
 from intactkv_export.keeping.directory import Directory, Wanted
 from intactkv_export.libllama import Vocabulary
-from intactkv_export.prefix import BEHIND, ikv
+from intactkv_export.prefix import BEHIND, Prefix, ikv
 from intactkv_export.work import run
 
 _LOOK_EVERY = 0.5  # seconds
@@ -68,7 +68,7 @@ class Keeper:
         if behind is not None:
             kept[BEHIND] = behind.sha256
         origin = {"reference": model.origin, "kept": kept}
-        done = run(_make, model.path, wanted.tokens, path, origin, self._n_threads, self._n_ctx, *self._beside())
+        done = run(_make, model.path, wanted.tokens, path, origin, self._n_threads, self._n_ctx, *self._given(behind))
         removed = there.make_room(path)
         if path in removed:
             self._say(
@@ -79,11 +79,12 @@ class Keeper:
         gone = f"; removed {', '.join(each.name for each in removed)}" if removed else ""
         self._say(f"kept {path}: {n} tokens, {done.value:,} bytes, computed in {done.seconds:.1f} s{gone}")
 
-    def _beside(self) -> tuple[list[str], int]:
-        """What else the model is served with: files that LLAMA_INTACTKV names, and the cells of the longest prefix."""
-        model, served = self._directory.model.path.resolve(), self._directory.served
-        sources = dict.fromkeys(p.source for p in served if p.source is not None and p.source.resolve() != model)
-        return [str(source) for source in sources], max((p.n_cells for p in served), default=0)
+    def _given(self, behind: Prefix | None) -> tuple[str, int]:
+        """What LLAMA_INTACTKV has to name for the model to be given this prefix, and the cells that it takes."""
+        if behind is None:
+            return "", 0
+        embedded = behind.source is None or behind.source.resolve() == self._directory.model.path.resolve()
+        return "" if embedded else str(behind.source), behind.n_cells
 
 
 def _make(
@@ -93,17 +94,17 @@ def _make(
     origin: dict[str, Any],
     n_threads: int | None,
     n_ctx: int,
-    named: Sequence[str] = (),
-    n_served: int = 0,
+    named: str = "",
+    n_given: int = 0,
 ) -> int:
-    """A prefix by a model itself: a stage of its own. named, n_served: the files, beside its own, and the cells of the
-    longest of the prefixes that it is served with. Returns its bytes. Raises IntactKVError."""
+    """A prefix by a model itself: a stage of its own. named: the file of a prefix of n_given cells that it begins with,
+    "": it is the model's; 0: with none. Returns its bytes. Raises IntactKVError."""
     _give_way()
-    os.environ[ikv.VARIABLE] = os.pathsep.join(named)
+    os.environ[ikv.VARIABLE] = named
     with Vocabulary(gguf) as vocabulary:
         text = vocabulary.text(tokens)
     model, K, V = llama_engine.compute(
-        gguf, tokens, cache_dtype="f16", n_threads=n_threads, n_ctx=max(n_ctx, len(tokens) + 1), n_automatic=n_served
+        gguf, tokens, cache_dtype="f16", n_threads=n_threads, n_ctx=max(n_ctx, len(tokens) + 1), n_automatic=n_given
     )
     manifest = {
         "text": text,
