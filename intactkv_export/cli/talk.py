@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 # Options of llama-server with which a model computes other rows than its file says
 _CHANGES_ROWS = ("--rope-", "--yarn-", "--override-kv", "--lora", "--control-vector")
+_CHANGE_ROWS = ("LLAMA_ARG_ROPE_", "LLAMA_ARG_YARN_")  # its environment
 
 _PATIENCE = 1.0  # seconds without a byte from a pipe, after which it is said that it is waited for
 
@@ -198,7 +199,10 @@ def serve(
         ),
     ] = None,
     keep_after: Annotated[
-        int, typer.Option("--keep-after", min=2, help="Requests that begin alike and then differ, until it is kept.")
+        int,
+        typer.Option(
+            "--keep-after", min=2, max=256, help="Requests that begin alike and then differ, until it is kept."
+        ),
     ] = 3,
     keep_size: Annotated[
         str, typer.Option("--keep-size", metavar="SIZE", help="Of all that is kept; beyond it the longest unused goes.")
@@ -241,7 +245,7 @@ def serve(
         kept, directory = None, None
         if keep is not None:
             directory = stack.enter_context(_directory(keep, model, size, no_prefix, more or []))
-            kept = serving.Kept(directory.path, directory.fitting(), keep_after)
+            kept = serving.Kept(directory.path, directory.fitting, keep_after)
         settings = serving.choose_settings(
             model,
             prefixes=[] if no_prefix else prefix_paths or None,
@@ -280,6 +284,7 @@ def _directory(path: Path, model: Path, size: int, no_prefix: bool, more: list[s
     if no_prefix or os.environ.get("LLAMA_INTACTKV") == "off":
         raise UsageError("--keep is for prefixes, and none are to be used: leave out --no-prefix, LLAMA_INTACTKV=off")
     other = next((word for word in more if word.startswith(_CHANGES_ROWS)), None)
+    other = other or next((name for name in os.environ if name.startswith(_CHANGE_ROWS)), None)
     if other is not None:
         raise UsageError(f"--keep computes with the model as its file says, and {other} changes it: give one of both")
     return keeping.Directory(path, keeping.ServedModel(model), size, remark)

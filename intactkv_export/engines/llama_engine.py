@@ -49,17 +49,20 @@ def compute(
     n_ctx: int = 0,
     rope: Rope | None = None,
     progress: Steps | None = None,
+    n_automatic: int = 0,
 ) -> tuple[dict[str, Any], KV, KV]:
     """(model description, K, V) of `tokens` at positions 0.., K and V {layer: float16 [n_tokens, n_head_kv, head_dim]}.
 
     Rows that a sliding window has left behind are zero. cache_dtype: "f32": no flash attention, rounded once; "f16":
     flash attention, as most programs run. n_ctx: of the context that the prefix will be used in; LongRoPE models choose
-    their factors by it. rope: settings that it will be used with. progress counts tokens. Raises IntactKVError if the
-    model cannot be loaded, cannot carry a prefix, or has K or V beyond float16.
+    their factors by it. rope: settings that it will be used with. progress counts tokens. n_automatic: cells of an
+    automatic prefix that the model is to be given, as in any program, instead of none. Raises IntactKVError if
+    the model cannot be loaded, cannot carry a prefix, or has K or V beyond float16.
     """
     if cache_dtype not in CACHE_TYPES:
         raise UsageError(f"unknown cache type {cache_dtype!r}: give one of {', '.join(CACHE_TYPES)}")
-    with _context(gguf, n_ctx, len(tokens) + 1, cache_dtype, n_threads, rope) as context:
+    needed = max(len(tokens), n_automatic) + 1
+    with _context(gguf, n_ctx, needed, cache_dtype, n_threads, rope, automatic=n_automatic > 0) as context:
         model = bindings.describe(context.ptr)
         for start in range(0, len(tokens), N_BATCH):
             context.decode(tokens[start : start + N_BATCH], start)
@@ -70,7 +73,14 @@ def compute(
 
 
 def _context(
-    gguf: str | os.PathLike[str], n_ctx: int, needed: int, cache_type: str, n_threads: int | None, rope: Rope | None
+    gguf: str | os.PathLike[str],
+    n_ctx: int,
+    needed: int,
+    cache_type: str,
+    n_threads: int | None,
+    rope: Rope | None,
+    *,
+    automatic: bool = False,
 ) -> Context:
     """A context of the tokens needed that has the LongRoPE factors of one of n_ctx: a large cache would be for nothing.
 
@@ -79,10 +89,10 @@ def _context(
     """
     long = gguf_file.longrope(gguf) if n_ctx > needed else None
     if long is None or not _padded(needed) <= long.n_ctx_orig < _padded(n_ctx):
-        return Context(gguf, needed, cache_type, n_threads, rope)
+        return Context(gguf, needed, cache_type, n_threads, rope, automatic=automatic)
     rope = rope or Rope()
     rope = replace(rope, yarn_orig_ctx=rope.yarn_orig_ctx or long.n_ctx_orig)
-    return Context(gguf, needed, cache_type, n_threads, rope, {long.key: 1})
+    return Context(gguf, needed, cache_type, n_threads, rope, {long.key: 1}, automatic=automatic)
 
 
 def _padded(n_ctx: int) -> int:

@@ -29,6 +29,7 @@ from intactkv_export.prefix import Prefix, has_windows, ikv
 from intactkv_export.work import atomic, lock
 
 _KEPT = re.compile(r"kept-[0-9a-f]{16}\.ikv")
+_NOTE = re.compile(r"[0-9a-f]{16}\.tokens")
 _LEFT = re.compile(r"\.(?:(?P<kept>kept-[0-9a-f]{16}\.ikv)\.tmp-[0-9a-f]+|[0-9a-f]{16}\.tokens\.tmp)")
 _FORGOTTEN = 30 * 24 * 3600  # seconds: tokens noted for a model that is not served here any more
 _MOST = 512  # files that are loaded: each is named to the library, and held in memory
@@ -85,9 +86,11 @@ class Directory:
 
     def __init__(self, path: Path, model: ServedModel, n_bytes: int, say: Callable[[str], None]) -> None:
         self.path, self.model, self.n_bytes, self._say = path.absolute(), model, n_bytes, say
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"{path} is no directory to keep prompts in: give another with --keep")
+        self.served: list[Prefix] = []  # beside what is kept: the reference's, or trained
+        self._n_ctx: int | None = None
         with atomic.explained(self.path / ".lock"):
+            if path.exists() and not path.is_dir():
+                raise UsageError(f"{path} is no directory to keep prompts in: give another with --keep")
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock: IO[bytes] = open(self.path / ".lock", "ab")
         if lock.take(self._lock.fileno()) is False:
@@ -105,23 +108,30 @@ class Directory:
     ) -> None:
         self._lock.close()
 
-    def fitting(self) -> list[Prefix]:
-        """Those of this model, the user's first, then the newest; what is said of the others is why they are not."""
+    def fitting(self, served: Sequence[Prefix] = (), n_ctx: int | None = None) -> list[Prefix]:
+        """Those of this model, the user's first, then the newest; what is said of the others is why they are not.
+
+        served: what the model is served with from elsewhere. n_ctx: tokens of a conversation's context.
+        """
         found: list[Entry] = []
         there = list(entries(self.path))
         self.model.recognize(entry.prefix.manifest for entry in there if entry.prefix is not None)
+        self.served, self._n_ctx = [prefix for prefix in served if prefix.kept is None], n_ctx
+        known = {prefix.source.resolve() for prefix in self.served if prefix.source is not None}
         for entry in there:
             why = entry.problem
             if entry.prefix is not None:
                 try:
                     self.model.check(entry.prefix.manifest)
                     found.append(entry)
+                    if entry.prefix.kept is None and entry.path.resolve() not in known:
+                        self.served.append(entry.prefix)
                     continue
                 except IntactKVError as error:
                     why = str(error)
             self._say(f"{entry.path} is left out: {why}")
         found.sort(key=lambda entry: (not entry.pinned, -entry.used))
-        found = self._without_spare(found)
+        found = [entry for entry in self._without_spare(found) if not self._say_why(entry)]
         if len(found) > _MOST:
             self._say(f"{len(found) - _MOST} prefixes in {self.path} are left out: {_MOST} are loaded, the newest")
         return [entry.prefix for entry in found[:_MOST] if entry.prefix is not None]
@@ -129,6 +139,8 @@ class Directory:
     def wanted(self) -> Iterator[Wanted]:
         """What this model's library has noted; notes that nobody will read any more are removed."""
         for path in sorted(self.path.glob("*.tokens")):
+            if not _NOTE.fullmatch(path.name) or path.is_dir():
+                continue  # the user's
             try:
                 note = json.loads(path.read_bytes())
                 mine = note["model"] == str(self.model.path.absolute())
@@ -139,18 +151,30 @@ class Directory:
             except FileNotFoundError:
                 continue
             except (OSError, ValueError, KeyError, TypeError) as error:
-                self._say(f"{path} is no note of tokens ({type(error).__name__}), and removed")
-                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.unlink()
+                    self._say(f"{path} is no note of tokens ({type(error).__name__}), and removed")
                 continue
             if mine:
                 yield wanted
             elif old:
-                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.unlink()
+
+    def behind(self, tokens: Sequence[int]) -> Prefix | None:
+        """Of what is served, the prefix whose rows sequences of these tokens begin with, as the library chooses."""
+        best, rank = None, (0, False)
+        for prefix in self.served:
+            n = _n_common(prefix.tokens, tokens)
+            whole = n == len(prefix.tokens)
+            if (n, whole) > rank and (whole or prefix.manifest["calibrated"] is None):
+                best, rank = prefix, (n, whole)
+        return best
 
     def has(self, tokens: Sequence[int]) -> bool:
         """Whether a prefix of this model that is here serves sequences that begin with these tokens."""
         return any(
-            entry.prefix is not None and self._fits(entry.prefix) and _serves(entry.prefix, tokens)
+            entry.prefix is not None and self._fits(entry.prefix) and self._serves(entry, tokens)
             for entry in entries(self.path)
         )
 
@@ -178,11 +202,33 @@ class Directory:
         left: list[Entry] = []
         for entry in found:
             tokens = [] if entry.prefix is None else entry.prefix.tokens
-            if not entry.pinned and any(x.prefix is not None and _serves(x.prefix, tokens) for x in left):
+            if not entry.pinned and any(self._serves(x, tokens) for x in left):
                 entry.path.unlink(missing_ok=True)
             else:
                 left.append(entry)
         return left
+
+    def _why_not_now(self, prefix: Prefix) -> str:
+        """Why it is not to be served today, though it is of this model; "": it is."""
+        if self._n_ctx is not None and prefix.n_cells >= self._n_ctx:
+            return f"it takes {prefix.n_cells} tokens and the context has {self._n_ctx}"
+        served = None if prefix.kept is None else self.behind(prefix.tokens)
+        if served is None or prefix.behind == served.sha256:
+            return ""
+        if prefix.behind is None:  # the model's own would take the place of the reference's
+            return f"its first rows are not those of {served.source}, which is served now"
+        if served.manifest["calibrated"] is not None:
+            return f"its first rows are another prefix's, and {served.source} was trained since"
+        return ""
+
+    def _say_why(self, entry: Entry) -> bool:
+        why = "" if entry.prefix is None else self._why_not_now(entry.prefix)
+        if why:
+            self._say(f"{entry.path} is left out: {why}")
+        return bool(why)
+
+    def _serves(self, entry: Entry, tokens: Sequence[int]) -> bool:
+        return entry.prefix is not None and _serves(entry.prefix, tokens) and not self._why_not_now(entry.prefix)
 
     def _fits(self, prefix: Prefix) -> bool:
         try:
@@ -209,6 +255,10 @@ def _serves(prefix: Prefix, tokens: Sequence[int]) -> bool:
         return True
     spoilt = prefix.manifest["calibrated"] is not None or has_windows(prefix.manifest)
     return not spoilt and prefix.tokens[: len(tokens)] == tokens
+
+
+def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def write(path: Path, data: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ N_BATCH = 512  # tokens evaluated at a time, at most
 
 
 class Context:
-    """A GGUF with a llama_context, `ptr`, that has no automatic prefix: what is decoded is computed. A context manager:
-    frees both.
+    """A GGUF with a llama_context, `ptr`, that has no automatic prefix unless it is to have them: what is decoded is
+    computed. A context manager: frees both.
 
     n_ctx: 0: N_BATCH. cache_type: "f32" (then without flash attention, which works in F16) or another of KV_TYPES.
     n_threads: None: the cores that this process may use. rope: None: the model's own. overrides: integers of the GGUF's
-    metadata that are read as others. Raises IntactKVError if llama.cpp cannot run it.
+    metadata that are read as others. automatic: with the model's prefixes, and those that LLAMA_INTACTKV names, as in
+    any program. Raises IntactKVError if llama.cpp cannot run it.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Context:
         n_threads: int | None,
         rope: Rope | None = None,
         overrides: Mapping[str, int] | None = None,
+        automatic: bool = False,
     ) -> None:
         self._L = L = library.load()
         self._model, self.ptr = None, None
@@ -58,7 +61,7 @@ class Context:
                 context.offload_kqv = context.op_offload = False  # a GPU would round in its own ways
                 for name, value in (rope or Rope()).llama_kwargs.items():
                     setattr(context, name, value)
-                with no_automatic_prefixes():
+                with nullcontext() if automatic else no_automatic_prefixes():
                     self.ptr = L.llama_init_from_model(self._model, context)
         del kept  # it had to live until the model was read
         if not self.ptr:

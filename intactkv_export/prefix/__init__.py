@@ -10,7 +10,7 @@ from intactkv_export.prefix.chat_template import (
     of_prefix,
 )
 from intactkv_export.prefix.ikv import Prefix, check_reference, of_model, run_settings
-from intactkv_export.prefix.manifest import EXTRA, IN_SIGHT, MAX_EXTRA, has_windows
+from intactkv_export.prefix.manifest import BEHIND, EXTRA, IN_SIGHT, MAX_EXTRA, has_windows
 from intactkv_export.prefix.prompt import (
     Prompt,
     check_prefix_tokens,
@@ -21,7 +21,7 @@ from intactkv_export.prefix.prompt import (
 )
 
 __all__ = [
-    "EXTRA", "IN_SIGHT", "MAX_EXTRA", "Prefix", "Prompt", "Rendering", "Template", "chat_template_of",
+    "BEHIND", "EXTRA", "IN_SIGHT", "MAX_EXTRA", "Prefix", "Prompt", "Rendering", "Template", "chat_template_of",
     "check_prefix_tokens", "check_prompt", "check_reference", "checked_tools", "embedding", "first_tokens", "from_json",
     "has_windows", "ikv", "inspection", "make_prompt", "of_model", "of_prefix", "outputs", "prompt_for", "run_settings",
 ]  # fmt: skip

@@ -69,6 +69,11 @@ class Prefix:
         return self.manifest.get(manifests.KEPT)
 
     @property
+    def behind(self) -> str | None:
+        """Of one that a served model has made: the SHA-256 of the prefix whose rows it begins with."""
+        return (self.kept or {}).get(manifests.BEHIND)
+
+    @property
     def contents(self) -> str:
         """For messages: how many tokens, and extra cells if there are some."""
         n, n_extra = len(self.tokens), self.n_extra
@@ -260,6 +265,8 @@ def first_token_of(model: str | os.PathLike[str]) -> Prefix | None:
 def of_model(model: str | os.PathLike[str], given: str | os.PathLike[str] | None = None) -> Prefix:
     """The prefix of a model: the one given (named()), or else its own. Raises UsageError if there is none."""
     prefix = own(model) if given is None else named(model, given)
+    if prefix is None and in_environment() == []:
+        raise UsageError(f"{VARIABLE} is off, and a prefix of {model} is needed: unset it, or name one with --prefix")
     if prefix is None:
         raise UsageError(
             f"{model} has no prefix, neither embedded nor beside it: make one with `intactkv-export prefix`, or name "

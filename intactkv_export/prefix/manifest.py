@@ -21,6 +21,7 @@ _MAX_HEADS, _MAX_HEAD_DIM = 1 << 16, 1 << 16
 EXTRA = "extra_cells"  # the field that counts cells which stand for no token; a prefix without such has none
 MAX_EXTRA = 1 << 16
 KEPT = "kept"  # the field of a prefix that a served model has made itself, without a reference
+BEHIND = "behind"  # of the field kept: SHA-256 of the prefix whose rows it begins with
 IN_SIGHT = "in_sight"  # of the field calibrated
 
 
@@ -206,6 +207,8 @@ def _check_origin(root: _Field) -> None:
         kept["weights_sha256"].sha256()
         for key in ("n_bytes", "mtime_ns", "requests"):
             kept[key].integer(0, 2**63 - 1)
+        if BEHIND in kept.value:
+            kept[BEHIND].sha256()
     if "rope_options" in root.value:
         options = root["rope_options"]
         options.expect(isinstance(options.value, dict), "an object")

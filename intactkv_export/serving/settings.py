@@ -6,7 +6,7 @@ import ipaddress
 import math
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,10 +34,10 @@ _OURS = {
 @dataclass(frozen=True)
 class Kept:
     """What a server is to keep. directory: where the library notes the tokens that `after` requests begin with;
-    prefixes: those of its model that are there."""
+    prefixes(others, n_ctx): those that are there and can be served beside others, in a context of n_ctx tokens."""
 
     directory: Path
-    prefixes: Sequence[Prefix]
+    prefixes: Callable[[Sequence[Prefix], int], Sequence[Prefix]]
     after: int
 
 
@@ -213,15 +213,12 @@ def _kept(
     environment[KEEP], environment[KEEP_AFTER] = str(kept.directory), str(kept.after)
     there = {prefix.source.resolve() for prefix in others if prefix.source is not None}
     found, files = [], []
-    for prefix in kept.prefixes:
+    for prefix in kept.prefixes(others, n_ctx):
         assert prefix.source is not None  # they are of files
         if prefix.source.resolve() in there:
             continue
         if os.pathsep in prefix.source.name:
             notes.append(f"{prefix.source} is left out: it has a {os.pathsep!r} in its name")
-            continue
-        if prefix.n_cells >= n_ctx:
-            notes.append(f"{prefix.source} is left out: it takes {prefix.n_cells} tokens and the context has {n_ctx}")
             continue
         found.append(prefix)
         files.append(prefix.source)

@@ -91,7 +91,7 @@ def test_it_is_this_users_alone_and_one_servers(tmp_path: Path, own: ServedModel
 
 def test_what_fits_is_loaded_and_the_rest_left_with_a_word(place: Place, smol: Smol) -> None:
     """Of another model, of another version, torn: it stays where it is, for whom it may be of use."""
-    mine = place.put([1, 2, 3])
+    mine = place.put([11, 2, 3])
     moved = place.put([4, 5, 6], mtime_ns=7)  # the file was copied: its weights say that they are the same
     other = place.put([7, 8, 9], "other.ikv", weights_sha256="0" * 64, mtime_ns=7)
     (place.path / "torn.ikv").write_bytes(mine.read_bytes()[:-9])
@@ -130,15 +130,27 @@ def test_the_longest_unused_goes_and_a_pinned_one_never(place: Place) -> None:
 
 def test_a_kept_one_goes_where_another_has_its_tokens(place: Place, smol: Smol) -> None:
     """A longer one, or one that the user has made: at full precision, with prefix --like."""
-    short, long = place.put([1, 2, 3]), place.put([1, 2, 3, 4, 5])
+    short, long = place.put([11, 2, 3]), place.put([11, 2, 3, 4, 5])
     with place.open() as opened:
-        assert opened.has([1, 2]) and opened.has([1, 2, 3, 4, 5]) and not opened.has([1, 2, 3, 9])
+        assert opened.has([11, 2]) and opened.has([11, 2, 3, 4, 5]) and not opened.has([11, 2, 3, 9])
         assert opened.make_room(long) == [short]
     prompt = place.put(smol.tokens)
     (place.path / "full.ikv").write_bytes(smol.ikv.read_bytes())
     with place.open() as opened:
         assert [prefix.source for prefix in opened.fitting()] == [place.path / "full.ikv", long]
     assert not prompt.exists()
+
+
+def test_one_that_the_context_has_no_room_for_is_in_no_others_place(place: Place) -> None:
+    """With a larger context it was kept, and what it begins with was not."""
+    long = place.put([1, 2, 3, 4, 5])
+    with place.open() as opened:
+        assert [prefix.source for prefix in opened.fitting(n_ctx=6)] == [long] and opened.has([1, 2])
+        assert opened.fitting(n_ctx=5) == [] and not opened.has([1, 2])
+        assert "is left out: it takes 5 tokens and the context has 5" in place.said[0]
+        short = place.put([1, 2])
+        assert opened.make_room(short) == [] and {long.name, short.name} == place.names
+        assert [prefix.source for prefix in opened.fitting(n_ctx=5)] == [short]
 
 
 def test_kill_9_in_mid_write_loses_nothing_else(place: Place) -> None:
@@ -166,17 +178,20 @@ def test_kill_9_in_mid_write_loses_nothing_else(place: Place) -> None:
 def test_notes(place: Place, tmp_path: Path) -> None:
     def note(name: str, **values: Any) -> Path:
         whole = {"format": 1, "model": str(place.model.path.absolute()), "requests": 3, "tokens": [1, 2], **values}
-        (place.path / f"{name}.tokens").write_text(json.dumps(whole))
-        return place.path / f"{name}.tokens"
+        path = place.path / f"{name * 16}.tokens"
+        path.write_text(json.dumps(whole))
+        return path
 
     mine, other, old = note("a"), note("b", model="/other.gguf"), note("c", model="/gone.gguf")
     os.utime(old, (1, 1))
     note("d", tokens="no list"), note("e", format=2)
-    (place.path / "f.tokens").write_text('{"format":1,')
+    (place.path / f"{'f' * 16}.tokens").write_text('{"format":1,')
+    (place.path / f"{'1' * 16}.tokens").mkdir()
+    (place.path / "thesis.tokens").write_text("the user's own")
     with place.open() as opened:
         found = list(opened.wanted())
     assert [(wanted.path, wanted.tokens, wanted.requests) for wanted in found] == [(mine, [1, 2], 3)]
-    assert place.names == {mine.name, other.name} and len(place.said) == 3
+    assert place.names == {mine.name, other.name, f"{'1' * 16}.tokens", "thesis.tokens"} and len(place.said) == 3
 
 
 def test_inspect_lists_them(place: Place, smol: Smol, capsys: pytest.CaptureFixture[str]) -> None:

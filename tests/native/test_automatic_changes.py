@@ -287,6 +287,29 @@ def test_restored_sequences_begin_with_it_too(smol: Smol, f16: Any, text: list[i
     assert isinstance(wanted, np.ndarray) and isinstance(got, np.ndarray) and kl(wanted[None], got[None]) < 2e-3
 
 
+@pytest.mark.parametrize("kv", ["f16", "q8_0"])
+def test_a_copy_over_what_was_restored_is_known_as_what_it_is(smol: Smol, f16: Any, text: list[int], kv: str) -> None:
+    """Between streams it is pending when the next batch comes, and the restored rows are still there."""
+    n, m = len(smol.tokens), 10
+    logits = []
+    for prefixes in ([], [smol.ikv]):
+        ctx = context(f16, kv, *prefixes, n_seq_max=2, n_ctx=1024, kv_unified=False)
+        assert ctx.batch([(t, pos, [0], False) for pos, t in enumerate(smol.tokens)]) == 0
+        state = ctx.save(0)
+        L.llama_memory_seq_rm(ctx.memory, 0, -1, -1)
+        assert ctx.batch([(t, pos, [0], False) for pos, t in enumerate(text[:m])]) == 0
+        assert ctx.restore(state, 1)
+        L.llama_memory_seq_rm(ctx.memory, 1, -1, -1)
+        L.llama_memory_seq_cp(ctx.memory, 0, 1, -1, -1)
+        for pos in range(m, n):
+            assert ctx.batch([(smol.tokens[pos], pos, [1], pos == n - 1)]) == 0
+        found = ctx.logits(0)
+        assert found is not None
+        logits.append(found)
+    assert ctx.n_not_computed() == n
+    np.testing.assert_array_equal(*logits)
+
+
 def by(ctx: Context, smol: Smol, m: int) -> Context:
     """The same as it would have gone on where it was."""
     assert ctx.batch([(t, pos, [1], False) for pos, t in enumerate(smol.tokens) if pos >= m]) == 0

@@ -13,7 +13,7 @@ from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama import bindings
 from intactkv_export.prefix import ikv
 from tests.support import lowlevel, shorter
-from tests.support.automatic import environment, n_cells
+from tests.support.automatic import context, environment, n_cells
 from tests.support.lowlevel import Context, L
 from tests.support.smol import Smol
 
@@ -160,6 +160,15 @@ def test_rows_are_counted_once(loaded: Any, smol: Smol) -> None:
         assert tail.arena_bytes() == (len(smol.tokens) + 128 + 64) * row
         tail.set_tail(0)
         assert tail.arena_bytes() == len(smol.tokens) * row
+
+
+@pytest.mark.parametrize("tail", [0, 128])
+def test_of_several_no_row_is_left_over(f16: Any, smol: Smol, tail: int) -> None:
+    """While they are loaded there is room for more than each needs: rows are not copied for every one."""
+    row = 30 * 2 * 192 * 2
+    ctx = context(f16, "q4_0", smol.ikv, smol.bos, n_ubatch=64, tail=None if tail else 0)
+    assert ctx.n_prefixes() == 2
+    assert ctx.arena_bytes() == (len(smol.tokens) + 1 + (tail + 64 if tail else 0)) * row
 
 
 def test_added_later(smol: Smol) -> None:

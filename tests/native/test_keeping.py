@@ -150,7 +150,7 @@ def test_the_number_of_requests(f16: Any, prompt: Prompt, directory: Path, monke
         ask(ctx, prompt(f"{seq} nights"), seq)
     assert len(list(noted(directory))) == 1
     monkeypatch.setenv("LLAMA_INTACTKV_KEEP_AFTER", "1")
-    assert why_not(f16, None).endswith("LLAMA_INTACTKV_KEEP_AFTER is '1': give a number of requests, 2 or more "
+    assert why_not(f16, None).endswith("LLAMA_INTACTKV_KEEP_AFTER is '1': give a number of requests, 2 to 256 "
                                        "(LLAMA_INTACTKV=off: no prefix)")  # fmt: skip
 
 
@@ -180,6 +180,7 @@ def why_not(model: Any, value: str | None) -> str:
 
 def test_what_is_held_is_used_and_not_noted(f16: Any, prompt: Prompt, directory: Path, smol: Smol) -> None:
     from intactkv_export.engines import llama_engine as engine
+    from intactkv_export.libllama import bindings
 
     tokens = tokenize(f16, SYSTEM + "<|im_start|>")
     description, K, V = engine.compute(smol.reference, tokens, n_threads=2)
@@ -195,6 +196,15 @@ def test_what_is_held_is_used_and_not_noted(f16: Any, prompt: Prompt, directory:
     assert ctx.n_not_computed() == 4 * len(tokens)
     assert list(noted(directory)) == []
     assert path.stat().st_mtime > 1e9  # it was used
+
+    os.utime(path, (1e9, 1e9))
+    with automatic.environment(str(path)):
+        ctx = Context(f16, "q8_0", n_seq_max=4)
+    assert bindings.load_held(ctx.ptr, 0) == len(tokens)
+    ctx.there = {0: tokens}  # type: ignore[attr-defined]
+    ask(ctx, prompt("4 nights"))
+    assert ctx.n_not_computed() == 0
+    assert path.stat().st_mtime > 1e9  # by a sequence that has its rows since long ago
 
 
 @pytest.mark.parametrize("kind", ["torn", "empty", "other", "version"])

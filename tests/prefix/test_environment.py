@@ -38,6 +38,8 @@ def test_the_variable_goes_before_the_model(
         assert source(made) == made
     monkeypatch.setenv("LLAMA_INTACTKV", "off")
     assert source(made) is None
+    with pytest.raises(UsageError, match="LLAMA_INTACTKV is off, and a prefix of .* is needed"):
+        ikv.of_model(made)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         monkeypatch.setenv("LLAMA_INTACTKV", f"{os.pathsep}{smol.ikv}")

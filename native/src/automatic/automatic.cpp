@@ -47,9 +47,7 @@ std::string automatic::load(int32_t i, llama_seq_id seq_id) {
         return format("sequence %d does not exist: this context has n_seq_max = %u", seq_id, ctx.n_seq_max());
     }
     const held_prefix & prefix = held.all()[i];
-    ctx.sched_reserve();
-    ctx.memory_update(false); // a copy between streams that is pending would come over what is loaded now
-    ctx.synchronize();
+    settle();
     ctx.memory->seq_rm(seq_id, -1, -1);
     if (!held.load({ seq_id }, prefix, 0, prefix.tokens.size())) {
         ctx.memory->seq_rm(seq_id, -1, -1);
@@ -98,7 +96,10 @@ bool automatic::decode(const llama_batch_ext & batch, int & status) {
     outputs.clear();
     std::vector<start> starts;
     try {
-        held.know_restored();
+        if (held.any_restored()) {
+            settle();
+            held.know_restored();
+        }
         starts = plan(held, *ctx.memory, batch, !ctx.sampling.samplers.empty());
         if (!starts.empty()) {
             status = run(batch, starts);
@@ -113,12 +114,15 @@ bool automatic::decode(const llama_batch_ext & batch, int & status) {
     return !starts.empty();
 }
 
-int automatic::run(const llama_batch_ext & batch, std::vector<start> & starts) {
-    // a copy between streams that is pending would come over what is loaded now
+// A copy between streams that is pending would come over what is loaded now, or looked at.
+void automatic::settle() {
     ctx.sched_reserve();
     ctx.memory_update(false);
     ctx.synchronize();
+}
 
+int automatic::run(const llama_batch_ext & batch, std::vector<start> & starts) {
+    settle();
     size_t n_rounds = 0;
     for (const start & s : starts) {
         n_rounds = std::max(n_rounds, s.goes.size());

@@ -68,6 +68,7 @@ private:
     std::vector<std::pair<uint32_t, std::vector<float>>> outputs;
 
     bool is_plain(const llama_batch_ext & batch) const;
+    void settle();
     int run(const llama_batch_ext & batch, std::vector<start> & starts);
     int begin_anew(const start & s);
     int go_on(const llama_batch_ext & batch, const std::vector<start> & starts, size_t round, size_t n_rounds);

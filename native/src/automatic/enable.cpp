@@ -131,6 +131,12 @@ std::shared_ptr<automatic> of_new(llama_context & ctx) {
         const std::vector<prefix_source> sources = sources_of(ctx.get_model());
         std::unique_ptr<keeper> kept = keeper::of_new(ctx);
         const std::string why = sources.empty() && !kept ? "" : why_none(ctx);
+        const auto fill = [&](bool on) {
+            for (llama_kv_cache * kv : why.empty() ? caches_of(&ctx) : std::vector<llama_kv_cache *>()) {
+                kv->intact->fill(on);
+            }
+        };
+        fill(sources.size() > 1);
         for (const prefix_source & source : sources) {
             now = source.name();
             if (why.empty()) {
@@ -139,6 +145,7 @@ std::shared_ptr<automatic> of_new(llama_context & ctx) {
                 leave_out(source, why);
             }
         }
+        fill(false);
         if (why.empty()) {
             res->keep(std::move(kept));
         } else {

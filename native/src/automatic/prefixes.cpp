@@ -43,10 +43,13 @@ const prefixes::owner * prefixes::owner_of(size_t cache, uint32_t strm, uint32_t
     return cells.pos_get(cell) == std::max(res.token, 0) ? &res : nullptr;
 }
 
+bool prefixes::any_restored() const {
+    return !list.empty() && // a context that only keeps prompts
+            std::any_of(list.front().caches.begin(), list.front().caches.end(),
+                    [](const held_rows & rows) { return rows.of().has_restored(); });
+}
+
 void prefixes::know_restored() const {
-    if (list.empty()) {
-        return; // a context that only keeps prompts
-    }
     for (size_t c = 0; c < list.front().caches.size(); ++c) {
         arena & a = list.front().caches[c].of();
         for (const auto & [strm, restored] : a.take_restored()) {

@@ -27,6 +27,7 @@ public:
     // Marks the cells of exact caches that states were read into meanwhile and that have a prefix's rows; sequences share
     // them
     void know_restored() const;
+    bool any_restored() const; // false: it has nothing to do
 
     // Whether all cells of a sequence are those of held prefixes, at the positions 0, 1, ..., and what they are: read from
     // the cells themselves. An empty sequence begins so too

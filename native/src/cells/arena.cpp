@@ -297,6 +297,15 @@ std::vector<uint32_t> arena::hold_rows(const std::vector<llama_pos> & positions)
     return res;
 }
 
+void arena::fill(bool on) {
+    if (std::exchange(filling, on) && !on && n_rows > 0) { // no cell has a row yet
+        const uint32_t n_wanted = std::count(held.begin(), held.end(), true) + n_reserved;
+        if (n_wanted < n_rows) {
+            resize(std::max<uint32_t>(n_wanted, held.size()));
+        }
+    }
+}
+
 const std::vector<uint32_t> & arena::held_at(llama_pos pos) const {
     static const std::vector<uint32_t> none;
     const auto found = held_by_pos.find(pos);
@@ -358,7 +367,7 @@ std::vector<uint32_t> arena::take_rows(uint32_t n_kept, uint32_t n_tail) {
     const uint32_t n_wanted =
             n_used[(int) row_kind::kept] + n_kept + std::max(n_reserved, n_used[(int) row_kind::tail] + n_tail);
     if (n_wanted > n_rows) {
-        resize(n_wanted);
+        resize(filling ? n_wanted + n_wanted / 2 : n_wanted);
         used.resize(n_rows, false);
     }
 

@@ -147,6 +147,8 @@ public:
     // A row for each of these positions. A cache of exact cells has no rows: these are numbers then, marks by which its
     // cells can be told. Throws std::runtime_error
     std::vector<uint32_t> hold_rows(const std::vector<llama_pos> & positions);
+    // true: more are about to come, and rows need not be copied for each time; false: those that none had use for go
+    void fill(bool on);
     void release_rows(const std::vector<uint32_t> & rows);
     bool holds_rows() const { return !held.empty(); }
     bool is_held(int32_t row) const { return row >= 0 && (size_t) row < held.size() && held[row]; }
@@ -157,6 +159,7 @@ public:
     // data may still be on its way. Whoever holds the rows looks, and takes the list
     using restored = std::map<uint32_t, std::set<uint32_t>>; // by stream
     void note_restored(uint32_t strm, const std::vector<uint32_t> & cells);
+    bool has_restored() const { return !unseen.empty(); }
     restored take_restored() { return std::exchange(unseen, {}); }
 
     // the cache itself, for what places cells in it (sharing.h)
@@ -197,6 +200,7 @@ private:
 
     uint32_t n_rows = 0;
     uint64_t gen = 0;
+    bool filling = false; // by fill()
 
     void set_row(uint32_t strm, uint32_t cell, int32_t row);
     void resize(uint32_t n_rows_new);

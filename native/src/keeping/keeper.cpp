@@ -35,6 +35,7 @@ namespace fs = std::filesystem;
 static constexpr size_t LEAST = 32;    // tokens that are worth a file
 static constexpr size_t NEAR = 16;     // tokens: from a turn's mark, the first words of a message, or of a reply
 static constexpr uint32_t N_TIMES = 3; // where LLAMA_INTACTKV_KEEP_AFTER does not say
+static constexpr uint32_t MOST_TIMES = 256; // requests that are remembered
 static constexpr auto YOUNG = std::chrono::seconds(60); // as long a file that was used is not touched again
 
 static std::string text(const char * value) {
@@ -54,8 +55,9 @@ std::unique_ptr<keeper> keeper::of_new(const llama_context & ctx) {
     const std::string after = text(getenv("LLAMA_INTACTKV_KEEP_AFTER"));
     char * end = nullptr;
     const unsigned long n = after.empty() ? N_TIMES : strtoul(after.c_str(), &end, 10);
-    if (n < 2 || n > 1000000 || (end && *end)) {
-        throw std::runtime_error("LLAMA_INTACTKV_KEEP_AFTER is '" + after + "': give a number of requests, 2 or more");
+    if (n < 2 || n > MOST_TIMES || (end && *end)) {
+        throw std::runtime_error("LLAMA_INTACTKV_KEEP_AFTER is '" + after + "': give a number of requests, 2 to " +
+                std::to_string(MOST_TIMES));
     }
     return std::make_unique<keeper>(ctx, directory, n);
 }
@@ -92,6 +94,7 @@ void keeper::see(const llama_batch_ext & batch, const prefixes & held) {
 
 void keeper::prompt(const llama_batch_ext & batch, int32_t seq_id, size_t last, const prefixes & held) {
     std::vector<llama_token> tokens = tokens_of(batch, seq_id, last);
+    note_use(tokens, held);
     const size_t own = n_own(tokens);
     const size_t n = counted.add({ tokens, own });
     tokens.resize(cut(tokens, n));
@@ -203,6 +206,22 @@ void keeper::write(const std::vector<llama_token> & tokens) const {
         throw failed();
     }
     fs::rename(temporary, target);
+}
+
+// Also where a sequence has had the rows since an earlier request, or from a state: it is given none then.
+void keeper::note_use(const std::vector<llama_token> & tokens, const prefixes & held) {
+    const held_prefix * best = nullptr;
+    size_t n_best = 0;
+    for (const held_prefix & p : held.all()) {
+        const size_t n = n_common(tokens, p.tokens);
+        if (n > n_best && (n == p.tokens.size() || !p.whole)) {
+            best = &p;
+            n_best = n;
+        }
+    }
+    if (best) {
+        used(*best, n_best);
+    }
 }
 
 void keeper::used(const held_prefix & prefix, size_t n) {

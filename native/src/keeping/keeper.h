@@ -49,6 +49,7 @@ private:
     std::unordered_map<std::string, std::chrono::steady_clock::time_point> last_used;
 
     void prompt(const llama_batch_ext & batch, int32_t seq_id, size_t last, const prefixes & held);
+    void note_use(const std::vector<llama_token> & tokens, const prefixes & held);
     std::vector<llama_token> tokens_of(const llama_batch_ext & batch, int32_t seq_id, size_t last) const;
     size_t n_own(const std::vector<llama_token> & tokens) const;
     size_t cut(const std::vector<llama_token> & tokens, size_t n) const;
