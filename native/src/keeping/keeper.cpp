@@ -32,9 +32,9 @@ namespace intactkv {
 
 namespace fs = std::filesystem;
 
-static constexpr size_t LEAST = 32;    // tokens that are worth a file
-static constexpr size_t NEAR = 16;     // tokens: from a turn's mark, the first words of a message, or of a reply
-static constexpr uint32_t N_TIMES = 3; // where LLAMA_INTACTKV_KEEP_AFTER does not say
+static constexpr size_t LEAST = 32;         // tokens that are worth a file
+static constexpr size_t NEAR = 16;          // tokens: from a turn's mark, the first words of a message, or of a reply
+static constexpr uint32_t N_TIMES = 3;      // where LLAMA_INTACTKV_KEEP_AFTER does not say
 static constexpr uint32_t MOST_TIMES = 256; // requests that are remembered
 static constexpr auto YOUNG = std::chrono::seconds(60); // as long a file that was used is not touched again
 
