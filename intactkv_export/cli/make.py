@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -175,6 +175,15 @@ def prefix(
     from intactkv_export.conversion import prefix as run
     from intactkv_export.conversion import remake
 
+    computing: dict[str, Any] = {
+        "allow_requantize": allow_requantize,
+        "engine": engine,
+        "dtype": dtype,
+        "device": device,
+        "offload_dir": offload_dir,
+        "n_threads": threads,
+        "n_ctx": ctx_size,
+    }
     if like is not None:
         given = {
             "--system-prompt": system_prompt,
@@ -194,15 +203,9 @@ def prefix(
                 like,
                 out,
                 model=model,
-                engine=engine,
-                allow_requantize=allow_requantize,
-                dtype=dtype,
-                device=device,
-                offload_dir=offload_dir,
-                n_threads=threads,
-                n_ctx=ctx_size,
                 rope=rope or None,
                 progress=progress,
+                **computing,
             )
         print_result(remade, as_json)
         return
@@ -221,15 +224,9 @@ def prefix(
             template_args=given_args,
             prefix_tokens=number_or_word(prefix_tokens),
             embed=embed,
-            engine=engine,
-            allow_requantize=allow_requantize,
-            dtype=dtype,
-            device=device,
-            offload_dir=offload_dir,
-            n_threads=threads,
-            n_ctx=ctx_size,
             rope=rope,
             progress=progress,
+            **computing,
         )
     print_result(result, as_json)
 

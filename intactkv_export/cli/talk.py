@@ -35,9 +35,9 @@ from intactkv_export.work import interrupts_at_once, usable_cores
 if TYPE_CHECKING:
     from intactkv_export.keeping import Directory
 
-# Options of llama-server with which a model computes other rows than its file says
-_CHANGES_ROWS = ("--rope-", "--yarn-", "--override-kv", "--lora", "--control-vector")
-_CHANGE_ROWS = ("LLAMA_ARG_ROPE_", "LLAMA_ARG_YARN_")  # its environment
+# Options of llama-server with which a model computes other rows than its file says, and variables of its environment
+_OPTIONS_OF_ROWS = ("--rope-", "--yarn-", "--override-kv", "--lora", "--control-vector")
+_VARIABLES_OF_ROWS = ("LLAMA_ARG_ROPE_", "LLAMA_ARG_YARN_")
 
 _PATIENCE = 1.0  # seconds without a byte from a pipe, after which it is said that it is waited for
 
@@ -280,13 +280,16 @@ def serve(
 def _directory(path: Path, model: Path, size: int, no_prefix: bool, more: list[str]) -> Directory:
     """The directory of --keep. Raises UsageError if a served model would not compute what its file says."""
     from intactkv_export import keeping
+    from intactkv_export.prefix import ikv
 
-    if no_prefix or os.environ.get("LLAMA_INTACTKV") == "off":
+    if no_prefix or ikv.in_environment() == []:
         raise UsageError("--keep is for prefixes, and none are to be used: leave out --no-prefix, LLAMA_INTACTKV=off")
-    other = next((word for word in more if word.startswith(_CHANGES_ROWS)), None)
-    other = other or next((name for name in os.environ if name.startswith(_CHANGE_ROWS)), None)
-    if other is not None:
-        raise UsageError(f"--keep computes with the model as its file says, and {other} changes it: give one of both")
+    others = [word for word in more if word.startswith(_OPTIONS_OF_ROWS)]
+    others += [name for name in os.environ if name.startswith(_VARIABLES_OF_ROWS)]
+    if others:
+        raise UsageError(
+            f"--keep computes with the model as its file says, and {others[0]} changes it: give one of both"
+        )
     return keeping.Directory(path, keeping.ServedModel(model), size, remark)
 
 

@@ -194,11 +194,15 @@ def _prefixes(model: Path, given: Sequence[Path] | None) -> tuple[list[Prefix], 
         named = [place] if place is not None and place != model else []
     files = [path.absolute() for path in named]
     for path in files:
-        if os.pathsep in str(path):
-            raise UsageError(f"{path} has a {os.pathsep!r} in it, which separates paths in {ikv.VARIABLE}: rename it")
+        _check_separator(path)
     if beside is None:
         beside = [prefix for path in files for file in ikv.files_of(path) for prefix in ikv.read_all(file)]
     return [*embedded, *beside], files
+
+
+def _check_separator(path: Path) -> None:
+    if os.pathsep in str(path):
+        raise UsageError(f"{path} has a {os.pathsep!r} in it, which separates paths in {ikv.VARIABLE}: rename it")
 
 
 def _kept(
@@ -206,10 +210,7 @@ def _kept(
 ) -> tuple[list[Prefix], list[Path]]:
     """Those of kept prefixes that are to be loaded beside others, and their files. What is to be kept is said to the
     library."""
-    if os.pathsep in str(kept.directory):
-        raise UsageError(
-            f"{kept.directory} has a {os.pathsep!r} in it, which separates paths in {ikv.VARIABLE}: rename it"
-        )
+    _check_separator(kept.directory)
     environment[KEEP], environment[KEEP_AFTER] = str(kept.directory), str(kept.after)
     there = {prefix.source.resolve() for prefix in others if prefix.source is not None}
     found, files = [], []

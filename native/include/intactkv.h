@@ -110,8 +110,8 @@ LLAMA_API size_t intactkv_arena_bytes(const struct llama_context * ctx);
 //               rows written over them: any backend
 //   "stock"     upstream's ops as they are in those layers, because no cell is intact and there is no tail
 // The choice is made for each layer. INTACTKV_ATTN, read when a context is made, overrides it. fused: an error if no
-// layer of the cache is in CPU memory; what else the kernel does not take, it still leaves. portable: no kernel, so stock as long as no cell is intact.
-// stock: F16 cells, and a tail, are refused for any cache but an F16 or F32 one.
+// layer of the cache is in CPU memory; what else the kernel does not take, it still leaves. portable: no kernel, so stock
+// as long as no cell is intact. stock: F16 cells, and a tail, are refused for any cache but an F16 or F32 one.
 LLAMA_API const char * intactkv_attention(const struct llama_context * ctx);
 
 #ifdef __cplusplus

@@ -37,4 +37,12 @@ template <typename T> void set_rows(ggml_tensor * t, const std::vector<T> & rows
     each_run(rows, [&](size_t i, size_t n) { ggml_backend_tensor_set(t, data + i * size, rows[i] * size, n * size); });
 }
 
+// within t; buf: to be used for it
+template <typename T>
+void copy_rows(
+        ggml_tensor * t, const std::vector<T> & from, const std::vector<uint32_t> & to, std::vector<uint8_t> & buf) {
+    get_rows(t, from, buf);
+    set_rows(t, to, buf.data());
+}
+
 } // namespace intactkv

@@ -138,12 +138,6 @@ int automatic::run(const llama_batch_ext & batch, std::vector<start> & starts) {
     if (status == 1 || status < 0) { // as if nothing had been decoded
         undo(starts);
         n_loaded = n_before;
-        return status;
-    }
-    for (const start & s : starts) {
-        if (kept && s.found.prefix) {
-            kept->used(*s.found.prefix, s.found.n);
-        }
     }
     return status;
 }

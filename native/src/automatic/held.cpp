@@ -1,9 +1,9 @@
 #include "automatic/held.h"
 
 #include "api/describe.h"
+#include "attention/rows.h"
 #include "attention/store.h"
 #include "cells/arena.h"
-#include "attention/rows.h"
 #include "cells/sight.h"
 #include "prefix_file/parse.h"
 

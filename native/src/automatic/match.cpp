@@ -1,5 +1,7 @@
 #include "automatic/match.h"
 
+#include "keeping/beginnings.h"
+
 #include <algorithm>
 #include <tuple>
 
@@ -15,9 +17,7 @@ match longest_match(const prefixes & held, const std::vector<llama_token> & toke
     best.as_it_began = of.empty();
     auto rank = std::make_tuple(0u, false, false);
     for (const held_prefix & p : held.all()) {
-        const size_t most = std::min(tokens.size(), p.tokens.size());
-        const uint32_t n =
-                std::mismatch(tokens.begin(), tokens.begin() + most, p.tokens.begin()).first - tokens.begin();
+        const uint32_t n = n_common(tokens, p.tokens);
         const bool complete = n == p.tokens.size();
         const bool ended = !complete && (n < tokens.size() || !open);
         if (n == 0 || (ended && p.whole)) {

@@ -1,7 +1,7 @@
 #include "cells/sharing.h"
 
-#include "cells/arena.h"
 #include "attention/rows.h"
+#include "cells/arena.h"
 
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
@@ -68,8 +68,7 @@ static void copy_cells(
     for (const uint32_t il : a.layer_ids()) {
         for (ggml_tensor * t : { a.stream_k(il, strm), a.stream_v(il, strm) }) {
             if (t) {
-                get_rows(t, from, buf);
-                set_rows(t, to, buf.data());
+                copy_rows(t, from, to, buf);
             }
         }
     }

@@ -1,8 +1,8 @@
 #include "cells/shift.h"
 
+#include "attention/rows.h"
 #include "attention/store.h"
 #include "cells/arena.h"
-#include "attention/rows.h"
 
 #include "llama-hparams.h"
 #include "llama-impl.h"
@@ -52,8 +52,7 @@ void before_shift(arena * a) {
         for (const auto & layer : a->all_layers()) {
             for (ggml_tensor * t : { layer.k, layer.v }) {
                 if (t) {
-                    get_rows(t, rows, buf);
-                    set_rows(t, copies, buf.data());
+                    copy_rows(t, rows, copies, buf);
                 }
             }
         }

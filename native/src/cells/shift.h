@@ -43,8 +43,8 @@ using rope_fn = std::function<ggml_tensor *(ggml_tensor * k, ggml_tensor * shift
 
 // Shifts one layer's K in place, its arena rows and its cells by moves (build_input_shift()); the cells of a cache that can
 // have no intact ones by shift: I32 [n_cells*n_stream]. rot: the cache's Hadamard matrix or nullptr. false: the cells are
-// left to upstream's graph, which does them right. Upstream takes the rotated part of every head out of the quantized rows and undoes the Hadamard
-// matrix on that part. It crashes where that is not the whole head (partial rotary), and where there is no matrix (head
+// left to upstream's graph, which does them right. Upstream takes the rotated part of every head out of the quantized rows
+// and undoes the Hadamard matrix on that part. It crashes where that is not the whole head (partial rotary), and where there is no matrix (head
 // size not a multiple of 64); and ggml rotates no BF16. Here whole rows are widened to F32 first.
 bool build_shift(const arena * a, ggml_cgraph * gf, ggml_context * ctx, const k_layer & k, ggml_tensor * shift,
         const shift_inputs & moves, ggml_tensor * rot, const rope_fn & rope);

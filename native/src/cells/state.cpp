@@ -1,7 +1,7 @@
 #include "cells/state.h"
 
-#include "cells/arena.h"
 #include "attention/rows.h"
+#include "cells/arena.h"
 #include "cells/sharing.h"
 #include "cells/sight.h"
 #include "attention/store.h"

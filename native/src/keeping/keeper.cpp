@@ -1,7 +1,7 @@
 #include "keeping/keeper.h"
 
 #include "api/describe.h"
-#include "automatic/prefixes.h"
+#include "automatic/match.h"
 #include "cells/arena.h"
 
 #include "llama-batch.h"
@@ -16,7 +16,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
-#include <cstring>
 #include <exception>
 #include <filesystem>
 #include <stdexcept>
@@ -208,32 +207,19 @@ void keeper::write(const std::vector<llama_token> & tokens) const {
     fs::rename(temporary, target);
 }
 
-// Also where a sequence has had the rows since an earlier request, or from a state: it is given none then.
+// The file of what a prompt begins with is younger now, also where the sequence has had the rows since an earlier request
+// or from a state, and is given none.
 void keeper::note_use(const std::vector<llama_token> & tokens, const prefixes & held) {
-    const held_prefix * best = nullptr;
-    size_t n_best = 0;
-    for (const held_prefix & p : held.all()) {
-        const size_t n = n_common(tokens, p.tokens);
-        if (n > n_best && (n == p.tokens.size() || !p.whole)) {
-            best = &p;
-            n_best = n;
-        }
-    }
-    if (best) {
-        used(*best, n_best);
-    }
-}
-
-void keeper::used(const held_prefix & prefix, size_t n) {
-    if (n < std::min(LEAST, prefix.tokens.size()) || !has(prefix.name)) {
+    const match found = longest_match(held, tokens, false, {});
+    if (!found.prefix || found.n < std::min(LEAST, found.prefix->tokens.size()) || !has(found.prefix->name)) {
         return;
     }
     const auto now = std::chrono::steady_clock::now();
-    const auto [it, is_new] = last_used.try_emplace(prefix.name, now);
+    const auto [it, is_new] = last_used.try_emplace(found.prefix->name, now);
     if (is_new || now - it->second > YOUNG) {
         it->second = now;
         std::error_code none; // gone meanwhile, or not ours
-        fs::last_write_time(fs::u8path(prefix.name), fs::file_time_type::clock::now(), none);
+        fs::last_write_time(fs::u8path(found.prefix->name), fs::file_time_type::clock::now(), none);
     }
 }
 

@@ -21,7 +21,6 @@ struct llama_context;
 namespace intactkv {
 
 class prefixes;
-struct held_prefix;
 
 class keeper {
 public:
@@ -35,9 +34,6 @@ public:
 
     // A batch that will be decoded. Throws nothing
     void see(const llama_batch_ext & batch, const prefixes & held);
-
-    // A sequence was given n tokens of a prefix: its file is younger now
-    void used(const held_prefix & prefix, size_t n);
 
 private:
     const llama_context & ctx;
