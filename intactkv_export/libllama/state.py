@@ -15,6 +15,9 @@ a *buffer* of llama_state_seq_get_data with 8 bytes: u32 magic, i32 sequence. Af
         per layer { u64 row_bytes, n F16 rows of K; u64 row_bytes, n F16 rows of V }
     cells in sight, if that bit is set: u32 n, u32 index[n] into the cells
 
+Where positions have several dimensions (M-RoPE, IM-RoPE: has_cell_ext) a cell has more between n_seq_id and seq_id:
+i32 x, i32 y, its place in a picture, for text both its position; i32 token, -1 if it is of none.
+
 Nothing read is trusted: every length is compared with what is left.
 """
 
@@ -36,6 +39,9 @@ BUFFER_HEADER = 8
 MAX_LAYERS = 4096
 INTACT, SIGHT = 0x80000000, 0x40000000  # bits of n_layer
 F32, F16 = 0, 1  # ggml_type
+NO_TOKEN = -1
+SEVERAL_POSITIONS = ("mrope", "imrope")  # types of RoPE of models whose positions have several dimensions
+ROPE_SECTIONS = 4  # of these
 REMAKE = "make the prefix again with this version of intactkv-export"
 
 
@@ -85,6 +91,11 @@ def shapes(model: Mapping[str, Any]) -> list[CacheShape]:
     ]
 
 
+def has_cell_ext(model: Mapping[str, Any]) -> bool:
+    """Whether cells in a state of this model (bindings.describe) say more than a position and sequences."""
+    return model["rope"]["type"] in SEVERAL_POSITIONS
+
+
 @dataclass(frozen=True)
 class Rows:
     """K or V of one layer in a state. `at`: where its header begins; data: of the rows alone."""
@@ -105,13 +116,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Section:
-    """One KV cache in a state. `at` and the like: offsets, for messages. intact, in_sight: the bytes that say which
-    cells are such, or None. flags: of n_layer, where it is written."""
+    """One KV cache in a state. `at` and the like: offsets, for messages. ext: of each cell x, y, token, if it has them.
+    intact, in_sight: the bytes that say which cells are such, or None. flags: of n_layer, where it is written."""
 
     at: int
     n_stream: int
     positions: np.ndarray  # int32 [n_cells]
     cells: list[tuple[int, list[int]]]  # of each cell: where its entry begins, its sequences
+    ext: np.ndarray | None  # int32 [n_cells, 3]
     v_trans: int
     n_layer: int
     layers_at: int  # where v_trans stands, and n_layer behind it
@@ -147,28 +159,34 @@ class _Reader:
         return struct.unpack("<" + layout, self.take(struct.calcsize("<" + layout), name))[0]
 
 
-def sections(data: bytes | memoryview, at: int = BUFFER_HEADER, end: int | None = None) -> Iterator[Section]:
-    """The caches of a state, from byte `at` to `end`. Raises IntactKVError where the bytes end too early."""
+def sections(
+    data: bytes | memoryview, at: int = BUFFER_HEADER, end: int | None = None, *, cell_ext: bool = False
+) -> Iterator[Section]:
+    """The caches of a state, from byte `at` to `end`. cell_ext: has_cell_ext() of its model. Raises IntactKVError where
+    the bytes end too early."""
     read = _Reader(data, at, len(data) if end is None else end)
     while read.at < read.end:
-        yield _section(read)
+        yield _section(read, cell_ext)
 
 
-def _section(read: _Reader) -> Section:
+def _section(read: _Reader, cell_ext: bool) -> Section:
     start = read.at
     n_stream = read.get("I", "number of streams")
     if n_stream != 1:
         refuse("number of streams", n_stream, start, 1)
     n_cells = read.get("I", "number of cells")
     if n_cells == 0:  # llama.cpp writes nothing more of it
-        return Section(start, n_stream, np.empty(0, np.int32), [], 0, 0, read.at, [], [], None, None, read.at)
+        return Section(start, n_stream, np.empty(0, np.int32), [], None, 0, 0, read.at, [], [], None, None, read.at)
     if 8 * n_cells > read.end - read.at:  # before anything of that size is made
         read.take(8 * n_cells, "the cells")
     positions, cells = np.empty(n_cells, np.int32), []
+    ext = np.empty((n_cells, 3), np.int32) if cell_ext else None
     for i in range(n_cells):
         at = read.at
         positions[i] = read.get("i", "position of a cell")
         n_seq = read.get("I", "number of sequences of a cell")
+        if ext is not None:
+            ext[i] = np.frombuffer(read.take(12, "place and token of a cell"), "<i4")
         cells.append((at, np.frombuffer(read.take(4 * n_seq, "sequence of a cell"), "<i4").tolist()))
     layers_at = read.at
     v_trans = read.get("I", "flag for a transposed V")
@@ -180,7 +198,7 @@ def _section(read: _Reader) -> Section:
     V = [_rows(read, n_cells, bool(v_trans)) for _ in range(n_layer)]
     intact = _intact(read, n_layer) if flagged & INTACT else None
     in_sight = _in_sight(read) if flagged & SIGHT else None
-    return Section(start, n_stream, positions, cells, v_trans, n_layer, layers_at, K, V, intact, in_sight, read.at)
+    return Section(start, n_stream, positions, cells, ext, v_trans, n_layer, layers_at, K, V, intact, in_sight, read.at)
 
 
 def _rows(read: _Reader, n_cells: int, transposed: bool) -> Rows:
@@ -220,7 +238,7 @@ def rows_by_layer(data: bytes, model: Mapping[str, Any], n_tokens: int) -> tuple
     """
     K: KV = {}
     V: KV = {}
-    for cache, section in zip(shapes(model), sections(data), strict=True):
+    for cache, section in zip(shapes(model), sections(data, cell_ext=has_cell_ext(model)), strict=True):
         for side, found, head_dim in ((K, section.K, "head_dim_k"), (V, section.V, "head_dim_v")):
             for layer, rows in zip(cache.layers, found, strict=True):
                 shape = n_tokens, layer.n_head_kv, getattr(layer, head_dim)
@@ -238,10 +256,21 @@ def which_cells(positions: Sequence[int] | np.ndarray, n_tokens: int) -> np.ndar
     return cells
 
 
-def without_intact_cells(data: bytes) -> bytes:
-    """A buffer with its intact cells made ordinary: their copies in the cache's own type are all that is left."""
+def ext_of(tokens: Sequence[int], positions: Sequence[int] | np.ndarray) -> np.ndarray:
+    """What a prefix's cells at these positions say besides, where they do: int32 [n, 3] of x, y, token. Text is at the
+    same position in all dimensions."""
+    at = np.array(positions, np.int32)
+    found = np.array([*tokens, NO_TOKEN], np.int32)[np.minimum(which_cells(at, len(tokens)), len(tokens))]
+    return np.stack([at, at, found], axis=1)
+
+
+def without_intact_cells(data: bytes, *, cell_ext: bool = False) -> bytes:
+    """A buffer with its intact cells made ordinary: their copies in the cache's own type are all that is left.
+
+    cell_ext: has_cell_ext() of its model.
+    """
     out = bytearray(data[:BUFFER_HEADER])
-    for section in sections(data):
+    for section in sections(data, cell_ext=cell_ext):
         if section.n_cells == 0:
             out += data[section.at : section.end]
             continue
@@ -259,17 +288,26 @@ def file_header(tokens: Sequence[int]) -> bytes:
 
 
 def f16_section(
-    cache: CacheShape, n_tokens: int, n_extra: int, K: Mapping[int, np.ndarray], V: Mapping[int, np.ndarray]
+    cache: CacheShape,
+    tokens: Sequence[int],
+    n_extra: int,
+    K: Mapping[int, np.ndarray],
+    V: Mapping[int, np.ndarray],
+    *,
+    cell_ext: bool = False,
 ) -> bytes:
-    """A cache's section: the F16 rows of those cells that it still holds, in sequence 0: of n_tokens tokens, and behind
+    """A cache's section: the F16 rows of those cells that it still holds, in sequence 0: of the tokens, and behind
     them n_extra cells that stand for none.
 
-    K, V: by layer, float16 [n_tokens + n_extra, n_head_kv, head_dim]. Raises IntactKVError for other shapes or types.
+    K, V: by layer, float16 [n_tokens + n_extra, n_head_kv, head_dim]. cell_ext: has_cell_ext() of the model. Raises
+    IntactKVError for other shapes or types.
     """
+    n_tokens = len(tokens)
     positions = cache.positions(n_tokens, n_extra)
     cells = which_cells(positions, n_tokens)
     parts = [struct.pack("<II", 1, len(positions))]
-    parts += [struct.pack("<iIi", pos, 1, 0) for pos in positions]
+    for pos, (x, y, token) in zip(positions, ext_of(tokens, positions).tolist(), strict=True):
+        parts.append(struct.pack("<iIiiii", pos, 1, x, y, token, 0) if cell_ext else struct.pack("<iIi", pos, 1, 0))
     parts.append(struct.pack("<II", 0, len(cache.layers)))
     for name, rows, head_dim in (("K", K, "head_dim_k"), ("V", V, "head_dim_v")):
         for layer in cache.layers:

@@ -12,8 +12,6 @@ from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama.log import errors_logged
 from intactkv_export.libllama.reason import reason
 
-_SEVERAL_POSITIONS = (8, 40)  # LLAMA_ROPE_TYPE_MROPE, LLAMA_ROPE_TYPE_IMROPE
-
 
 def token_bytes(vocab: Any, token: int, special: bool) -> bytes:
     """The bytes of a token's text, however many; a character may go on in the next token.
@@ -115,8 +113,6 @@ class Vocabulary:
         arch = self.header("general.architecture")
         if all(self.header(f"{arch}.attention.{name}_length_mla") for name in ("key", "value")):
             return "it caches compressed latents (MLA) instead of K and V"
-        if self._llama_cpp.llama_model_rope_type(self._model) in _SEVERAL_POSITIONS:
-            return "its positions have several dimensions (M-RoPE)"
         return ""
 
     def header(self, key: str) -> str:

@@ -110,9 +110,10 @@ def build(
     there are some; format, tokens and model are filled in. Raises IntactKVError if anything does not fit or is not
     finite.
     """
-    text = manifests.encode({"format": manifests.FORMAT, "tokens": list(tokens), "model": dict(model), **manifest})
-    n_extra = manifests.n_extra(manifest)
-    caches = (state.f16_section(cache, len(tokens), n_extra, K, V) for cache in state.shapes(model))
+    head = {"format": manifests.format_of(model), "tokens": list(tokens), "model": dict(model)}
+    text = manifests.encode({**head, **manifest})
+    n_extra, ext = manifests.n_extra(manifest), state.has_cell_ext(model)
+    caches = (state.f16_section(cache, tokens, n_extra, K, V, cell_ext=ext) for cache in state.shapes(model))
     body = b"".join([state.file_header(tokens), *caches, text])
     data = body + structure.trailer(body, len(text))
     read(data)  # what is written can be read: finite, complete, and as the manifest says
@@ -465,12 +466,12 @@ def _parse(data: bytes, source: Path | None, embedded: bool, name: str | None = 
     start = structure.check_header(data, len(body), tokens)
     layers: list[structure.Layer] = []
     end = start
-    found = state.sections(data, start, len(body))
+    found = state.sections(data, start, len(body), cell_ext=state.has_cell_ext(manifest["model"]))
     for cache in manifests.caches(manifest):
         section = next(found, None)
         if section is None:
             raise IntactKVError(f"its state ends at byte {end}, before its last KV cache: {state.REMAKE}")
-        layers += structure.checked_layers(section, cache, len(tokens), manifests.n_extra(manifest))
+        layers += structure.checked_layers(section, cache, tokens, manifests.n_extra(manifest))
         end = section.end
     if end != len(body):
         raise IntactKVError(f"its state ends at byte {end} and its manifest begins at {len(body)}: {state.REMAKE}")

@@ -16,6 +16,7 @@ from intactkv_export.errors import IntactKVError, UsageError, first_line
 from intactkv_export.libllama import rope_of, state
 
 FORMAT = 1
+FORMAT_NEW_KINDS = 2  # of models that versions which read 1 alone refuse: the state has more, or other sections
 _MAX_BYTES = 16 << 20  # a million tokens with their text
 _MAX_HEADS, _MAX_HEAD_DIM = 1 << 16, 1 << 16
 EXTRA = "extra_cells"  # the field that counts cells which stand for no token; a prefix without such has none
@@ -23,6 +24,11 @@ MAX_EXTRA = 1 << 16
 KEPT = "kept"  # the field of a prefix that a served model has made itself, without a reference
 BEHIND = "behind"  # of the field kept: SHA-256 of the prefix whose rows it begins with
 IN_SIGHT = "in_sight"  # of the field calibrated
+
+
+def format_of(model: Mapping[str, Any]) -> int:
+    """The format of a prefix of this model (bindings.describe)."""
+    return FORMAT_NEW_KINDS if state.has_cell_ext(model) else FORMAT
 
 
 def encode(manifest: Mapping[str, Any]) -> bytes:
@@ -110,10 +116,11 @@ class _Field:
 
 
 def _check(root: _Field) -> None:
-    if type(root["format"].value) is not int or root["format"].value != FORMAT:  # true == 1 in Python
+    formats = (FORMAT, FORMAT_NEW_KINDS)
+    if type(root["format"].value) is not int or root["format"].value not in formats:  # true == 1 in Python
         raise IntactKVError(
-            f"the manifest's format is {ascii(root['format'].value)[:100]} and this version reads format {FORMAT}: "
-            "use the version of intactkv-export that made the prefix, or make it again"
+            f"the manifest's format is {ascii(root['format'].value)[:100]} and this version reads the formats "
+            f"{FORMAT} and {FORMAT_NEW_KINDS}: use the version that made the prefix, or make it again"
         )
     model = root["model"]
     model["arch"].text()
@@ -154,8 +161,12 @@ def _check_rope(rope: _Field) -> None:
     rope["n_ctx_orig"].integer(0, 2**32 - 1)
     for key in ("scale", "ext_factor", "attn_factor", "beta_fast", "beta_slow"):
         rope[key].number()
+    has_sections = rope["type"].value in state.SEVERAL_POSITIONS
+    for section in rope["sections"].items(state.ROPE_SECTIONS, state.ROPE_SECTIONS) if has_sections else ():
+        section.integer(0, _MAX_HEAD_DIM)
     for key, value in rope.value.items():
-        rope[key].expect(not isinstance(value, list | dict), "a number or a string")
+        if not (has_sections and key == "sections"):
+            rope[key].expect(not isinstance(value, list | dict), "a number or a string")
 
 
 def _check_rendering(root: _Field) -> None:

@@ -37,6 +37,7 @@ struct sample {
     std::vector<int32_t> tokens = { 1, 7, 3 };
     std::vector<cache> caches = { { 0, 0, { 0, 1 }, { 0, 1, 2 } } };
     uint64_t n_extra = 0;    // as the manifest has it, 0: not at all; their positions are among those of the cells
+    bool cell_ext = false;   // cells say where they are and of which token, as they do with M-RoPE
     uint16_t value = 0x3c00; // F16 of every element: 1.0
 
     json manifest() const {
@@ -87,6 +88,11 @@ struct sample {
         if (n_extra) {
             res["extra_cells"] = n_extra;
         }
+        if (cell_ext) {
+            res["format"] = 2;
+            res["model"]["rope"]["type"] = "mrope";
+            res["model"]["rope"]["sections"] = { 1, 1, 0, 0 };
+        }
         return res;
     }
 
@@ -102,9 +108,16 @@ struct sample {
         for (const cache & c : caches) {
             put<uint32_t>(out, 1);
             put<uint32_t>(out, c.positions.size());
+            bool has_first = false; // what is at its position too is an extra cell
             for (const int pos : c.positions) {
                 put<int32_t>(out, pos);
                 put<uint32_t>(out, 1);
+                if (cell_ext) {
+                    put<int32_t>(out, pos);
+                    put<int32_t>(out, pos);
+                    put<int32_t>(out, pos == 0 && has_first ? -1 : tokens[pos]);
+                }
+                has_first |= pos == 0;
                 put<int32_t>(out, 0);
             }
             put<uint32_t>(out, 0);

@@ -40,8 +40,10 @@ static void same() {
     }
 }
 
-static void every_difference() {
-    const json manifest = two_caches().manifest();
+static void every_difference(bool cell_ext) {
+    sample s = two_caches();
+    s.cell_ext = cell_ext;
+    const json manifest = s.manifest();
     const json flat = manifest["model"].flatten();
     for (const auto & item : flat.items()) {
         const json::json_pointer at(item.key());
@@ -129,7 +131,8 @@ static void not_json() {
 
 void test_compatible() {
     same();
-    every_difference();
+    every_difference(false);
+    every_difference(true);
     shapes();
     order();
     not_json();

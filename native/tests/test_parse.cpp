@@ -96,8 +96,9 @@ static void flipped() {
 }
 
 // every word outside the rows, one at a time, with the checksum made right again
-static void wrong_words() {
-    const sample s;
+static void wrong_words(bool cell_ext) {
+    sample s;
+    s.cell_ext = cell_ext;
     std::vector<std::pair<size_t, size_t>> rows;
     const bytes state = s.state(&rows);
     for (size_t i = 0; i + 4 <= state.size(); i += 4) {
@@ -121,8 +122,9 @@ static void wrong_words() {
     }
 }
 
-static void wrong_manifest() {
-    const sample s;
+static void wrong_manifest(bool cell_ext) {
+    sample s;
+    s.cell_ext = cell_ext;
     const json good = s.manifest();
     const json flat = good.flatten(); // JSON pointer -> leaf
     // what another value may be: these fields take several types, or describe without deciding
@@ -225,8 +227,8 @@ static void hostile_manifest() {
     bad["bos_only"] = "\x1b[31m\n" + std::string(100000, 'x');
     CHECK(contains(error_of(s, bad), "bos_only is \"\\u001b[31m\\nxxx"));
     bad = s.manifest();
-    bad["format"] = 2;
-    CHECK(contains(error_of(s, bad), "format is 2 and this version reads format 1"));
+    bad["format"] = 3;
+    CHECK(contains(error_of(s, bad), "format is 3 and this version reads the formats 1 and 2"));
 
     std::string huge = good;
     huge.replace(huge.find("100000.0"), 8, "1e999");
@@ -489,8 +491,10 @@ void test_parse() {
     valid();
     truncated();
     flipped();
-    wrong_words();
-    wrong_manifest();
+    wrong_words(false);
+    wrong_words(true);
+    wrong_manifest(false);
+    wrong_manifest(true);
     hostile_manifest();
     tokens();
     cells();

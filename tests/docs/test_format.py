@@ -40,11 +40,12 @@ ORIGIN = {
 }
 
 
-def model_of(*caches: tuple[int, int, list[tuple[int, int, int, int]]]) -> dict[str, Any]:
-    """caches: (n_swa, swa_type, layers of (il, n_head_kv, head_dim_k, head_dim_v))."""
+def model_of(*caches: tuple[int, int, list[tuple[int, int, int, int]]], **more: Any) -> dict[str, Any]:
+    """caches: (n_swa, swa_type, layers of (il, n_head_kv, head_dim_k, head_dim_v)). more: of rope."""
     names = ("il", "n_head_kv", "head_dim_k", "head_dim_v")
     rope = {"type": "norm", "n_rot": 64, "scale": 1.0, "scale_swa": 1.0, "scaling": "none", "n_ctx_orig": 8192}
     rope |= {"ext_factor": 0.0, "attn_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "factors": "none"}
+    rope |= more
     return {
         "arch": "llama",
         "n_ctx_train": 99,
@@ -67,6 +68,10 @@ MODELS = {
     "standard window": model_of((0, 0, [(0, 2, 4, 6)]), (3, 1, [(1, 2, 4, 4), (2, 1, 8, 4)])),
     "chunked window": model_of((0, 0, [(0, 2, 4, 6)]), (3, 2, [(1, 2, 4, 4)])),
     "symmetric window": model_of((0, 0, [(0, 2, 4, 6)]), (3, 3, [(1, 2, 4, 4)])),
+    "several positions": model_of((0, 0, [(0, 2, 4, 6)]), type="mrope", sections=[16, 24, 24, 0]),
+    "several positions, a window": model_of(
+        (0, 0, [(0, 2, 4, 6)]), (3, 1, [(1, 2, 4, 4)]), type="imrope", sections=[24, 20, 20, 0]
+    ),
     "no layer without a window": model_of((0, 0, []), (2, 1, [(0, 2, 4, 4)])),
 }
 
@@ -118,10 +123,17 @@ def read_by_the_page(data: bytes) -> tuple[dict[str, Any], list[tuple[int, list[
         expected = {p for p in range(len(tokens)) if not dropped(cache["swa_type"], cache["n_swa"], p, len(tokens) - 1)}
         n_extra = manifest.get("extra_cells", 0) if 0 in expected else 0
         expect("I", len(expected) + n_extra)
-        positions = []
+        positions: list[int] = []
         for _ in range(len(expected) + n_extra):
-            positions.append(take("i")[0])
-            expect("Ii", 1, 0)
+            (position,) = take("i")
+            expect("I", 1)
+            if "sections" in manifest["model"]["rope"]:
+                extra = position == 0 and 0 in positions
+                if not 0 <= position < len(tokens):
+                    raise ValueError("cells")
+                expect("3i", position, position, -1 if extra else tokens[position])
+            expect("i", 0)
+            positions.append(position)
         if sorted(positions) != sorted([*expected, *[0] * n_extra]):
             raise ValueError("cells")
         expect("II", 0, len(cache["layers"]))
@@ -171,9 +183,10 @@ def test_a_reader_by_the_page_reads_the_same(name: str, n_extra: int) -> None:
 
 
 @pytest.mark.parametrize("n_extra", [0, 3])
-def test_a_reader_by_the_page_refuses_the_same(n_extra: int) -> None:
+@pytest.mark.parametrize("name", ["standard window", "several positions, a window"])
+def test_a_reader_by_the_page_refuses_the_same(name: str, n_extra: int) -> None:
     """Each byte of the state changed under a right checksum, and each length of it."""
-    data = made(MODELS["standard window"], n_extra)
+    data = made(MODELS[name], n_extra)
     (length,) = struct.unpack("<Q", data[-48:-40])
     begin = len(data) - 48 - length
 
@@ -295,9 +308,10 @@ def test_the_schema_is_one_and_real_manifests_fit() -> None:
         VALIDATOR.validate(ikv.read(made(model, 3)).manifest)
 
 
-def test_the_schema_refuses_what_we_refuse() -> None:
+@pytest.mark.parametrize("name", ["standard window", "several positions"])
+def test_the_schema_refuses_what_we_refuse(name: str) -> None:
     """One value after the other, everywhere in a manifest."""
-    manifest = ikv.read(made(MODELS["standard window"], 3)).manifest
+    manifest = ikv.read(made(MODELS[name], 3)).manifest
     seen = {True: 0, False: 0}
     for path in places(manifest):
         for value in OTHERS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,9 +36,9 @@ def layer(il: int, heads: int = 2, k: int = 4, v: int = 6) -> dict:
     return {"il": il, "n_head_kv": heads, "head_dim_k": k, "head_dim_v": v, "rope_base": 1e4}
 
 
-def describe(*caches: dict) -> dict:
+def describe(*caches: dict, **rope: Any) -> dict:
     model = {"arch": "llama", "n_ctx_train": 99, "n_vocab": 1000, "vocab_sha256": "cd" * 32}
-    return {**model, "caches": list(caches), "rope": ROPE}
+    return {**model, "caches": list(caches), "rope": ROPE | rope}
 
 
 def cache(layers: list[dict], n_swa: int = 0, swa_type: int = 0) -> dict:
@@ -54,8 +55,11 @@ def rows(model: dict, n: int, seed: int = 0) -> tuple[dict, dict]:
     return K, V
 
 
-def sample() -> bytes:
-    model = describe(cache([layer(0), layer(2)]), cache([layer(1, v=4)], n_swa=3, swa_type=1))
+SECTIONS = {"type": "imrope", "sections": [11, 11, 10, 0]}  # cells say where they are, and of which token
+
+
+def sample(**rope: Any) -> bytes:
+    model = describe(cache([layer(0), layer(2)]), cache([layer(1, v=4)], n_swa=3, swa_type=1), **rope)
     return ikv.build(model, [1, 5, 7, 9, 999], *rows(model, 5), ORIGIN)
 
 
@@ -74,7 +78,8 @@ def prefixes(draw: st.DrawFn) -> tuple[dict, list[int], int, int]:
         swa = [x for x in layers if x["il"] in inside]
         caches = [cache([x for x in layers if x["il"] not in inside]), cache(swa, draw(sizes), draw(st.integers(0, 3)))]
     tokens = draw(st.lists(st.integers(0, 999), min_size=1, max_size=12))
-    return describe(*caches), tokens, draw(st.integers(0, 5)), draw(st.integers(0, 2**32))
+    rope = draw(st.sampled_from([{}, SECTIONS, SECTIONS | {"type": "mrope"}]))
+    return describe(*caches, **rope), tokens, draw(st.integers(0, 5)), draw(st.integers(0, 2**32))
 
 
 @settings(max_examples=60, deadline=None)
@@ -88,7 +93,7 @@ def test_round_trip(made):
     back = ikv.read(data)
     assert back.tokens == tokens
     assert (back.n_extra, back.n_cells) == (n_extra, len(tokens) + n_extra)
-    assert back.manifest == {"format": 1, "tokens": tokens, "model": model, **origin}
+    assert back.manifest == {"format": 2 if "sections" in model["rope"] else 1, "tokens": tokens, "model": model, **origin}
     assert [x.il for x in back.layers] == sorted(K)
     for x in back.layers:
         np.testing.assert_array_equal(x.K, K[x.il][x.cells])
@@ -135,9 +140,10 @@ def split(data: bytes) -> tuple[bytes, bytes]:
     return data[: len(data) - 48 - length], data[len(data) - 48 - length : len(data) - 48]
 
 
-def test_a_right_checksum_is_not_enough():
+@pytest.mark.parametrize("rope", [{}, SECTIONS], ids=["norm", "imrope"])
+def test_a_right_checksum_is_not_enough(rope):
     """Each byte of the state changed under a right checksum: refused, or another value of K and V."""
-    body, text = split(sample())
+    body, text = split(sample(**rope))
     accepted = 0
     for at in range(len(body)):
         broken = bytearray(body)
@@ -162,7 +168,7 @@ def test_a_right_checksum_is_not_enough():
 @pytest.mark.parametrize(
     "path, value, message",
     [
-        ("format", 2, "reads format 1"),
+        ("format", 3, "is 3 and this version reads the formats 1 and 2"),
         ("tokens", [], "tokens is list"),
         ("tokens", [1, 5, 7, 9, 1000], r"tokens\[4\] is 1000"),
         ("tokens", [1, 5, 7, 9, True], r"tokens\[4\] is True"),
@@ -171,7 +177,12 @@ def test_a_right_checksum_is_not_enough():
         ("model.caches", [], "caches"),
         ("model.rope.scale", "1", "scale"),
         ("model.rope.scale", 10**400, "not a finite number"),
-        ("format", 1.0, "reads format 1"),
+        ("format", 1.0, "reads the formats 1 and 2"),
+        ("model.rope.sections", [1, 2, 3, 4], "sections is list, not a number or a string"),
+        ("model.rope.type", "mrope", "no field manifest.model.rope.sections"),
+        ("model.rope", ROPE | SECTIONS | {"sections": [1, 2, 3]}, "sections is list, not an array of 4 to 4"),
+        ("model.rope", ROPE | SECTIONS | {"sections": [1, 2, 3, -1]}, r"sections\[3\] is -1, not an integer from 0 to"),
+        ("model.rope", ROPE | SECTIONS, "number of sequences|x of a cell|token of a cell|sequence of a cell|state ends"),
         ("model.rope.more", [1], "more"),
         ("reference", None, "reference"),
         ("reference.sha256", "AB" * 32, "SHA-256"),

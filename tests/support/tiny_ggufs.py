@@ -27,11 +27,12 @@ def write(
     n_head_kv: int | Sequence[int] = 2,
     n_layer: int = N_LAYER,
     chat_template: str | None = None,
-    **extra: float | bool | str,
+    **extra: float | bool | str | list[int],
 ) -> Path:
     """Writes a model of architecture arch: llama (norm RoPE), qwen3 (neox), glm4 (norm, any n_rot), phi3 (neox, any
     n_rot), minicpm3 (the last n_rot elements), granitehybrid (n_head_kv by layer, 0: a Mamba layer), gemma2 (every
-    other layer has a sliding window of WINDOW tokens; soft caps), gpt-oss (such layers, sinks, experts).
+    other layer has a sliding window of WINDOW tokens; soft caps), gpt-oss (such layers, sinks, experts), qwen2vl and
+    qwen3vl (with rope.dimension_sections M-RoPE and IM-RoPE, as glm4 has it too).
 
     n_rot: elements of a head that are rotated, all by default. n_layer: unless n_head_kv is a list. extra: more of the
     metadata, behind "ARCH.".
@@ -114,7 +115,7 @@ def write(
         if arch == "gpt-oss":
             _experts(writer, layer, n_embd, n_kv * head_dim, rng)
             continue
-        if arch == "qwen3":
+        if arch in ("qwen3", "qwen3vl"):
             norm(f"{layer}.attn_q_norm", head_dim)
             norm(f"{layer}.attn_k_norm", head_dim)
         if arch in ("glm4", "phi3"):

@@ -71,9 +71,6 @@ std::string unsupported(const llama_memory_i * memory, const llama_model & model
     if (model.hparams.is_mla()) {
         return refuse("it caches compressed latents (MLA) instead of K and V");
     }
-    if (model.hparams.n_pos_per_embd() > 1) {
-        return refuse("its positions have several dimensions (M-RoPE)");
-    }
     if (caches_of(const_cast<llama_memory_i *>(memory)).empty()) {
         return refuse("it has no plain KV cache");
     }
@@ -108,6 +105,8 @@ static const char * rope_type_name(llama_rope_type type) {
         case LLAMA_ROPE_TYPE_NONE: return "none";
         case LLAMA_ROPE_TYPE_NORM: return "norm";
         case LLAMA_ROPE_TYPE_NEOX: return "neox";
+        case LLAMA_ROPE_TYPE_MROPE: return "mrope";
+        case LLAMA_ROPE_TYPE_IMROPE: return "imrope";
         default: return "other";
     }
 }
@@ -147,7 +146,7 @@ std::string describe(const llama_context * ctx) {
         });
     }
 
-    const json res = {
+    json res = {
         { "arch", llm_arch_name(model.arch) },
         { "n_ctx_train", hparams.n_ctx_train },
         { "n_vocab", llama_vocab_n_tokens(vocab) },
@@ -168,6 +167,9 @@ std::string describe(const llama_context * ctx) {
                         { "factors", factors_sha256(model.get_rope_factors(cparams, 0)) },
                 } },
     };
+    if (hparams.n_pos_per_embd() > 1) {
+        res["rope"]["sections"] = hparams.rope_sections;
+    }
     return res.dump();
 }
 

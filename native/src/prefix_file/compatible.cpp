@@ -101,6 +101,13 @@ bool compatible(const std::string & manifest_json, const std::string & describe_
         check_layers(prefix.at("caches"), model.at("caches"), true);
         check_layers(prefix.at("caches"), model.at("caches"), false);
         check_same("rope ", prefix.at("rope"), model.at("rope"), { "type", "n_rot", "scaling", "scale" }, OTHER_ROPE);
+        if (model.at("rope").contains("sections")) { // then the prefix has them too: its type is the same
+            const json & a = prefix.at("rope").at("sections");
+            const json & b = model.at("rope").at("sections");
+            for (size_t i = 0; i < b.size(); ++i) {
+                check_same("rope sections[" + std::to_string(i) + "]", &a.at(i), &b[i], OTHER_ROPE);
+            }
+        }
 
         if (!gguf_reference_sha256.empty()) {
             const json reference = gguf_reference_sha256;

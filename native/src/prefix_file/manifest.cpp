@@ -20,6 +20,9 @@ static constexpr size_t MAX_LAYERS = 4096;
 static constexpr uint64_t MAX_HEADS = 1 << 16;
 static constexpr uint64_t MAX_HEAD_DIM = 1 << 16;
 static constexpr uint64_t MAX_EXTRA = 1 << 16; // cells
+static constexpr size_t N_SECTIONS = 4;        // GGML_MROPE_SECTIONS
+static constexpr int64_t FORMAT = 1;
+static constexpr int64_t FORMAT_NEW_KINDS = 2; // of models that readers of format 1 refused
 
 std::string shown(const json & value) {
     std::string res;
@@ -183,6 +186,10 @@ static std::vector<cache_shape> read_caches(const field & caches) {
     return res;
 }
 
+bool has_cell_ext(const std::string & rope_type) {
+    return rope_type == "mrope" || rope_type == "imrope";
+}
+
 static void check_rope(const field & rope) {
     for (const char * key : { "type", "scaling", "factors" }) {
         rope.object()[key].string();
@@ -192,8 +199,16 @@ static void check_rope(const field & rope) {
     for (const char * key : { "scale", "ext_factor", "attn_factor", "beta_fast", "beta_slow" }) {
         rope[key].number();
     }
+    const bool cell_ext = has_cell_ext(rope["type"].value.get<std::string>());
+    if (cell_ext) {
+        const field sections = rope["sections"];
+        sections.array(N_SECTIONS, N_SECTIONS);
+        for (size_t i = 0; i < N_SECTIONS; ++i) {
+            sections[i].integer(0, MAX_HEAD_DIM);
+        }
+    }
     for (const auto & item : rope.value.items()) {
-        if (item.value().is_structured()) { // what later versions add must be as easy to compare
+        if (item.value().is_structured() && !(cell_ext && item.key() == "sections")) { // what later versions add must be as easy to compare
             rope[item.key().c_str()].expected("a number or a string");
         }
     }
@@ -262,8 +277,9 @@ manifest read_manifest(const char * text, size_t size) {
     if (!parsed.is_object()) {
         refuse("the manifest is %s, not an object: %s", shown(parsed).c_str(), REMAKE);
     }
-    if (!root["format"].value.is_number_integer() || root["format"].value != 1) {
-        refuse("the manifest's field format is %s and this version reads format 1: use the version of "
+    if (!root["format"].value.is_number_integer() ||
+            (root["format"].value != FORMAT && root["format"].value != FORMAT_NEW_KINDS)) {
+        refuse("the manifest's field format is %s and this version reads the formats 1 and 2: use the version of "
                "intactkv-export that made the prefix, or make it again",
                 shown(root["format"].value).c_str());
     }
@@ -276,6 +292,7 @@ manifest read_manifest(const char * text, size_t size) {
     res.n_vocab = model["n_vocab"].integer(1, INT32_MAX);
     res.caches = read_caches(model["caches"]);
     check_rope(model["rope"]);
+    res.cell_ext = has_cell_ext(model["rope"]["type"].value.get<std::string>());
 
     const field tokens = root["tokens"];
     const size_t n_tokens = tokens.array(1, INT32_MAX);

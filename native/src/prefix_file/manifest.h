@@ -23,12 +23,17 @@ struct cache_shape {
     std::vector<layer_shape> layers;
 };
 
+// Whether positions have several dimensions in a model with this type of RoPE: the cells of its state say where they are
+// in a picture, and which token they are of.
+bool has_cell_ext(const std::string & rope_type);
+
 struct manifest {
     uint32_t n_vocab;
     std::vector<int32_t> tokens;
     uint32_t n_extra;                // cells that stand for no token
     bool calibrated;                 // the rows were trained, together
     bool in_sight;                   // so that no sliding window hides them
+    bool cell_ext;                   // has_cell_ext()
     std::vector<cache_shape> caches; // in the order of the state
 };
 
