@@ -93,7 +93,12 @@ def test_round_trip(made):
     back = ikv.read(data)
     assert back.tokens == tokens
     assert (back.n_extra, back.n_cells) == (n_extra, len(tokens) + n_extra)
-    assert back.manifest == {"format": 2 if "sections" in model["rope"] else 1, "tokens": tokens, "model": model, **origin}
+    assert back.manifest == {
+        "format": 2 if "sections" in model["rope"] else 1,
+        "tokens": tokens,
+        "model": model,
+        **origin,
+    }
     assert [x.il for x in back.layers] == sorted(K)
     for x in back.layers:
         np.testing.assert_array_equal(x.K, K[x.il][x.cells])
@@ -182,7 +187,11 @@ def test_a_right_checksum_is_not_enough(rope):
         ("model.rope.type", "mrope", "no field manifest.model.rope.sections"),
         ("model.rope", ROPE | SECTIONS | {"sections": [1, 2, 3]}, "sections is list, not an array of 4 to 4"),
         ("model.rope", ROPE | SECTIONS | {"sections": [1, 2, 3, -1]}, r"sections\[3\] is -1, not an integer from 0 to"),
-        ("model.rope", ROPE | SECTIONS, "number of sequences|x of a cell|token of a cell|sequence of a cell|state ends"),
+        (
+            "model.rope",
+            ROPE | SECTIONS,
+            "number of sequences|x of a cell|token of a cell|sequence of a cell|state ends",
+        ),
         ("model.rope.more", [1], "more"),
         ("reference", None, "reference"),
         ("reference.sha256", "AB" * 32, "SHA-256"),
