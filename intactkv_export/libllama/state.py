@@ -160,11 +160,14 @@ class _Reader:
 
 
 def sections(
-    data: bytes | memoryview, at: int = BUFFER_HEADER, end: int | None = None, *, cell_ext: bool = False
+    data: bytes | memoryview, at: int = BUFFER_HEADER, end: int | None = None, model: Mapping[str, Any] | None = None
 ) -> Iterator[Section]:
-    """The caches of a state, from byte `at` to `end`. cell_ext: has_cell_ext() of its model. Raises IntactKVError where
-    the bytes end too early."""
+    """The caches of a state, from byte `at` to `end`. Raises IntactKVError where the bytes end too early.
+
+    model: its description (bindings.describe); None: one whose cells say no more than where they are.
+    """
     read = _Reader(data, at, len(data) if end is None else end)
+    cell_ext = model is not None and has_cell_ext(model)
     while read.at < read.end:
         yield _section(read, cell_ext)
 
@@ -238,7 +241,7 @@ def rows_by_layer(data: bytes, model: Mapping[str, Any], n_tokens: int) -> tuple
     """
     K: KV = {}
     V: KV = {}
-    for cache, section in zip(shapes(model), sections(data, cell_ext=has_cell_ext(model)), strict=True):
+    for cache, section in zip(shapes(model), sections(data, model=model), strict=True):
         for side, found, head_dim in ((K, section.K, "head_dim_k"), (V, section.V, "head_dim_v")):
             for layer, rows in zip(cache.layers, found, strict=True):
                 shape = n_tokens, layer.n_head_kv, getattr(layer, head_dim)
@@ -264,13 +267,11 @@ def ext_of(tokens: Sequence[int], positions: Sequence[int] | np.ndarray) -> np.n
     return np.stack([at, at, found], axis=1)
 
 
-def without_intact_cells(data: bytes, *, cell_ext: bool = False) -> bytes:
-    """A buffer with its intact cells made ordinary: their copies in the cache's own type are all that is left.
-
-    cell_ext: has_cell_ext() of its model.
-    """
+def without_intact_cells(data: bytes, model: Mapping[str, Any] | None = None) -> bytes:
+    """A buffer with its intact cells made ordinary: their copies in the cache's own type are all that is left. model:
+    as in sections()."""
     out = bytearray(data[:BUFFER_HEADER])
-    for section in sections(data, cell_ext=cell_ext):
+    for section in sections(data, model=model):
         if section.n_cells == 0:
             out += data[section.at : section.end]
             continue

@@ -466,7 +466,7 @@ def _parse(data: bytes, source: Path | None, embedded: bool, name: str | None = 
     start = structure.check_header(data, len(body), tokens)
     layers: list[structure.Layer] = []
     end = start
-    found = state.sections(data, start, len(body), cell_ext=state.has_cell_ext(manifest["model"]))
+    found = state.sections(data, start, len(body), manifest["model"])
     for cache in manifests.caches(manifest):
         section = next(found, None)
         if section is None:

@@ -100,7 +100,7 @@ def test_the_file_has_what_llama_cpp_writes(weights: Any, prefix: ikv.Prefix, pa
     assert rope["sections"] == KINDS[path.stem]["rope.dimension_sections"]
     exact = context(weights, "f16")
     exact.decode(TOKENS[:N], 0)
-    (section,) = state.sections(exact.save(), cell_ext=True)
+    (section,) = state.sections(exact.save(), model=prefix.manifest["model"])
     assert section.ext is not None and section.ext.tolist() == [[i, i, token] for i, token in enumerate(TOKENS[:N])]
     # of another library's making, and read by ours: the same K and V, the same bytes
     loaded = context(weights, "f16")
@@ -152,7 +152,8 @@ def test_given_to_sequences_that_begin_with_it(weights: Any, prefix: ikv.Prefix,
     assert ctx.n_not_computed() == N
     np.testing.assert_array_equal(ctx.logits(29), by_hand.logits(29 - N))
     # cells that the library placed by itself say the same as those of a state
-    (given,), (loaded,) = (state.sections(one.save(), cell_ext=True) for one in (ctx, by_hand))
+    model = prefix.manifest["model"]
+    (given,), (loaded,) = (state.sections(one.save(), model=model) for one in (ctx, by_hand))
     assert given.ext is not None and given.ext.tolist() == [[i, i, token] for i, token in enumerate(TOKENS[:30])]
     np.testing.assert_array_equal(given.ext, loaded.ext)
     for one in (ctx, by_hand):
@@ -195,7 +196,7 @@ def test_copied_and_cut_back(weights: Any, prefix: ikv.Prefix) -> None:
 def test_a_rounded_copy(weights: Any, prefix: ikv.Prefix) -> None:
     ctx, plain = context(weights, "q4_0"), context(weights, "q4_0")
     bindings.load(ctx.ptr, prefix.data)
-    rounded = state.without_intact_cells(sequence_state(ctx.ptr), cell_ext=True)
+    rounded = state.without_intact_cells(sequence_state(ctx.ptr), prefix.manifest["model"])
     assert plain.restore(rounded) and plain.n_intact() == 0 and plain.save() == rounded
 
 
