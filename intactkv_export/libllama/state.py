@@ -18,6 +18,11 @@ a *buffer* of llama_state_seq_get_data with 8 bytes: u32 magic, i32 sequence. Af
 Where positions have several dimensions (M-RoPE, IM-RoPE: has_cell_ext) a cell has more between n_seq_id and seq_id:
 i32 x, i32 y, its place in a picture, for text both its position; i32 token, -1 if it is of none.
 
+Behind the caches of a model with recurrent layers (llama_memory_recurrent::state_write) stands one state,
+
+    u32 n_cells = 1, i32 pos, the last token's, u32 n_seq_id = 0, u32 s_trans = 0, u32 n_layer of the model
+    per recurrent layer { i32 type, u64 bytes, the state of its convolution }, the same for the recurrence's
+
 Nothing read is trusted: every length is compared with what is left.
 """
 
@@ -33,6 +38,7 @@ import numpy as np
 from intactkv_export.errors import IntactKVError
 
 KV = dict[int, np.ndarray]  # by layer: [n_tokens, n_head_kv, head_dim]
+States = dict[int, tuple[np.ndarray, np.ndarray]]  # by recurrent layer: float32 [n_r], [n_s]
 
 MAGIC, VERSION = 0x67677371, 3  # of a file
 BUFFER_HEADER = 8
@@ -94,6 +100,31 @@ def shapes(model: Mapping[str, Any]) -> list[CacheShape]:
 def has_cell_ext(model: Mapping[str, Any]) -> bool:
     """Whether cells in a state of this model (bindings.describe) say more than a position and sequences."""
     return model["rope"]["type"] in SEVERAL_POSITIONS
+
+
+@dataclass(frozen=True)
+class StateShape:
+    """Values of a recurrent layer's state: of its convolution (or token shift), and of the recurrence. 0: none."""
+
+    il: int
+    n_r: int
+    n_s: int
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """What a model's recurrent layers keep of a sequence. n_layer: of the model. layers: empty: it has none."""
+
+    n_layer: int = 0
+    layers: tuple[StateShape, ...] = ()
+
+
+def recurrent(model: Mapping[str, Any]) -> Recurrent:
+    """The recurrent layers of a model description."""
+    found = model.get("recurrent")
+    if found is None:
+        return Recurrent()
+    return Recurrent(found["n_layer"], tuple(StateShape(x["il"], x["n_r"], x["n_s"]) for x in found["layers"]))
 
 
 @dataclass(frozen=True)
@@ -164,12 +195,15 @@ def sections(
 ) -> Iterator[Section]:
     """The caches of a state, from byte `at` to `end`. Raises IntactKVError where the bytes end too early.
 
-    model: its description (bindings.describe); None: one whose cells say no more than where they are.
+    model: its description (bindings.describe); None: one whose cells say no more than where they are, and that has no
+    recurrent layers, whose states come behind the caches.
     """
     read = _Reader(data, at, len(data) if end is None else end)
     cell_ext = model is not None and has_cell_ext(model)
-    while read.at < read.end:
+    left = len(model["caches"]) if model is not None and "recurrent" in model else None
+    while read.at < read.end and left != 0:
         yield _section(read, cell_ext)
+        left = None if left is None else left - 1
 
 
 def _section(read: _Reader, cell_ext: bool) -> Section:
@@ -229,6 +263,42 @@ def _in_sight(read: _Reader) -> memoryview:
     return read.data[start : read.at]
 
 
+def read_states(data: bytes | memoryview, at: int, end: int, shape: Recurrent, last: int) -> tuple[States, int]:
+    """The recurrent states at byte `at` of a state, views, and where they end. last: the last token's position.
+
+    Raises IntactKVError where they are not what the model's are, or not finite.
+    """
+    read = _Reader(data, at, end)
+    _expect(read, "I", "number of recurrent states", 1)
+    _expect(read, "i", "position of the recurrent state", last)
+    _expect(read, "I", "number of sequences of the recurrent state", 0)
+    _expect(read, "I", "flag for a transposed state", 0)
+    _expect(read, "I", "number of layers of the model", shape.n_layer)
+    r = {x.il: _state(read, x.il, x.n_r, "convolution's") for x in shape.layers}
+    s = {x.il: _state(read, x.il, x.n_s, "recurrent") for x in shape.layers}
+    return {il: (r[il], s[il]) for il in r}, read.at
+
+
+def _state(read: _Reader, il: int, n: int, name: str) -> np.ndarray:
+    _expect(read, "i", "type of a layer's state", F32)
+    _expect(read, "Q", "size of a layer's state", 4 * n)
+    at = read.at
+    values = np.frombuffer(read.take(4 * n, "the state of a layer"), "<f4")
+    if not np.isfinite(values).all():
+        raise IntactKVError(
+            f"it has NaN or infinity in the {name} state of layer {il} (at byte {at}), where all values must be "
+            "finite: compute it again with the engine in F32"
+        )
+    return values
+
+
+def _expect(read: _Reader, layout: str, name: str, wanted: int) -> None:
+    at = read.at
+    found = read.get(layout, name)
+    if found != wanted:
+        refuse(name, found, at, wanted)
+
+
 def refuse(name: str, found: int, at: int, wanted: int) -> NoReturn:
     """Raise the error for a number of a state that is not what it must be."""
     raise IntactKVError(f"its {name} is {found} at byte {at} and must be {wanted}: {REMAKE}")
@@ -248,6 +318,14 @@ def rows_by_layer(data: bytes, model: Mapping[str, Any], n_tokens: int) -> tuple
                 side[layer.il] = np.zeros(shape, np.float32)
                 side[layer.il][section.positions] = rows.values(section.n_cells).reshape(-1, *shape[1:])
     return K, V
+
+
+def states_by_layer(data: bytes, model: Mapping[str, Any], n_tokens: int) -> States:
+    """The recurrent states of a buffer after n_tokens tokens; {}: the model has no recurrent layer."""
+    shape, end = recurrent(model), BUFFER_HEADER
+    for section in sections(data, model=model):
+        end = section.end
+    return read_states(data, end, len(data), shape, n_tokens - 1)[0] if shape.layers else {}
 
 
 def which_cells(positions: Sequence[int] | np.ndarray, n_tokens: int) -> np.ndarray:
@@ -270,8 +348,9 @@ def ext_of(tokens: Sequence[int], positions: Sequence[int] | np.ndarray) -> np.n
 def without_intact_cells(data: bytes, model: Mapping[str, Any] | None = None) -> bytes:
     """A buffer with its intact cells made ordinary: their copies in the cache's own type are all that is left. model:
     as in sections()."""
-    out = bytearray(data[:BUFFER_HEADER])
+    out, end = bytearray(data[:BUFFER_HEADER]), BUFFER_HEADER
     for section in sections(data, model=model):
+        end = section.end
         if section.n_cells == 0:
             out += data[section.at : section.end]
             continue
@@ -280,7 +359,7 @@ def without_intact_cells(data: bytes, model: Mapping[str, Any] | None = None) ->
         rows_end = section.end - len(section.intact or b"") - len(in_sight)
         n_layer = struct.pack("<I", section.n_layer | (section.flags & SIGHT))
         out += data[section.at : n_layer_at] + n_layer + data[n_layer_at + 4 : rows_end] + in_sight
-    return bytes(out)
+    return bytes(out + data[end:])
 
 
 def file_header(tokens: Sequence[int]) -> bytes:
@@ -319,4 +398,23 @@ def f16_section(
                 raise IntactKVError(f"{name} of layer {layer.il} is {found} and must be float16 {shape}")
             parts.append(struct.pack("<iQ", F16, 2 * shape[1] * shape[2]))
             parts.append(np.ascontiguousarray(array[cells], "<f2").tobytes())
+    return b"".join(parts)
+
+
+def states_section(shape: Recurrent, n_tokens: int, states: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> bytes:
+    """What stands behind the caches: the recurrent states after n_tokens tokens. b"": the model has none.
+
+    Raises IntactKVError for other sizes or types than the model's.
+    """
+    if not shape.layers:
+        return b""
+    parts = [struct.pack("<IiIII", 1, n_tokens - 1, 0, 0, shape.n_layer)]
+    for side, n in ((0, "n_r"), (1, "n_s")):
+        for layer in shape.layers:
+            wanted = (getattr(layer, n),)
+            values = states[layer.il][side] if layer.il in states else None
+            if values is None or values.shape != wanted or values.dtype != np.float32:
+                found = "missing" if values is None else f"{values.dtype} {values.shape}"
+                raise IntactKVError(f"the state {n} of layer {layer.il} is {found} and must be float32 {wanted}")
+            parts.append(struct.pack("<iQ", F32, 4 * wanted[0]) + np.ascontiguousarray(values, "<f4").tobytes())
     return b"".join(parts)

@@ -199,6 +199,9 @@ size_t held_rows::n_bytes() const {
 }
 
 bool held_prefix::serves(uint32_t pos) const {
+    if (whole_only()) {
+        return pos == tokens.size();
+    }
     return std::all_of(caches.begin(), caches.end(), [&](const held_rows & rows) {
         return rows.first_token() == 0 || rows.of().is_out_of_sight(rows.first_token() - 1, pos);
     });
@@ -224,6 +227,7 @@ held_prefix hold(const llama_context * ctx, const prefix_view & view, const std:
         }
         throw;
     }
+    res.states.assign(at, at + view.recurrent_size);
     return res;
 }
 

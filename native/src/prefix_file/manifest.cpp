@@ -21,6 +21,7 @@ static constexpr uint64_t MAX_HEADS = 1 << 16;
 static constexpr uint64_t MAX_HEAD_DIM = 1 << 16;
 static constexpr uint64_t MAX_EXTRA = 1 << 16; // cells
 static constexpr size_t N_SECTIONS = 4;        // GGML_MROPE_SECTIONS
+static constexpr uint64_t MAX_STATE = 1 << 30; // values
 static constexpr int64_t FORMAT = 1;
 static constexpr int64_t FORMAT_NEW_KINDS = 2; // of models that readers of format 1 refused
 
@@ -172,15 +173,32 @@ static cache_shape read_cache(const field & cache) {
     return res;
 }
 
-static std::vector<cache_shape> read_caches(const field & caches) {
+static recurrent_shape read_recurrent(const field & recurrent) {
+    recurrent_shape res;
+    res.n_layer = recurrent.object()["n_layer"].integer(1, MAX_LAYERS);
+    const field layers = recurrent["layers"];
+    const size_t n = layers.array(1, res.n_layer);
+    for (size_t i = 0; i < n; ++i) {
+        const field layer = layers[i].object();
+        res.layers.push_back({ (uint32_t) layer["il"].integer(0, res.n_layer - 1), layer["n_r"].integer(0, MAX_STATE),
+                layer["n_s"].integer(0, MAX_STATE) });
+        if (i > 0 && res.layers[i].il <= res.layers[i - 1].il) {
+            layer["il"].expected("above that of the layer before it, " + std::to_string(res.layers[i - 1].il));
+        }
+    }
+    return res;
+}
+
+// alone: there is nothing beside them
+static std::vector<cache_shape> read_caches(const field & caches, bool alone) {
     std::vector<cache_shape> res;
-    const size_t n = caches.array(1, MAX_CACHES);
+    const size_t n = caches.array(alone ? 1 : 0, MAX_CACHES);
     size_t n_layer = 0;
     for (size_t i = 0; i < n; ++i) {
         res.push_back(read_cache(caches[i]));
         n_layer += res.back().layers.size();
     }
-    if (n_layer == 0) {
+    if (n_layer == 0 && alone) {
         refuse("the manifest's field %s has no layers in any cache: %s", caches.name.c_str(), REMAKE);
     }
     return res;
@@ -290,7 +308,11 @@ manifest read_manifest(const char * text, size_t size) {
     model["n_ctx_train"].integer(0, UINT32_MAX);
     model["vocab_sha256"].sha256();
     res.n_vocab = model["n_vocab"].integer(1, INT32_MAX);
-    res.caches = read_caches(model["caches"]);
+    const bool has_states = model.value.contains("recurrent");
+    if (has_states) {
+        res.recurrent = read_recurrent(model["recurrent"]);
+    }
+    res.caches = read_caches(model["caches"], !has_states);
     check_rope(model["rope"]);
     res.cell_ext = has_cell_ext(model["rope"]["type"].value.get<std::string>());
 

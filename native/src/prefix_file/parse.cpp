@@ -12,6 +12,7 @@ namespace intactkv {
 
 static constexpr uint32_t STATE_MAGIC = 0x67677371; // LLAMA_STATE_SEQ_MAGIC, 'ggsq'
 static constexpr uint32_t STATE_VERSION = 3;        // LLAMA_STATE_SEQ_VERSION
+static constexpr int32_t TYPE_F32 = 0;              // GGML_TYPE_F32
 static constexpr int32_t TYPE_F16 = 1;              // GGML_TYPE_F16
 static constexpr int32_t NO_TOKEN = -1;             // LLAMA_TOKEN_NULL
 static constexpr size_t SHA256_SIZE = 32;
@@ -156,6 +157,40 @@ static void read_cache(reader & in, size_t index, const cache_shape & cache, con
     }
 }
 
+// One side of the recurrent layers' states. what: for messages
+static void read_states(
+        reader & in, const recurrent_shape & shape, uint64_t state_shape::*n_values, const char * what) {
+    for (const state_shape & layer : shape.layers) {
+        const uint64_t n = layer.*n_values;
+        in.expect<int32_t>(TYPE_F32, "type of a layer's state");
+        in.expect<uint64_t>(n * sizeof(float), "size of a layer's state");
+        const size_t at = in.pos;
+        const uint8_t * values = in.take(n * sizeof(float), "the state of a layer");
+        uint32_t found = 0;
+        for (uint64_t i = 0; i < n; ++i) {
+            uint32_t value;
+            memcpy(&value, values + i * sizeof(float), sizeof(value));
+            found |= (value & 0x7fffffff) + 0x00800000; // the exponent's lowest bit: carries where all are ones
+        }
+        if (found & 0x80000000) {
+            refuse("the prefix has NaN or infinity in the %s state of layer %" PRIu32
+                   " (at byte %zu), where all values "
+                   "must be finite: compute it again with the engine in F32",
+                    what, layer.il, at);
+        }
+    }
+}
+
+static void read_recurrent(reader & in, const recurrent_shape & shape, uint32_t n_tokens) {
+    in.expect<uint32_t>(1, "number of recurrent states");
+    in.expect<int32_t>(n_tokens - 1, "position of the recurrent state");
+    in.expect<uint32_t>(0, "number of sequences of the recurrent state");
+    in.expect<uint32_t>(0, "flag for a transposed state");
+    in.expect<uint32_t>(shape.n_layer, "number of layers of the model");
+    read_states(in, shape, &state_shape::n_r, "convolution's");
+    read_states(in, shape, &state_shape::n_s, "recurrent");
+}
+
 static prefix_view read_state(const uint8_t * data, size_t size, const manifest & said) {
     reader in{ data, size };
     in.expect(STATE_MAGIC, "magic number");
@@ -177,6 +212,11 @@ static prefix_view read_state(const uint8_t * data, size_t size, const manifest 
     for (size_t i = 0; i < said.caches.size(); ++i) {
         read_cache(in, i, said.caches[i], said);
     }
+    const size_t recurrent = in.pos;
+    if (!said.recurrent.layers.empty()) {
+        read_recurrent(in, said.recurrent, res.n_tokens);
+    }
+    res.recurrent_size = in.pos - recurrent;
     if (in.pos != size) {
         refuse("the prefix file's state ends at byte %zu and its manifest begins at byte %zu: %s", in.pos, size,
                 REMAKE);
