@@ -80,7 +80,7 @@ def write(
     if arch == "granitehybrid":
         for key, size in dict(SSM, inner_size=2 * n_embd).items():
             writer.add_uint32(f"{arch}.ssm.{key}", size)
-    _vocabulary(writer)
+    vocabulary(writer)
 
     writer.add_tensor("token_embd.weight", rng.standard_normal((N_VOCAB, n_embd), np.float32))
     norm("output_norm", n_embd)
@@ -132,7 +132,8 @@ def write(
     return path
 
 
-def _vocabulary(writer: gguf.GGUFWriter) -> None:
+def vocabulary(writer: gguf.GGUFWriter) -> None:
+    """N_VOCAB tokens: bytes."""
     kind = gguf.TokenType
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     writer.add_tokenizer_model("llama")

@@ -72,6 +72,9 @@ std::string unsupported(const llama_memory_i * memory, const llama_model & model
     if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid *>(memory); hybrid && keeps_more(*hybrid)) {
         return refuse("beside its KV cache and its recurrent states it has an indexer's cache");
     }
+    if (llama_vocab_type(llama_model_get_vocab(&model)) == LLAMA_VOCAB_TYPE_NONE) {
+        return refuse("it has no vocabulary by which a prefix could be told to be its own");
+    }
     if (llama_model_has_encoder(&model)) {
         return refuse("its encoder sees the whole prompt, so no part of it can be computed ahead");
     }
