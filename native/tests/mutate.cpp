@@ -28,7 +28,9 @@ static std::vector<bytes> seeds() {
     sample extra; // in the second cache they have left the window with the first token
     extra.n_extra = 2;
     extra.caches = { { 0, 0, { 1 }, { 0, 1, 2, 0, 0 } }, { 1, 2, { 0, 2 }, { 1, 2 } } };
-    return { sample().file(), windows.file(), long_one.file(), extra.file(), gguf_sample(sample().file(), true),
+    sample ext = extra;
+    ext.cell_ext = true;
+    return { sample::hybrid().file(), sample::recurrent().file(), sample().file(), windows.file(), long_one.file(), extra.file(), ext.file(), gguf_sample(sample().file(), true),
         gguf_sample(sample().file(), false), gguf_behind().file(sample().file()) };
 }
 

@@ -8,6 +8,7 @@
 #include "llama-hparams.h"
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
+#include "llama-memory-hybrid-iswa.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -54,13 +55,15 @@ void arena::attach(llama_kv_cache & kv, const llama_context & ctx) {
 arena::arena(llama_kv_cache & kv, const llama_context & ctx) :
     kv(kv),
     ctx(ctx),
-    kind(choose_attention(std::any_of(kv.layers.begin(), kv.layers.end(),
-            [](const auto & layer) {
-                return ggml_backend_buffer_get_type(layer.k->buffer) == ggml_backend_cpu_buffer_type();
-            }))),
+    kind(choose_attention(kv.layers.empty() ||
+            std::any_of(kv.layers.begin(), kv.layers.end(),
+                    [](const auto & layer) {
+                        return ggml_backend_buffer_get_type(layer.k->buffer) == ggml_backend_cpu_buffer_type();
+                    }))),
     n_seq_max(ctx.get_cparams().n_seq_max),
     n_ubatch(ctx.get_cparams().n_ubatch),
     layers(kv.layers.size()),
+    rotates(dynamic_cast<const llama_memory_hybrid_iswa *>(llama_get_memory(&ctx)) == nullptr),
     fast(fused(ctx.get_cparams())) {
     set_tail(tail_asked());
 }
@@ -119,6 +122,9 @@ const llama_hparams & arena::hparams() const {
 
 fused_rotation arena::rotation() const {
     fused_rotation res;
+    if (!rotates) {
+        return res;
+    }
     if (kv.attn_rot_k) {
         for (res.k = 64; kv.n_embd_head_k_all % (2 * res.k) == 0;) {
             res.k *= 2;
