@@ -63,9 +63,13 @@ class Vocabulary:
 
     def tokenize(self, text: str, special: bool) -> list[int]:
         """Tokens of a text without an added BOS. special: text of control tokens becomes these tokens."""
-        raw = text.encode()
-        out = (self._llama_cpp.llama_token * (len(raw) + 8))()  # a token is one byte at least; SPM adds a space
-        n = self._llama_cpp.llama_tokenize(self._vocab, raw, len(raw), out, len(out), False, special)
+        raw, size = text.encode(), len(text.encode()) + 8  # enough for nearly all
+        for _ in range(2):
+            out = (self._llama_cpp.llama_token * size)()
+            n = self._llama_cpp.llama_tokenize(self._vocab, raw, len(raw), out, size, False, special)
+            size = max(size, -n)  # what it needs: where SPM's mark of a blank is no token, it becomes three bytes'
+            if n >= 0:
+                break
         if n < 0:
             raise IntactKVError(f"llama.cpp cannot tokenize a text of {len(raw)} bytes with {self.path}")
         return list(out[:n])
