@@ -113,6 +113,8 @@ class Vocabulary:
             return "beside its KV cache and its recurrent states it has an indexer's cache"
         if all(self.header(f"{arch}.attention.{name}_length_mla") for name in ("key", "value")):
             return "it caches compressed latents (MLA) instead of K and V"
+        if arch == "grok":
+            return "llama.cpp computes it without flash attention only, which a prefix needs"
         return ""
 
     def header(self, key: str) -> str:

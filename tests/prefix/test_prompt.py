@@ -178,7 +178,7 @@ def test_real_templates(upstream, vocab, template, expected):
 
 
 HEADERS = [("mamba", "recurrent"), ("jamba", "hybrid"), ("t5", "encoder"), ("llama", ""), ("deepseek2", "MLA")]
-HEADERS += [("qwen2vl", "")]
+HEADERS += [("qwen2vl", ""), ("grok", "flash attention")]
 
 
 @pytest.mark.parametrize("arch, why", HEADERS)
