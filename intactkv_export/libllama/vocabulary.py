@@ -9,6 +9,7 @@ from typing import Any
 
 from intactkv_export import library
 from intactkv_export.errors import IntactKVError
+from intactkv_export.libllama.kv_types import WITHOUT_FLASH
 from intactkv_export.libllama.log import errors_logged
 from intactkv_export.libllama.reason import reason
 
@@ -113,7 +114,7 @@ class Vocabulary:
             return "beside its KV cache and its recurrent states it has an indexer's cache"
         if all(self.header(f"{arch}.attention.{name}_length_mla") for name in ("key", "value")):
             return "it caches compressed latents (MLA) instead of K and V"
-        if arch == "grok":
+        if arch in WITHOUT_FLASH:
             return "llama.cpp computes it without flash attention only, which a prefix needs"
         return ""
 
