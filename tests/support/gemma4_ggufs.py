@@ -12,7 +12,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from tests.support.tiny_ggufs import N_FF, N_VOCAB, WINDOW, _vocabulary
+from tests.support.tiny_ggufs import N_FF, N_VOCAB, WINDOW, vocabulary
 
 N_EMBD, N_HEAD, HEAD, HEAD_SWA = 128, 2, 128, 64
 WINDOWED = [True, True, False, True, False]  # by layer; the last two read K and V of the two before
@@ -43,7 +43,7 @@ class _Writer:
         writer.add_sliding_window_pattern(windowed)
         writer.add_layer_norm_rms_eps(1e-6)
         writer.add_embedding_length_per_layer_input(0)
-        _vocabulary(writer)
+        vocabulary(writer)
         self.matrix("token_embd", N_VOCAB, n_embd, size=1.0)
         self.norm("output_norm", n_embd)
         factors = [1.0] * (HEAD // 8) + [1e30] * (HEAD // 2 - HEAD // 8)  # a quarter of a head is turned
