@@ -28,13 +28,13 @@ UPSTREAM = {
     "ALiBi": "bloom-dense",
     "ALiBi, biases": "mpt-dense",
     "ALiBi, one tensor of Q, K and V": "jais-dense",
-    "layers without RoPE": "smollm3-dense",
     "learned positions": "gpt2-dense",
     "one tensor of Q, K and V, clamped": "dbrx-moe",
 }
 GEMMA4 = "layers that share K and V, V from K, other heads by layer"
 VARYING = "other numbers of KV heads by layer"
-KINDS = [GEMMA4, VARYING, *UPSTREAM]
+NO_ROPE = "a layer without RoPE"
+KINDS = [GEMMA4, VARYING, NO_ROPE, *UPSTREAM]
 N = 40  # more than the windows: 16, and 32 in upstream's models
 PARAMS = dict(n_ctx=256, n_batch=256, n_ubatch=256)
 
@@ -49,6 +49,8 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             made[kind] = gemma4_ggufs.write(root / "gemma4.gguf")
         elif kind == VARYING and kind not in made:
             made[kind] = tiny_ggufs.write(root / "varying.gguf", "deci", n_head_kv=[1, 4])
+        elif kind == NO_ROPE and kind not in made:
+            made[kind] = tiny_ggufs.write(root / "no-rope.gguf", "smollm3", n_layer=4)  # the fourth
         elif kind not in made:
             if not upstream_archs.can_build():
                 pytest.skip("no compiler, or no libllama-common (make tools)")
