@@ -66,7 +66,7 @@ def tokens(n_vocab: int, n: int = N + 24) -> list[int]:
 
 
 def prefix_of(path: Path, text: list[int]) -> bytes:
-    model, K, V, _ = llama_engine.compute(path, text, cache_dtype="f16", n_threads=2)
+    model, K, V, *_ = llama_engine.compute(path, text, cache_dtype="f16", n_threads=2)
     return ikv.build(model, text, K, V, {**ORIGIN, "calibrated": None, "bos_only": False})
 
 

@@ -54,7 +54,7 @@ def weights(path: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def prefix(path: Path) -> ikv.Prefix:
-    model, K, V, _ = llama_engine.compute(path, TOKENS[:N], cache_dtype="f16", n_threads=2)
+    model, K, V, *_ = llama_engine.compute(path, TOKENS[:N], cache_dtype="f16", n_threads=2)
     return ikv.read(ikv.build(model, TOKENS[:N], K, V, {**ORIGIN, "calibrated": None, "bos_only": False}))
 
 
