@@ -22,7 +22,7 @@ struct cells_view {
     uint32_t n_kv = 0;
     const std::vector<int32_t> * strm = nullptr;               // streams of the tokens
     const std::vector<std::vector<uint32_t>> * idxs = nullptr; // their cells, by stream
-    const llama_kv_cache * borrower = nullptr;                 // has the cells of another, whose arena it is: they are read
+    const llama_kv_cache * borrower = nullptr;                 // reads the cells of another, whose arena it is
 };
 
 class graph_cells;
