@@ -208,7 +208,7 @@ def damaged(prefix: ikv.Prefix, at: int, value: int) -> bytes:
     return bytes(body) + structure.trailer(bytes(body), length)
 
 
-@pytest.mark.parametrize("field, name", enumerate(["x of a cell", "y of a cell", "token of a cell"]))
+@pytest.mark.parametrize("field, name", [*enumerate(["x of a cell", "y of a cell", "token of a cell"])])
 def test_a_cell_that_is_elsewhere_is_refused_by_both_readers(
     weights: Any, prefix: ikv.Prefix, field: int, name: str
 ) -> None:
