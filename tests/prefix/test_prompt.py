@@ -13,6 +13,7 @@ from intactkv_export import library
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama.vocabulary import Vocabulary
 from intactkv_export.prefix import ikv, make_prompt
+from tests.support import tiny_ggufs
 from tests.support.paths import REPO
 
 SYSTEM = "You are a helpful pirate. Answer in one sentence."
@@ -177,8 +178,8 @@ def test_real_templates(upstream, vocab, template, expected):
         assert made.tokens[:2].count(vocabulary.bos) == vocabulary.adds_bos  # as the server has it, never twice
 
 
-HEADERS = [("mamba", "recurrent"), ("jamba", "hybrid"), ("t5", "encoder"), ("llama", ""), ("deepseek2", "MLA")]
-HEADERS += [("qwen2vl", "")]
+HEADERS = [("mamba", ""), ("jamba", ""), ("t5", "encoder"), ("llama", ""), ("deepseek2", "MLA")]
+HEADERS += [("qwen2vl", ""), ("grok", "flash attention")]
 
 
 @pytest.mark.parametrize("arch, why", HEADERS)
@@ -188,6 +189,12 @@ def test_what_the_header_tells(tmp_path, model, arch, why):
     ikv.rewrite(model("F16"), {"general.architecture": arch, **mla}, gguf)
     with Vocabulary(gguf) as vocabulary:
         assert why in vocabulary.refusal() and bool(why) == bool(vocabulary.refusal())
+
+
+def test_more_tokens_than_bytes(tmp_path):
+    """Where a vocabulary has no token for SPM's mark of a blank, a blank becomes that mark's three bytes."""
+    with Vocabulary(tiny_ggufs.write(tmp_path / "x.gguf", "llama")) as vocabulary:
+        assert len(vocabulary.tokenize("a b " * 100, False)) == 200 + 3 * 200
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"hello"])

@@ -81,6 +81,9 @@ std::string unsupported(const llama_memory_i * memory, const llama_model & model
     if (model.hparams.is_mla()) {
         return refuse("it caches compressed latents (MLA) instead of K and V");
     }
+    if (model.arch == LLM_ARCH_GROK) { // llama_init_from_model() turns it off, whatever is asked for
+        return refuse("llama.cpp computes it without flash attention only, which a prefix needs");
+    }
     auto * kept = const_cast<llama_memory_i *>(memory);
     if (caches_of(kept).empty() && states_of(kept) == nullptr) {
         return refuse("it has no plain KV cache");
