@@ -29,6 +29,7 @@ from intactkv_export.prefix.chat_template import (
     Template,
     chat_template_of,
     system_messages,
+    with_date,
 )
 
 Messages = list[dict[str, str]]
@@ -125,6 +126,8 @@ def make_prompt(
     names = vocabulary.token_name(vocabulary.bos), vocabulary.token_name(vocabulary.eos)
     if bos_only:
         return _bos(vocabulary, template, names)
+    if template and rendering is not None and rendering.date is not None:
+        with_date(template, rendering.date)  # as serve will need it
     try:
         chat = Template(template, *names, rendering or Rendering(), vocabulary.adds_bos)
         return _of_conversations(vocabulary, chat, system_prompt)

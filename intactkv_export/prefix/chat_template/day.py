@@ -35,7 +35,7 @@ def beginning(day: date) -> datetime:
     return datetime.combine(day, time.min)
 
 
-def date_variables(now: datetime) -> dict[str, str]:
+def date_variables(now: date) -> dict[str, str]:
     """What llama.cpp's server gives every template, as chat_template_kwargs of a request could."""
     return {"datetime": now.strftime("%b %d %Y"), "date_string": now.strftime("%d %b %Y")}
 
