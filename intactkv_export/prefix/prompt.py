@@ -163,16 +163,18 @@ def _of_conversations(vocabulary: Vocabulary, chat: Template, system_prompt: str
         warnings.warn(
             f"the model's chat template writes no date, so {chat.rendering.date} makes no difference", stacklevel=3
         )
-    if len(of_one_day) > len(tokens):
-        _warn_of_date(len(tokens), len(of_one_day), prompt)
-    elif prompt is not None and len(tokens) <= prompt.start:
-        warnings.warn(
-            "the model's chat template puts the system prompt into a later message, so the prefix is the first "
-            f"{len(tokens)} token{'s' * (len(tokens) > 1)} alone, which all conversations begin with",
-            stacklevel=3,
-        )
+    dated = len(of_one_day) > len(tokens)
     if chat.rendering is not None:
         tokens = _also_for_others(vocabulary, chat, system_prompt, tokens, prompt)
+    if dated:
+        _warn_of_date(len(tokens), len(of_one_day), prompt)
+    elif prompt is not None and len(tokens) <= prompt.start:
+        plural = f"first {len(tokens)} tokens" if len(tokens) > 1 else "first token"
+        warnings.warn(
+            f"the model's chat template puts the system prompt into a later message, so the prefix is the {plural} "
+            "alone, which all conversations begin with",
+            stacklevel=3,
+        )
     if chat.rendering is not None and chat.rendering.tools:
         _warn_of_tools(vocabulary.text(tokens), chat, system_prompt)
     messages = None if system_prompt is None else system_messages(system_prompt)
@@ -206,13 +208,11 @@ def _also_for_others(
     """The tokens, without those at their end that keep requests with tools or other switches from beginning so, where
     that costs little."""
     holds = prompt is not None and len(tokens) > prompt.start
+    needed = max(prompt.start + 1, prompt.end - 2) if prompt is not None and holds else 1  # its last words may merge
     few = max(_FEW if holds else _VERY_FEW, len(tokens) // 4)
     kept = tokens
     for texts in _other_conversations(chat, system_prompt):
         shorter = _common([kept, *(vocabulary.tokenize(text, special=True) for text in texts)])
-        needed = (
-            max(prompt.start + 1, prompt.end - 2) if prompt is not None and holds else 1
-        )  # its last words may merge
         if len(shorter) >= needed and len(tokens) - len(shorter) <= few:
             kept = shorter
     return kept

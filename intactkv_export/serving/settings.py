@@ -152,7 +152,7 @@ def choose_settings(
     arguments += ["--cache-type-k", types[0], "--cache-type-v", types[1], "--flash-attn", "on", "--metrics"]
     arguments += ["--threads", str(threads)] if threads else []
     arguments += _prompts_whole(found, notes)
-    arguments += keep_to_date(found, header.values, [_name(word) for word in more], environment, notes)
+    more = keep_to_date(found, header.values, more, environment, notes)
     arguments += ["--verbosity", "2", *more]  # errors and warnings
     return Settings(
         model, found, types, tail, parallel, ctx_size, host, port, has_key, arguments, environment, notes
