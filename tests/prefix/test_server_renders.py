@@ -46,7 +46,7 @@ TOOLS_FIRST = {
 }  # fmt: skip
 # Whether to think stands before the prompt, or costs as much
 THINKING_FIRST = {
-    "Bielik-11B-v3.0-Instruct", "HuggingFaceTB-SmolLM3-3B", "google-gemma-4-31B-it",
+    "Apertus-8B-Instruct", "Bielik-11B-v3.0-Instruct", "HuggingFaceTB-SmolLM3-3B", "google-gemma-4-31B-it",
     "google-gemma-4-31B-it-interleaved",
 }  # fmt: skip
 
