@@ -128,7 +128,17 @@ def test_what_is_no_json(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("template_args", []), ("template_args", None), ("tools", []), ("tools", [{}]), ("tools", [{"function": {}}])],
+    [
+        ("template_args", []),
+        ("template_args", None),
+        ("tools", []),
+        ("tools", [{}]),
+        ("tools", [{"function": {}}]),
+        ("date", "2026-02-30"),
+        ("date", "today"),
+        ("date", None),
+        ("date", 20260201),
+    ],
 )
 def test_a_manifest_with_wrong_fields(smol: Smol, field: str, value: Any) -> None:
     manifest = {**ikv.read(smol.ikv).manifest, "template_args": {}, field: value}
@@ -317,6 +327,20 @@ def test_switches_that_nobody_spoke_of(vocabulary: Vocabulary, switch: str, serv
     for value in (False, "high"):
         text = Template(template, "", "", Rendering(args={switch: value})).conversation(SYSTEM, "Hi")
         assert (vocabulary.tokenize(text, special=True)[: len(made.tokens)] == made.tokens) == served
+
+
+def test_arguments_of_calls_are_objects_where_the_template_takes_them() -> None:
+    """Requests have them as texts of JSON, and the server reads these for such a template."""
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": [1, 2]}'}}
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    shown = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ SHOW }}{% endfor %}{% endfor %}"
+    items = Template(shown.replace("SHOW", "c.function.arguments.a | tojson"), "", "", Rendering())
+    texts = Template(shown.replace("SHOW", "c.function.arguments ~ '!'"), "", "", Rendering())
+    assert items.render(talk) == "[1, 2]"
+    bad = {**talk[1], "tool_calls": [{**call, "function": {"name": "add", "arguments": "{"}}]}
+    assert items.render([talk[0], bad]) == "null"
+    assert "!" in texts.render(talk)
+    assert call["function"]["arguments"] == '{"a": [1, 2]}'  # type: ignore[index]  # it is the caller's
 
 
 # From the command to the conversation

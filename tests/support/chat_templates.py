@@ -3,15 +3,17 @@ and as IntactLlama does. `python -m tests.support.chat_templates MODEL.gguf` pri
 
 from __future__ import annotations
 
+import shutil
 import sys
-import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from intactkv_export import library
@@ -68,7 +70,7 @@ MADE: dict[str, dict[str, Any]] = {
     "switches": {"tools": TOOLS, "args": {"enable_thinking": False, "reasoning_effort": "high"}},
     "day": {"day": DAY},
 }
-_WARNINGS = threading.Lock()  # they are caught for the whole process
+OTHERS: dict[str, tuple[Any, Any]] = {"tools": (TOOLS, None), **{name: (None, args) for name, args in ASKED.items()}}
 WHOLE, DATED, LATER = "whole", "ends before the date", "first tokens: the prompt comes in a later message"
 
 
@@ -77,8 +79,9 @@ class Row:
     """A template. prefix: by how it is made (MADE), its tokens; why: which reason was given where it is not whole.
     n_plain: tokens of a conversation of one turn. false: what a prefix should begin and does not: (how it was made,
     which conversation, by whom). other_text: conversations that IntactLlama and the server do not render alike.
-    refused: conversations that the server refuses. serves: whether the plain prefix begins requests with what it was
-    not made with: tools, switches."""
+    refused: conversations that the server refuses; ours_refused: those that only IntactLlama refuses. serves: whether
+    the plain prefix begins requests with what it was not made with: tools, switches.
+    """
 
     name: str
     n_plain: int = 0
@@ -87,6 +90,7 @@ class Row:
     false: list[tuple[str, str, str]] = field(default_factory=list)
     other_text: list[tuple[str, str]] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
+    ours_refused: list[tuple[str, str]] = field(default_factory=list)
     serves: dict[str, bool] = field(default_factory=dict)
 
     def kind(self, made: str) -> str:
@@ -107,24 +111,60 @@ def templates() -> list[Path]:
         return []
 
 
-def read(path: Path, model: Path, vocabulary: Vocabulary) -> Row:
-    """The row of a template. model: any whose vocabulary this is, the smaller the sooner."""
+Texts = dict[tuple[str, str], str | None]
+
+
+def of_server(path: Path, model: Path) -> Texts:
+    """What the server makes of the template: by how a prefix is made, and what is said. None: it refuses."""
+    text, found = path.read_text(), Texts()
+    fixed = model.with_name(f"{path.stem}.fixed.jinja")  # as `serve` gives it for a day
+
+    def ask(made: str, server: Server) -> None:
+        given = {"args": date_variables(DAY)} if made == "day" else MADE[made]
+        for name, turns in _talks(made).items():
+            found[made, name] = _rendered(server, turns, given.get("tools"), given.get("args"))
+
+    with Server(model, path) as server:
+        for made in MADE:
+            if made != "day" and _is_for(made, text):
+                ask(made, server)
+        for name, (tools, args) in OTHERS.items():
+            found["others", name] = _rendered(server, [USER], tools, args)
+    if _is_for("day", text):
+        fixed.write_text(with_date(text, DAY))
+        with Server(model, fixed) as server:
+            ask("day", server)
+    return found
+
+
+def read(path: Path, texts: Texts, vocabulary: Vocabulary) -> Row:
+    """The row of a template of which the server makes these texts. vocabulary: of the server's model."""
     row, text = Row(path.stem), path.read_text()
-    with ExitStack() as stack:
-        server = stack.enter_context(Server(model, path))
-        row.n_plain = len(vocabulary.tokenize(server.rendered([*_system(), USER]), special=True))
-        for made, given in MADE.items():
-            if not _is_for(made, text):
-                continue
-            _make(row, made, given, text, vocabulary)
-            if made == "day" and made in row.prefix:
-                server = stack.enter_context(_of_that_day(path, text, model))
-                given = {"args": date_variables(DAY)}
-            if made in row.prefix:
-                _compare(row, made, given, text, server, vocabulary)
-            if made == "plain" and made in row.prefix:
-                _serves_others(row, server, vocabulary)
+    first = texts["plain", "one turn"]
+    row.n_plain = 0 if first is None else len(vocabulary.tokenize(first, special=True))
+    for made, given in MADE.items():
+        if not _is_for(made, text):
+            continue
+        _make(row, made, given, text, vocabulary)
+        if made in row.prefix:
+            _compare(row, made, text, texts, vocabulary)
+    if "plain" in row.prefix:
+        tokens = row.prefix["plain"].tokens
+        for name in OTHERS:
+            whole = vocabulary.tokenize(texts["others", name] or "", special=True)
+            row.serves[name] = whole[: len(tokens)] == tokens
     return row
+
+
+def _talks(made: str) -> dict[str, list[dict[str, Any]]]:
+    return {**TALKS, **({"calls": CALLING} if "tools" in MADE[made] else {})}
+
+
+def _rendered(server: Server, turns: list[dict[str, Any]], tools: Any, args: Any) -> str | None:
+    try:
+        return server.rendered([*_system(), *turns], tools, args)
+    except ValueError:
+        return None
 
 
 def _is_for(made: str, text: str) -> bool:
@@ -140,7 +180,7 @@ def _system() -> list[dict[str, Any]]:
 
 def _make(row: Row, made: str, given: dict[str, Any], text: str, vocabulary: Vocabulary) -> None:
     rendering = Rendering.checked(*(given.get(name) for name in ("tools", "args", "day")))
-    with _WARNINGS, warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             row.prefix[made] = make_prompt(vocabulary, text, SYSTEM, rendering=rendering)
@@ -150,49 +190,36 @@ def _make(row: Row, made: str, given: dict[str, Any], text: str, vocabulary: Voc
     row.why[made] = " ".join(str(warning.message) for warning in caught if warning.category is UserWarning)
 
 
-@contextmanager
-def _of_that_day(path: Path, text: str, model: Path) -> Iterator[Server]:
-    """A server that is given the template as `serve` gives it."""
-    fixed = model.with_name(f"{path.stem}.fixed.jinja")
-    fixed.write_text(with_date(text, DAY))
-    with Server(model, fixed) as server:
-        yield server
-
-
-def _compare(row: Row, made: str, given: dict[str, Any], text: str, server: Server, vocabulary: Vocabulary) -> None:
+def _compare(row: Row, made: str, text: str, texts: Texts, vocabulary: Vocabulary) -> None:
     """Whether the prefix begins conversations of its kind, as the server and as IntactLlama render them."""
-    prompt, (tools, args) = row.prefix[made], (given.get(name) for name in ("tools", "args"))
+    prompt = row.prefix[made]
     bos, eos = (vocabulary.token_name(token) for token in (vocabulary.bos, vocabulary.eos))
     chat = Template(text, bos, eos, prompt.rendering)
-    for name, turns in {**TALKS, **({"calls": CALLING} if tools else {})}.items():
-        texts = {"IntactLlama": chat.render([*_system(), *turns]) if name != "calls" else ""}
-        try:
-            texts["llama-server"] = server.rendered([*_system(), *turns], tools, args)
-        except ValueError:
+    for name, turns in _talks(made).items():
+        theirs = texts[made, name]
+        if theirs is None:
             row.refused.append((made, name))
             continue
-        if name in ("one turn", "several turns") and len(set(texts.values())) > 1:
+        try:
+            ours = chat.render([*_system(), *turns])
+        except Exception:  # a template is a program: anything can happen
+            row.ours_refused.append((made, name))
+            continue
+        if name in ("one turn", "several turns") and ours != theirs:
             row.other_text.append((made, name))
-        for who, whole in texts.items():
-            if whole and vocabulary.tokenize(whole, special=True)[: len(prompt.tokens)] != prompt.tokens:
+        for who, whole in (("IntactLlama", ours), ("llama-server", theirs)):
+            if vocabulary.tokenize(whole, special=True)[: len(prompt.tokens)] != prompt.tokens:
                 row.false.append((made, name, who))
 
 
-def _serves_others(row: Row, server: Server, vocabulary: Vocabulary) -> None:
-    """Whether the plain prefix begins requests that bring tools, or switches."""
-    requests: dict[str, tuple[Any, Any]] = {"tools": (TOOLS, None), **{name: (None, x) for name, x in ASKED.items()}}
-    tokens = row.prefix["plain"].tokens
-    for name, (tools, args) in requests.items():
-        text = server.rendered([*_system(), USER], tools, args)
-        row.serves[name] = vocabulary.tokenize(text, special=True)[: len(tokens)] == tokens
-
-
 @contextmanager
-def rows(model: Path, vocabulary: Vocabulary, paths: Sequence[Path]) -> Iterator[dict[str, Future[Row]]]:
-    """By name, two at a time: most of it is waiting for servers."""
+def rows(model: Path, vocabulary: Vocabulary, paths: Sequence[Path]) -> Iterator[Callable[[str], Row]]:
+    """The row of a name, read once. Two servers at a time are asked ahead. model: the smaller the sooner."""
+    by_name = {path.stem: path for path in paths}
     with ThreadPoolExecutor(2) as pool:
+        asked = {name: pool.submit(of_server, path, model) for name, path in by_name.items()}
         try:
-            yield {path.stem: pool.submit(read, path, model, vocabulary) for path in paths}
+            yield cache(lambda name: read(by_name[name], asked[name].result(), vocabulary))
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -215,5 +242,9 @@ def markdown(made: Sequence[Row]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    with Vocabulary(sys.argv[1]) as opened, rows(Path(sys.argv[1]), opened, templates()) as found:
-        print("\n".join(markdown([future.result() for future in found.values()])))
+    with (
+        Vocabulary(sys.argv[1]) as opened,
+        TemporaryDirectory() as folder,
+        rows(Path(shutil.copy(sys.argv[1], folder)), opened, templates()) as row_of,
+    ):
+        print("\n".join(markdown([row_of(path.stem) for path in templates()])))

@@ -10,7 +10,9 @@ formatter, and are rendered by it.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from datetime import date, datetime
@@ -152,6 +154,8 @@ class Template:
     def _for_the_template(self, messages: Messages) -> list[dict[str, Any]]:
         """Messages as the server gives them to a template that cannot take them as they are."""
         made = [dict(message) for message in messages]
+        if any(message.get("tool_calls") for message in made) and self._takes_objects:
+            made = [_with_objects(message) for message in made]
         if _STEPFUN in self._source:
             made = [_with_content(message, str.strip) for message in made]
         if not self._knows_system and made and made[0].get("role") == "system":
@@ -174,6 +178,22 @@ class Template:
             other = self._tried([parts, {"role": "user", "content": _parts("Hi")}])
             return _PROBE in (other or "") or (text is None and system.looked_at)
         return True
+
+    @cached_property
+    def _takes_objects(self) -> bool:
+        """Whether it shows a call's arguments that are an object: then the server makes one of a text."""
+        call = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": {"a": _PROBE}}}
+        text = self._tried(
+            [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                {"role": "tool", "content": "4", "tool_call_id": "call00001"},
+                {"role": "assistant", "content": "It is 4."},
+                {"role": "user", "content": "Hi"},
+            ],
+            tools=[_TOOL],
+        )
+        return _PROBE in (text or "")
 
     @cached_property
     def _only_parts(self) -> bool:
@@ -253,6 +273,18 @@ class _Watched(dict[str, Any]):
 def _with_content(message: dict[str, Any], change: Any) -> dict[str, Any]:
     content = message.get("content")
     return {**message, "content": change(content)} if isinstance(content, str) else message
+
+
+def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose calls have their arguments as objects; what is no JSON stays a text."""
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = dict(call.get("function") or {})
+        if isinstance(function.get("arguments"), str):
+            with suppress(ValueError):
+                function["arguments"] = json.loads(function["arguments"])
+        calls.append({**call, "function": function})
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _parts(text: str) -> list[dict[str, str]]:
