@@ -1,11 +1,13 @@
 """The torch engine: IntactKV of a Hugging Face model, computed by transformers, in llama.cpp's layout.
 
-The rows llama.cpp keeps in its cache are K after RoPE and V, per KV head. Two things differ from transformers:
+The rows llama.cpp keeps in its cache are K after RoPE and V, per KV head. Three things differ from transformers:
 
 - The order of K's values in models of RoPE type "norm": torch_model/rope_pairs.py.
 - A context of llama.cpp uses one set of LongRoPE factors for all positions (`llama_model::get_rope_factors`);
   transformers changes from the short to the long set with the length of the text. Which set the context uses is in the
   model description, and transformers is made to use it.
+- llama.cpp runs Mistral, Qwen and Phi-3 without the sliding window that some of their checkpoints have: so does
+  transformers here (from_huggingface.read_config).
 
 Everything is computed in float32 (or the dtype asked for) and rounded to float16 once, at the end.
 """
@@ -103,7 +105,7 @@ def compute_float32(
             "tokenize the prefix with this model's tokenizer"
         )
     if model is not None:
-        from_huggingface.check(text, model, len(tokens), str(hf_dir))
+        from_huggingface.check(text, model, str(hf_dir))
     from_huggingface.fix_longrope(text, _longrope(text, model, len(tokens)), hf_dir)
 
     with from_huggingface.quiet():

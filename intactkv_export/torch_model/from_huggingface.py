@@ -32,6 +32,10 @@ def quiet() -> Iterator[None]:
 
 
 def read_config(hf_dir: str | Path) -> Any:
+    """A checkpoint's configuration, as llama.cpp computes the model: without a window that it ignores.
+
+    Raises IntactKVError if it cannot be read, or the K/V layout is not proven.
+    """
     from transformers import AutoConfig
 
     path = Path(hf_dir) / "config.json"
@@ -49,21 +53,24 @@ def read_config(hf_dir: str | Path) -> Any:
             f"the K/V layout of {hf_dir} (model type {config.model_type!r}) is not proven for the torch "
             f"engine, which knows unquantized {', '.join(PROVEN)}: use the llama engine"
         )
+    _drop_window(config.get_text_config(decoder=True))
     return config
 
 
-# Models whose sliding windows upstream's converter writes into the GGUF; it ignores those of Mistral and Phi-3
+# Models whose sliding windows upstream's converter writes into the GGUF; it ignores those of Mistral, Qwen and Phi-3
 _WINDOW_KEPT = {"gemma2", "gemma3_text"}
 
 
-def window_of_its_own(hf_dir: str | Path) -> int:
-    """The sliding window, in tokens, that the checkpoint has and its GGUF has not; 0: none. Raises IntactKVError."""
-    with quiet():
-        text = read_config(hf_dir).get_text_config(decoder=True)
+def _drop_window(text: Any) -> None:
+    """A configuration whose layers see all tokens where those of its GGUF do, whatever window the checkpoint has."""
     if text.model_type in _WINDOW_KEPT:
-        return 0
-    sliding = any(layer_type(text, il) == "sliding_attention" for il in range(text.num_hidden_layers))
-    return (text.sliding_window or 0) if sliding else 0
+        return
+    if getattr(text, "sliding_window", None):
+        text.sliding_window = None
+    if getattr(text, "use_sliding_window", False):
+        text.use_sliding_window = False
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        text.layer_types = ["full_attention"] * text.num_hidden_layers
 
 
 def load(
@@ -113,7 +120,7 @@ def load(
     return net.eval()
 
 
-def check(text: Any, model: Mapping[str, Any], n_tokens: int, hf_dir: str) -> None:
+def check(text: Any, model: Mapping[str, Any], hf_dir: str) -> None:
     """The checkpoint and the description of the model that will use the prefix must mean the same rows."""
 
     def same(what: str, checkpoint: Any, described: Any) -> None:
@@ -144,14 +151,8 @@ def check(text: Any, model: Mapping[str, Any], n_tokens: int, hf_dir: str) -> No
         if kind != "sliding_attention":
             scaled = rope["rope_type"] in ("linear", "yarn")
             same("RoPE scale", 1.0 / rope["factor"] if scaled else 1.0, model["rope"]["scale"])
-        # Upstream ignores the window of some models (Mistral, Phi-3): the same numbers while no token is
-        # outside.
         window = (text.sliding_window or 0) if kind == "sliding_attention" else 0
-        if window != n_swa and n_tokens > min(w for w in (window, n_swa) if w):
-            raise IntactKVError(
-                f"layer {il} has a sliding window of {window} tokens in {hf_dir} but {n_swa} in the GGUF "
-                f"(0: none), and the prefix has {n_tokens} tokens: shorten it or use the llama engine"
-            )
+        same(f"sliding window of layer {il}", window, n_swa)
 
 
 def fix_longrope(text: Any, factors: str | None, path: str | Path) -> None:

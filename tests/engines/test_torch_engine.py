@@ -26,11 +26,12 @@ from intactkv_export.engines import torch_engine as engine
 from intactkv_export.errors import IntactKVError
 from intactkv_export.models.proven import PROVEN, supports
 from intactkv_export.torch_model import from_huggingface
+from intactkv_export.torch_model import load as load_in_torch
 from intactkv_export.torch_model.rope_pairs import halves_to_neighbours
 from tests.support import random_models
 from tests.support.cache_rows import Llama, random_tokens
 
-pytest.importorskip("torch", reason="the extra [convert] is not installed")
+torch = pytest.importorskip("torch", reason="the extra [convert] is not installed")
 L = library.load()
 
 TOLERANCE = 1e-5
@@ -322,13 +323,32 @@ def test_refuses_longrope_factors_of_another_model(models):
     assert "LongRoPE" in refusal(models["phi3-longrope"], [1], about)
 
 
-def test_a_window_that_the_gguf_ignores(models, changed):
-    """Upstream runs Mistral without its sliding window: the same rows only while the prefix fits in it."""
-    about, K, _ = gguf(models["mistral"]).rows(random_tokens(16))
-    windowed = changed("mistral", config={"sliding_window": 16})
-    got, _ = engine.compute_float32(windowed, random_tokens(16), about)
-    assert max(errors(got, K).values()) < TOLERANCE
-    assert "sliding window of 16" in refusal(windowed, random_tokens(17), about)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("mistral", {}),
+        ("mixtral", {}),
+        ("phi3", {}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2, "layer_types": None}),
+        ("qwen3-moe", {"use_sliding_window": True}),
+    ],
+)
+def test_a_window_that_the_gguf_ignores(models, changed, name, settings):
+    """Upstream runs these without their sliding windows: so does the engine, and the reference of a calibration."""
+    tokens = random_tokens(48)
+    about, K, _ = gguf(models[name]).rows(tokens)
+    windowed = changed(name, config={"sliding_window": 16, **settings})
+    for description in (about, None):
+        got, _ = engine.compute_float32(windowed, tokens, description)
+        assert max(errors(got, K).values()) < TOLERANCE
+    with torch.no_grad():
+        whole, ours = (load_in_torch(directory).forward([tokens]) for directory in (models[name], windowed))
+    assert torch.allclose(whole, ours, atol=1e-4)
+
+
+def test_a_window_of_another_size(models, changed):
+    about, _, _ = gguf(models["gemma2"]).rows([1])
+    assert refusal(changed("gemma2", config={"sliding_window": 16}), [1], about).startswith("sliding window of layer 0")
 
 
 def test_says_nothing(models, capfd):
