@@ -126,7 +126,8 @@ def _with_torch(
 
 
 def _torch_compute(*args: Any, **kwargs: Any) -> tuple[KV, KV, dict[str, str]]:
-    return *torch_engine.compute(*args, **kwargs), torch_engine.versions()
+    K, V, _ = torch_engine.compute(*args, **kwargs)
+    return K, V, torch_engine.versions()
 
 
 def _with_llama(

@@ -25,11 +25,42 @@ PROVEN: dict[str, str] = {
     "qwen2_moe": "neox",
     "qwen3_moe": "neox",
     "olmoe": "neox",
+    "lfm2": "neox",
+    "lfm2_moe": "neox",
+    "granitemoehybrid": "norm",
+    "falcon_h1": "neox",
+    "nemotron_h": "norm",
+    "qwen3_next": "neox",
+    "qwen3_5_text": "neox",
+    "qwen3_5_moe_text": "neox",
+    "jamba": "neox",
+    "mamba": "neox",
+    "mamba2": "neox",
+    "falcon_mamba": "neox",
+}
+# Those with recurrent layers, whose states engines/recurrent.py lays out
+RECURRENT = {
+    "lfm2",
+    "lfm2_moe",
+    "granitemoehybrid",
+    "falcon_h1",
+    "nemotron_h",
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "jamba",
+    "mamba",
+    "mamba2",
+    "falcon_mamba",
 }
 # Whether the weights of the experts that a token takes add up to 1, where config.json may say so (norm_topk_prob, false
 # if it does not): llama.cpp has it in its code, one way for each architecture
 NORMALIZED = {"qwen2_moe": False, "qwen3_moe": True, "olmoe": False}
-_WRAPPED = {"gemma3": "gemma3_text"}  # multimodal model_type -> its text model: the prefix is text
+_WRAPPED = {
+    "gemma3": "gemma3_text",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}  # multimodal model_type -> its text model: the prefix is text
 _ROPE_SCALING = {
     "llama": {"default", "linear", "llama3", "yarn"},
     "qwen2": {"default", "yarn"},
@@ -37,6 +68,56 @@ _ROPE_SCALING = {
     "gemma3_text": {"default", "linear"},
     "phi3": {"default", "longrope"},
     "qwen3_moe": {"default", "yarn"},
+}
+# Settings that llama.cpp has in its code, or upstream's converter ignores, one value for each architecture: what
+# transformers takes if config.json does not say, and which values mean what llama.cpp computes
+_NO_LIMIT = (None, [0.0, float("inf")], (0.0, float("inf")), [0.0, {"__float__": "Infinity"}])
+_SETTINGS: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
+    "lfm2": {"conv_bias": (False, (False,))},
+    "lfm2_moe": {
+        "conv_bias": (False, (False,)),
+        "norm_topk_prob": (True, (True,)),
+        "routed_scaling_factor": (1.0, (1.0,)),
+    },
+    "granitemoehybrid": {
+        "position_embedding_type": (None, (None, "nope")),
+        "mamba_proj_bias": (False, (False,)),
+        "mamba_conv_bias": (True, (True,)),
+        "time_step_limit": (None, _NO_LIMIT),
+    },
+    "falcon_h1": {
+        "mamba_rms_norm": (False, (False,)),
+        "mamba_proj_bias": (False, (False,)),
+        "mamba_conv_bias": (True, (True,)),
+        "projectors_bias": (False, (False,)),
+        "attention_bias": (False, (False,)),
+        "mlp_bias": (False, (False,)),
+        "time_step_limit": (None, _NO_LIMIT),
+    },
+    "nemotron_h": {
+        "n_group": (1, (1,)),
+        "topk_group": (1, (1,)),
+        "moe_latent_size": (None, (None,)),
+        "sliding_window": (None, (None,)),
+        "mamba_proj_bias": (False, (False,)),
+        "use_conv_bias": (True, (True,)),
+        "use_bias": (False, (False,)),
+        "attention_bias": (False, (False,)),
+        "mlp_bias": (False, (False,)),
+        "time_step_limit": (None, _NO_LIMIT),
+    },
+    "qwen3_next": {"norm_topk_prob": (True, (True,)), "attention_bias": (False, (False,))},
+    "qwen3_5_text": {"attention_bias": (False, (False,))},
+    "qwen3_5_moe_text": {"attention_bias": (False, (False,))},
+    "jamba": {"mamba_proj_bias": (False, (False,)), "mamba_conv_bias": (True, (True,))},
+    "mamba": {"use_bias": (False, (False,)), "use_conv_bias": (True, (True,))},
+    "falcon_mamba": {"use_bias": (False, (False,)), "use_conv_bias": (True, (True,))},
+    "mamba2": {
+        "n_groups": (8, (1,)),  # transformers normalizes all of them together
+        "use_bias": (False, (False,)),
+        "use_conv_bias": (True, (True,)),
+        "time_step_limit": (None, _NO_LIMIT),
+    },
 }
 # Settings of a RoPE scaling that upstream's converter drops or llama.cpp combines in another way
 _ROPE_UNPROVEN = (
@@ -67,6 +148,7 @@ def supports(config: Any) -> bool:
     return (
         rope_types(config) <= _ROPE_SCALING.get(model_type, {"default"})
         and _same_experts(model_type, text)
+        and all(text.get(key, least) in same for key, (least, same) in _SETTINGS.get(model_type, {}).items())
         and not full.get("quantization_config")
         and not any(r.get(key) is not None for r in each for key in _ROPE_UNPROVEN)
         and all(r.get(key) in (None, value) for r in each for key, value in _ROPE_FIXED.items())

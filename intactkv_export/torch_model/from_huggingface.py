@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,11 @@ def load(
     return net.eval()
 
 
+def cache_argument(module: Any) -> str:
+    """What the cache is called among a model's arguments: transformers 5.24 has another name than versions before."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+
+
 def check(text: Any, model: Mapping[str, Any], hf_dir: str) -> None:
     """The checkpoint and the description of the model that will use the prefix must mean the same rows."""
 
@@ -137,22 +143,34 @@ def check(text: Any, model: Mapping[str, Any], hf_dir: str) -> None:
 
     # In the description a sliding-window model has one cache for its full layers and one for the others.
     layers = {layer["il"]: (layer, cache["n_swa"]) for cache in model["caches"] for layer in cache["layers"]}
-    same("number of layers", text.num_hidden_layers, len(layers))
-    same("RoPE type", PROVEN[text.model_type], model["rope"]["type"])
-    for il in range(text.num_hidden_layers):
+    attention = attention_layers(text)
+    same("number of layers", len(attention), len(layers))
+    turns = model["rope"]["type"] != "none" and bool(getattr(text, "rope_parameters", None))
+    if turns:
+        same("RoPE type", PROVEN[text.model_type], _PAIRS.get(model["rope"]["type"], model["rope"]["type"]))
+    for il in attention:
+        if il not in layers:
+            same(f"layer {il}", "an attention layer", "none")
         layer, n_swa = layers[il]
         kind, head_dim = layer_type(text, il), _head_dim(text)
-        rope = text.rope_parameters.get(kind, text.rope_parameters)
         same(f"n_head_kv of layer {il}", text.num_key_value_heads, layer["n_head_kv"])
         same(f"head_dim of K of layer {il}", head_dim, layer["head_dim_k"])
         same(f"head_dim of V of layer {il}", head_dim, layer["head_dim_v"])
-        same(f"RoPE base of layer {il}", float(rope["rope_theta"]), layer["rope_base"])
-        same("n_rot", int(head_dim * rope.get("partial_rotary_factor", 1.0)), model["rope"]["n_rot"])
-        if kind != "sliding_attention":
-            scaled = rope["rope_type"] in ("linear", "yarn")
-            same("RoPE scale", 1.0 / rope["factor"] if scaled else 1.0, model["rope"]["scale"])
+        if turns:
+            _check_rope(same, text, il, layer, model["rope"])
         window = (text.sliding_window or 0) if kind == "sliding_attention" else 0
         same(f"sliding window of layer {il}", window, n_swa)
+
+
+def _check_rope(same: Callable[[str, Any, Any], None], text: Any, il: int, layer: Any, described: Any) -> None:
+    """RoPE of a layer, as check() does."""
+    kind = layer_type(text, il)
+    rope = text.rope_parameters.get(kind, text.rope_parameters)
+    same(f"RoPE base of layer {il}", float(rope["rope_theta"]), layer["rope_base"])
+    same("n_rot", int(_head_dim(text) * rope.get("partial_rotary_factor", 1.0)), described["n_rot"])
+    if kind != "sliding_attention":
+        scaled = rope["rope_type"] in ("linear", "yarn")
+        same("RoPE scale", 1.0 / rope["factor"] if scaled else 1.0, described["scale"])
 
 
 def fix_longrope(text: Any, factors: str | None, path: str | Path) -> None:
@@ -162,7 +180,7 @@ def fix_longrope(text: Any, factors: str | None, path: str | Path) -> None:
     before its model is made. factors: SHA-256 of those to use, as a model description has it; None: both stay, as they
     do for a model without LongRoPE. Raises IntactKVError if the model has no such factors.
     """
-    rope = text.rope_parameters
+    rope = getattr(text, "rope_parameters", None) or {}
     if factors is None or rope.get("rope_type") != "longrope":
         return
     hashes = {name: longrope_hash(rope[name]) for name in ("short_factor", "long_factor")}
@@ -180,12 +198,22 @@ def longrope_hash(factors: Sequence[float]) -> str:
     return hashlib.sha256(struct.pack(f"<{len(factors)}f", *factors)).hexdigest()
 
 
+def attention_layers(text: Any) -> list[int]:
+    """The layers that keep K and V."""
+    types = getattr(text, "layer_types", None)
+    return [il for il in range(text.num_hidden_layers) if not types or types[il] not in _NO_ROWS]
+
+
 def layer_type(text: Any, il: int) -> str:
     """'full_attention' or 'sliding_attention': models without a list of them have the window everywhere."""
     types = getattr(text, "layer_types", None)
     if types:
         return types[il]
     return "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
+
+
+_NO_ROWS = {"conv", "linear_attention", "mamba", "mlp", "moe"}  # layer types without K and V
+_PAIRS = {"imrope": "neox", "mrope": "neox"}  # of text, whose positions are equal in all dimensions
 
 
 def _head_dim(text: Any) -> int:

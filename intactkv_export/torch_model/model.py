@@ -55,8 +55,7 @@ class TorchModel:
 
     @property
     def _cache_argument(self) -> str:
-        """transformers 5.24 calls it otherwise than the versions before."""
-        return "cache" if "cache" in inspect.signature(self.net.forward).parameters else "past_key_values"
+        return from_huggingface.cache_argument(self.net)
 
     @property
     def decoder_layers(self) -> Sequence[torch.nn.Module]:

@@ -86,7 +86,7 @@ def test_other_structures(tmp_path, name, n_tokens, n_ctx):
     assert about == engine.describe(gguf, max(n_ctx, n_tokens + 1))
     if n_ctx:
         assert about["rope"]["factors"] != engine.describe(gguf, n_tokens + 1)["rope"]["factors"]
-    k, v = torch_engine.compute_float32(directory, tokens, about)
+    k, v, _ = torch_engine.compute_float32(directory, tokens, about)
     dropped = 0
     for cache in state.shapes(about):
         kept = cache.positions(n_tokens)
