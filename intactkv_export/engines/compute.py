@@ -111,7 +111,7 @@ def _with_torch(
     work: Stages, engine: Engine, reference: Reference, gguf: Path | None, prompt: Prompt, reader: Path | None
 ) -> _Computed:
     model = work.run("describe model", llama_engine.describe, reader or gguf, _n_ctx(engine, prompt))
-    K, V, versions = work.run(
+    K, V, states, versions = work.run(
         "compute prefix",
         _torch_compute,
         reference.path,
@@ -122,12 +122,11 @@ def _with_torch(
         dtype=engine.dtype,
         offload_dir=engine.offload_dir,
     )
-    return model, K, V, {}, _SHORT.get(engine.dtype or "float32", "auto"), versions
+    return model, K, V, states, _SHORT.get(engine.dtype or "float32", "auto"), versions
 
 
-def _torch_compute(*args: Any, **kwargs: Any) -> tuple[KV, KV, dict[str, str]]:
-    K, V, _ = torch_engine.compute(*args, **kwargs)
-    return K, V, torch_engine.versions()
+def _torch_compute(*args: Any, **kwargs: Any) -> tuple[KV, KV, States, dict[str, str]]:
+    return *torch_engine.compute(*args, **kwargs), torch_engine.versions()
 
 
 def _with_llama(

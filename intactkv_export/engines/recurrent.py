@@ -14,11 +14,13 @@ of K lie apart, so that heads of K meet their heads of V by repeating all of the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from intactkv_export.libllama import States
+from intactkv_export.errors import IntactKVError
+from intactkv_export.libllama import States, state
 
 _TILED = {"qwen3_5_text", "qwen3_5_moe_text"}
 _DELTA = _TILED | {"qwen3_next"}
@@ -43,6 +45,19 @@ def states(cache: Any, text: Any) -> States:
             s = np.empty(0, np.float32) if state is None else _recurrence(state, text)
             found[il] = _convolution(inputs, text).reshape(-1), s.reshape(-1)
     return found
+
+
+def check(states: States, model: Mapping[str, Any], hf_dir: str) -> None:
+    """Raises IntactKVError if layers or sizes are not those of the description of the model that will read them."""
+    described = {layer.il: (layer.n_r, layer.n_s) for layer in state.recurrent(model).layers}
+    found = {il: (len(r), len(s)) for il, (r, s) in states.items()}
+    for il in sorted(found.keys() | described.keys()):
+        ours, theirs = (x.get(il, (0, 0)) for x in (found, described))
+        if ours != theirs:
+            raise IntactKVError(
+                f"layer {il} has a state of {ours[0]} and {ours[1]} values in {hf_dir}, {theirs[0]} and {theirs[1]} in "
+                "the GGUF: use the GGUF made from this checkpoint"
+            )
 
 
 def _both(layer: Any) -> tuple[Any, Any]:

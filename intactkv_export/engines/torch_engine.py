@@ -133,7 +133,10 @@ def compute_float32(
         if PROVEN[text.model_type] == "norm":
             k = np.ascontiguousarray(rope_pairs.halves_to_neighbours(k))
         K[il], V[il] = k, v
-    return K, V, recurrent.states(cache, text)
+    states = recurrent.states(cache, text)
+    if model is not None:
+        recurrent.check(states, model, str(hf_dir))
+    return K, V, states
 
 
 def _longrope(text: Any, model: Mapping[str, Any] | None, n_tokens: int) -> str | None:

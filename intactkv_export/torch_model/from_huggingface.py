@@ -166,7 +166,8 @@ def _check_rope(same: Callable[[str, Any, Any], None], text: Any, il: int, layer
     """RoPE of a layer, as check() does."""
     kind = layer_type(text, il)
     rope = text.rope_parameters.get(kind, text.rope_parameters)
-    same(f"RoPE base of layer {il}", float(rope["rope_theta"]), layer["rope_base"])
+    turned = getattr(text, "position_embedding_type", "rope") == "rope"  # Granite's hybrids are not
+    same(f"RoPE base of layer {il}", float(rope["rope_theta"]) if turned else 0.0, layer["rope_base"])
     same("n_rot", int(_head_dim(text) * rope.get("partial_rotary_factor", 1.0)), described["n_rot"])
     if kind != "sliding_attention":
         scaled = rope["rope_type"] in ("linear", "yarn")

@@ -16,8 +16,12 @@ cache_utils = pytest.importorskip("transformers.cache_utils")
 if not hasattr(cache_utils, "LinearAttentionLayer"):
     pytest.skip("this transformers keeps recurrent states otherwise", allow_module_level=True)
 
+from intactkv_export.conversion import prefix
+from intactkv_export.engines import llama_engine
 from intactkv_export.engines import torch_engine as engine
+from intactkv_export.errors import IntactKVError
 from intactkv_export.models.proven import PROVEN, RECURRENT
+from intactkv_export.prefix import ikv
 from intactkv_export.torch_model import from_huggingface
 from tests.support import random_hybrids, recurrent_state
 from tests.support.cache_rows import random_tokens
@@ -87,3 +91,38 @@ def test_only_k_and_v_are_rounded(hybrids):
     for il, both in exact[2].items():
         for a, b in zip(rounded[2][il], both, strict=True):
             assert b.dtype == np.float32 and np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["lfm2", "granite-h", "falcon-h1", "nemotron-h-moe", "qwen3-next", "qwen3.5", "mamba"])
+def test_both_engines_make_the_same_file(hybrids, tmp_path, name):
+    """What the description of the GGUF says of layers, heads, RoPE and sizes of states is the checkpoint's too."""
+    gguf = hybrids[name].with_name(f"{name}.gguf")
+    files = {}
+    for which, reference in (("torch", hybrids[name]), ("llama", gguf)):
+        out = tmp_path / f"{which}.ikv"
+        prefix(reference, gguf, system_prompt="Be brief.", engine=which, out=out)
+        files[which] = ikv.read(out)
+    got, want = files["torch"], files["llama"]
+    assert got.manifest["engine"]["name"] == "torch" and got.tokens == want.tokens and len(got.tokens) > 8
+    assert got.manifest["model"] == want.manifest["model"] and got.states.keys() == want.states.keys()
+    for a, b in zip(got.layers, want.layers, strict=True):
+        assert max(error(a.K, b.K), error(a.V, b.V)) < 1e-3
+    for il, both in want.states.items():
+        assert max(error(*pair) for pair in zip(got.states[il], both, strict=True)) < TOLERANCE
+
+
+def test_another_models_gguf_is_refused(hybrids, tmp_path):
+    with pytest.raises(IntactKVError, match="number of layers is 2 in .*lfm2 but 1 in the GGUF"):
+        prefix(
+            hybrids["lfm2"],
+            hybrids["lfm2"].with_name("granite-h.gguf"),
+            bos_only=True,
+            engine="torch",
+            out=tmp_path / "x",
+        )
+    about = llama_engine.describe(hybrids["granite-h"].with_name("granite-h.gguf"))
+    about["recurrent"]["layers"][1]["n_s"] += 1
+    with pytest.raises(
+        IntactKVError, match="layer 2 has a state of 1920 and 16384 values in .*, 1920 and 16385 in the GGUF"
+    ):
+        engine.compute(hybrids["granite-h"], [1], about)
