@@ -25,9 +25,10 @@ from intactkv_export.engines import recurrent
 from intactkv_export.engines.rows import to_float16
 from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama import KV, States
-from intactkv_export.models import PROVEN, RECURRENT, check_dtype
+from intactkv_export.models import LATENT, PROVEN, RECURRENT, check_dtype
 from intactkv_export.work import Steps
 
+_NEIGHBOURS = {"deepseek_v2"}  # transformers has the order of RoPE type "norm" too
 _CHUNK = 512  # tokens a forward pass: bounds the attention matrix, [heads, _CHUNK, n_tokens]
 
 
@@ -130,7 +131,10 @@ def compute_float32(
     V: KV = {}
     for il in from_huggingface.attention_layers(text):
         k, v = (x[0].transpose(0, 1).float().cpu().numpy() for x in (cache.layers[il].keys, cache.layers[il].values))
-        if PROVEN[text.model_type] == "norm":
+        if text.model_type in LATENT:  # transformers caches both parts of llama.cpp's row: the latent, and K's RoPE
+            turned = v if text.model_type in _NEIGHBOURS else rope_pairs.halves_to_neighbours(v)
+            k, v = np.concatenate([k, turned], -1), v[..., :0]
+        elif PROVEN[text.model_type] == "norm":
             k = np.ascontiguousarray(rope_pairs.halves_to_neighbours(k))
         K[il], V[il] = k, v
     states = recurrent.states(cache, text)

@@ -37,7 +37,12 @@ PROVEN: dict[str, str] = {
     "mamba": "neox",
     "mamba2": "neox",
     "falcon_mamba": "neox",
+    "deepseek_v2": "norm",
+    "deepseek_v3": "norm",
+    "glm4_moe_lite": "norm",
 }
+# Those that keep a latent instead of K and V (MLA)
+LATENT = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite"}
 # Those with recurrent layers, whose states engines/recurrent.py lays out
 RECURRENT = {
     "lfm2",
@@ -68,6 +73,8 @@ _ROPE_SCALING = {
     "gemma3_text": {"default", "linear"},
     "phi3": {"default", "longrope"},
     "qwen3_moe": {"default", "yarn"},
+    "deepseek_v2": {"default", "yarn"},
+    "deepseek_v3": {"default", "yarn"},
 }
 # Settings that llama.cpp has in its code, or upstream's converter ignores, one value for each architecture: what
 # transformers takes if config.json does not say, and which values mean what llama.cpp computes
@@ -112,6 +119,14 @@ _SETTINGS: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "jamba": {"mamba_proj_bias": (False, (False,)), "mamba_conv_bias": (True, (True,))},
     "mamba": {"use_bias": (False, (False,)), "use_conv_bias": (True, (True,))},
     "falcon_mamba": {"use_bias": (False, (False,)), "use_conv_bias": (True, (True,))},
+    # how experts are chosen: llama.cpp takes "softmax" where the converter finds no scoring_func
+    "deepseek_v2": {
+        "scoring_func": ("softmax", ("softmax",)),
+        "n_group": (1, (1, None)),
+        "norm_topk_prob": (False, (False,)),
+    },
+    "deepseek_v3": {"scoring_func": (None, ("sigmoid",)), "rope_interleave": (True, (True,))},
+    "glm4_moe_lite": {"rope_interleave": (True, (True,))},
     "mamba2": {
         "n_groups": (8, (1,)),  # transformers normalizes all of them together
         "use_bias": (False, (False,)),
@@ -150,9 +165,15 @@ def supports(config: Any) -> bool:
         and _same_experts(model_type, text)
         and all(text.get(key, least) in same for key, (least, same) in _SETTINGS.get(model_type, {}).items())
         and not full.get("quantization_config")
-        and not any(r.get(key) is not None for r in each for key in _ROPE_UNPROVEN)
+        and not any(r.get(key) is not None for r in each for key in _unproven(model_type, r))
         and all(r.get(key) in (None, value) for r in each for key, value in _ROPE_FIXED.items())
     )
+
+
+def _unproven(model_type: str, rope: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of _ROPE_UNPROVEN; models with latents have two mscale, which cancel in what is cached if they are equal."""
+    cancel = model_type in LATENT and rope.get("mscale") == rope.get("mscale_all_dim")
+    return tuple(key for key in _ROPE_UNPROVEN if not (cancel and key.startswith("mscale")))
 
 
 def rope_types(config: Any) -> set[str]:
@@ -163,8 +184,12 @@ def rope_types(config: Any) -> set[str]:
 
 def _same_experts(model_type: str, text: Mapping[str, Any]) -> bool:
     """Whether llama.cpp computes layers as their configuration says: all of experts, weighed as it does, unclipped."""
+    flash = (
+        text.get("num_hidden_layers") in (47, 48) and text.get("vocab_size") == 154880
+    )  # llama.cpp knows it by these
     return (
-        (model_type not in NORMALIZED or bool(text.get("norm_topk_prob")) == NORMALIZED[model_type])
+        (model_type != "glm4_moe_lite" or flash or text.get("scoring_func") == "sigmoid")
+        and (model_type not in NORMALIZED or bool(text.get("norm_topk_prob")) == NORMALIZED[model_type])
         and not text.get("mlp_only_layers")
         and text.get("decoder_sparse_step") in (None, 1)
         and text.get("clip_qkv") is None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from intactkv_export.errors import IntactKVError, first_line
-from intactkv_export.models import PROVEN, supports
+from intactkv_export.models import LATENT, PROVEN, supports
 
 
 @contextmanager
@@ -152,10 +152,10 @@ def check(text: Any, model: Mapping[str, Any], hf_dir: str) -> None:
         if il not in layers:
             same(f"layer {il}", "an attention layer", "none")
         layer, n_swa = layers[il]
-        kind, head_dim = layer_type(text, il), _head_dim(text)
-        same(f"n_head_kv of layer {il}", text.num_key_value_heads, layer["n_head_kv"])
-        same(f"head_dim of K of layer {il}", head_dim, layer["head_dim_k"])
-        same(f"head_dim of V of layer {il}", head_dim, layer["head_dim_v"])
+        kind, (n_head, head_dim_k, head_dim_v) = layer_type(text, il), _shape(text)
+        same(f"n_head_kv of layer {il}", n_head, layer["n_head_kv"])
+        same(f"head_dim of K of layer {il}", head_dim_k, layer["head_dim_k"])
+        same(f"head_dim of V of layer {il}", head_dim_v, layer["head_dim_v"])
         if turns:
             _check_rope(same, text, il, layer, model["rope"])
         window = (text.sliding_window or 0) if kind == "sliding_attention" else 0
@@ -215,6 +215,13 @@ def layer_type(text: Any, il: int) -> str:
 
 _NO_ROWS = {"conv", "linear_attention", "mamba", "mlp", "moe"}  # layer types without K and V
 _PAIRS = {"imrope": "neox", "mrope": "neox"}  # of text, whose positions are equal in all dimensions
+
+
+def _shape(text: Any) -> tuple[int, int, int]:
+    """Heads of K and V, and their sizes in a cache; a latent has no V."""
+    if text.model_type in LATENT:
+        return 1, text.kv_lora_rank + text.qk_rope_head_dim, 0
+    return text.num_key_value_heads, _head_dim(text), _head_dim(text)
 
 
 def _head_dim(text: Any) -> int:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from intactkv_export.errors import UsageError
-from intactkv_export.models import FLOATS, PROVEN, check_dtype, gguf_file
+from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.models import FLOATS, LATENT, PROVEN, RECURRENT, check_dtype, gguf_file
 from intactkv_export.prefix import Prefix
 from intactkv_export.torch_model import attention, experts, from_gguf, from_huggingface
 from intactkv_export.torch_model.caches import Layout, MixedCache, RoomyLayer
@@ -196,6 +196,7 @@ def load(
             net = from_gguf.load(path, device, dtype, attention, round_activations, rope_factors)
         else:
             config = from_huggingface.read_config(path)
+            _check_plain(config.get_text_config(decoder=True).model_type, path)
             if config.get_text_config(decoder=True).model_type in _EAGER_ONLY:
                 attention = "eager"
             from_huggingface.fix_longrope(config.get_text_config(decoder=True), rope_factors, path)
@@ -206,6 +207,16 @@ def load(
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     layout = Layout(text.num_key_value_heads, head_dim, PROVEN[text.model_type] == "norm")
     return TorchModel(net.eval(), text.num_hidden_layers, text.vocab_size, layout)
+
+
+def _check_plain(model_type: str, path: str | Path) -> None:
+    """Raises IntactKVError for a model whose cache is not one of K and V alone."""
+    if model_type in RECURRENT | LATENT:
+        kept = "states of recurrent layers" if model_type in RECURRENT else "latents (MLA)"
+        raise IntactKVError(
+            f"{path} of model type {model_type!r} keeps {kept}, which nothing can be trained for or analyzed with yet: use "
+            "a prefix that is not trained"
+        )
 
 
 def prefix_factors(prefix: Prefix) -> str | None:

@@ -31,6 +31,15 @@ def after(path: Path, tokens: list[int], attention: list[int], recurrent: list[i
     attention, recurrent: the layers that have K and V, and states. ext: cells have a place and a token (M-RoPE).
     """
     llama = Llama(path)
+    try:
+        data = raw(llama, tokens)
+    finally:
+        L.llama_model_free(llama.model)
+    return _parsed(data, len(tokens), attention, recurrent, ext)
+
+
+def raw(llama: Llama, tokens: list[int]) -> bytes:
+    """The state after tokens: F32 cache, no flash attention."""
     p = L.llama_context_default_params()
     p.n_ctx = p.n_batch = p.n_ubatch = 512
     p.n_seq_max = p.n_threads = p.n_threads_batch = 1
@@ -39,11 +48,9 @@ def after(path: Path, tokens: list[int], attention: list[int], recurrent: list[i
     assert ctx
     try:
         llama._decode(ctx, tokens, 0)
-        data = state_of(ctx)
+        return state_of(ctx)
     finally:
         L.llama_free(ctx)
-        L.llama_model_free(llama.model)
-    return _parsed(data, len(tokens), attention, recurrent, ext)
 
 
 def _parsed(data: bytes, n_tokens: int, attention: list[int], recurrent: list[int], ext: bool) -> State:
