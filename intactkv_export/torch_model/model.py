@@ -214,8 +214,8 @@ def _check_plain(model_type: str, path: str | Path) -> None:
     if model_type in RECURRENT | LATENT:
         kept = "states of recurrent layers" if model_type in RECURRENT else "latents (MLA)"
         raise IntactKVError(
-            f"{path} of model type {model_type!r} keeps {kept}, which nothing can be trained for or analyzed with yet: use "
-            "a prefix that is not trained"
+            f"{path} of model type {model_type!r} keeps {kept}, which nothing can be trained for or analyzed with yet: "
+            "use a prefix that is not trained"
         )
 
 
