@@ -1,12 +1,13 @@
 """The torch engine: IntactKV of a Hugging Face model, computed by transformers, in llama.cpp's layout.
 
 The rows llama.cpp keeps in its cache are K after RoPE and V, per KV head; of recurrent layers it keeps what
-engines/recurrent.py lays out. Three things differ from transformers:
+engines/recurrent.py lays out. Four things differ from transformers:
 
 - The order of K's values in models of RoPE type "norm": torch_model/rope_pairs.py.
 - A context of llama.cpp uses one set of LongRoPE factors for all positions (`llama_model::get_rope_factors`);
   transformers changes from the short to the long set with the length of the text. Which set the context uses is in the
   model description, and transformers is made to use it.
+- YaRN's bounds are whole numbers in llama.cpp, and gpt-oss's checkpoints say that they are not: from_huggingface too.
 - llama.cpp runs Mistral, Qwen and Phi-3 without the sliding window that some of their checkpoints have: so does
   transformers here (from_huggingface.read_config).
 
@@ -25,10 +26,9 @@ from intactkv_export.engines import recurrent
 from intactkv_export.engines.rows import to_float16
 from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama import KV, States
-from intactkv_export.models import LATENT, PROVEN, RECURRENT, check_dtype
+from intactkv_export.models import LATENT, RECURRENT, check_dtype, is_reordered
 from intactkv_export.work import Steps
 
-_NEIGHBOURS = {"deepseek_v2"}  # transformers has the order of RoPE type "norm" too
 _CHUNK = 512  # tokens a forward pass: bounds the attention matrix, [heads, _CHUNK, n_tokens]
 
 
@@ -132,9 +132,9 @@ def compute_float32(
     for il in from_huggingface.attention_layers(text):
         k, v = (x[0].transpose(0, 1).float().cpu().numpy() for x in (cache.layers[il].keys, cache.layers[il].values))
         if text.model_type in LATENT:  # transformers caches both parts of llama.cpp's row: the latent, and K's RoPE
-            turned = v if text.model_type in _NEIGHBOURS else rope_pairs.halves_to_neighbours(v)
+            turned = rope_pairs.halves_to_neighbours(v) if is_reordered(text.model_type) else v
             k, v = np.concatenate([k, turned], -1), v[..., :0]
-        elif PROVEN[text.model_type] == "norm":
+        elif is_reordered(text.model_type):
             k = np.ascontiguousarray(rope_pairs.halves_to_neighbours(k))
         K[il], V[il] = k, v
     states = recurrent.states(cache, text)

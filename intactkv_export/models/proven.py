@@ -25,6 +25,26 @@ PROVEN: dict[str, str] = {
     "qwen2_moe": "neox",
     "qwen3_moe": "neox",
     "olmoe": "neox",
+    "olmo": "norm",
+    "olmo2": "neox",
+    "olmo3": "neox",
+    "cohere": "norm",
+    "cohere2": "norm",
+    "glm": "norm",
+    "glm4": "norm",
+    "glm4_moe": "neox",
+    "starcoder2": "neox",
+    "granitemoe": "norm",
+    "granitemoeshared": "norm",
+    "ernie4_5": "norm",
+    "ernie4_5_moe": "norm",
+    "exaone4": "neox",
+    "gpt_oss": "neox",
+    "seed_oss": "neox",
+    "nemotron": "neox",
+    "stablelm": "neox",
+    "apertus": "neox",
+    "arcee": "norm",
     "lfm2": "neox",
     "lfm2_moe": "neox",
     "granitemoehybrid": "norm",
@@ -43,6 +63,8 @@ PROVEN: dict[str, str] = {
 }
 # Those that keep a latent instead of K and V (MLA)
 LATENT = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite"}
+# Those of type "norm" for which transformers pairs neighbours too: the converter leaves the rows of W_q and W_k
+NEIGHBOURS = {"cohere", "cohere2", "glm", "glm4", "ernie4_5", "ernie4_5_moe", "deepseek_v2"}
 # Those with recurrent layers, whose states engines/recurrent.py lays out
 RECURRENT = {
     "lfm2",
@@ -73,6 +95,8 @@ _ROPE_SCALING = {
     "gemma3_text": {"default", "linear"},
     "phi3": {"default", "longrope"},
     "qwen3_moe": {"default", "yarn"},
+    "gpt_oss": {"default", "yarn"},
+    "apertus": {"default", "llama3"},
     "deepseek_v2": {"default", "yarn"},
     "deepseek_v3": {"default", "yarn"},
 }
@@ -80,6 +104,24 @@ _ROPE_SCALING = {
 # transformers takes if config.json does not say, and which values mean what llama.cpp computes
 _NO_LIMIT = (None, [0.0, float("inf")], (0.0, float("inf")), [0.0, {"__float__": "Infinity"}])
 _SETTINGS: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
+    "olmo2": {"attention_bias": (False, (False,))},
+    "olmo3": {"attention_bias": (False, (False,))},
+    "cohere": {"use_qk_norm": (False, (False,)), "attention_bias": (False, (False,))},
+    "cohere2": {"attention_bias": (False, (False,))},
+    "glm4_moe": {"n_group": (1, (1,)), "topk_group": (1, (1,)), "norm_topk_prob": (True, (True,))},
+    "granitemoe": {"attention_bias": (False, (False,))},
+    "granitemoeshared": {"attention_bias": (False, (False,))},
+    "ernie4_5": {"use_bias": (False, (False,))},
+    "ernie4_5_moe": {"use_bias": (False, (False,)), "moe_layer_interval": (1, (1,))},
+    "exaone4": {"sliding_window": (4096, (None, 0))},
+    "gpt_oss": {"attention_bias": (True, (True,))},
+    "nemotron": {"attention_bias": (False, (False,)), "mlp_bias": (False, (False,))},
+    "stablelm": {
+        "use_qkv_bias": (False, (False,)),
+        "qk_layernorm": (False, (False,)),
+        "use_parallel_residual": (False, (False,)),
+    },
+    "arcee": {"attention_bias": (False, (False,)), "mlp_bias": (False, (False,))},
     "lfm2": {"conv_bias": (False, (False,))},
     "lfm2_moe": {
         "conv_bias": (False, (False,)),
@@ -147,6 +189,11 @@ _ROPE_UNPROVEN = (
 _ROPE_FIXED = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
+def is_reordered(model_type: str) -> bool:
+    """Whether the values of a head of K are in another order in llama.cpp than in transformers (rope_pairs)."""
+    return PROVEN[model_type] == "norm" and model_type not in NEIGHBOURS
+
+
 def supports(config: Any) -> bool:
     """Whether the K/V layout of a model is proven. config: a transformers configuration, or config.json's dictionary.
 
@@ -172,8 +219,10 @@ def supports(config: Any) -> bool:
 
 def _unproven(model_type: str, rope: Mapping[str, Any]) -> tuple[str, ...]:
     """Of _ROPE_UNPROVEN; models with latents have two mscale, which cancel in what is cached if they are equal."""
-    cancel = model_type in LATENT and rope.get("mscale") == rope.get("mscale_all_dim")
-    return tuple(key for key in _ROPE_UNPROVEN if not (cancel and key.startswith("mscale")))
+    proven = {"truncate"} if model_type == "gpt_oss" else set()  # from_huggingface.read_config sets it
+    if model_type in LATENT and rope.get("mscale") == rope.get("mscale_all_dim"):
+        proven = {"mscale", "mscale_all_dim"}
+    return tuple(key for key in _ROPE_UNPROVEN if key not in proven)
 
 
 def rope_types(config: Any) -> set[str]:

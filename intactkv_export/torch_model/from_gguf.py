@@ -21,7 +21,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from intactkv_export.errors import IntactKVError
-from intactkv_export.models import NORMALIZED, PROVEN, gguf_file
+from intactkv_export.models import NORMALIZED, gguf_file, is_reordered
 from intactkv_export.torch_model import experts
 from intactkv_export.torch_model.from_huggingface import fix_longrope
 from intactkv_export.torch_model.rope_pairs import neighbours_to_halves
@@ -305,7 +305,7 @@ class _Model:
         if self.arch.startswith("gemma") and name.endswith("norm.weight"):
             return weight - 1
         heads = {"q_proj": "attention.head_count", "k_proj": "attention.head_count_kv"}.get(name.split(".")[-2])
-        if heads and PROVEN[str(self.model_type)] == "norm":
+        if heads and is_reordered(str(self.model_type)):
             by_head = weight.reshape(self.get(heads), -1, weight.size // len(weight)).swapaxes(1, 2)
             return neighbours_to_halves(by_head).swapaxes(1, 2).reshape(weight.shape)
         return weight.reshape(1, -1) if name.endswith("shared_expert_gate.weight") else weight

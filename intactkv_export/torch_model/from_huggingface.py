@@ -33,7 +33,8 @@ def quiet() -> Iterator[None]:
 
 
 def read_config(hf_dir: str | Path) -> Any:
-    """A checkpoint's configuration, as llama.cpp computes the model: without a window that it ignores.
+    """A checkpoint's configuration, as llama.cpp computes the model: without a window that it ignores, YaRN's bounds
+    whole numbers.
 
     Raises IntactKVError if it cannot be read, or the K/V layout is not proven.
     """
@@ -54,16 +55,19 @@ def read_config(hf_dir: str | Path) -> Any:
             f"the K/V layout of {hf_dir} (model type {config.model_type!r}) is not proven for the torch "
             f"engine, which knows unquantized {', '.join(PROVEN)}: use the llama engine"
         )
-    _drop_window(config.get_text_config(decoder=True))
+    _as_llama_cpp(config.get_text_config(decoder=True))
     return config
 
 
 # Models whose sliding windows upstream's converter writes into the GGUF; it ignores those of Mistral, Qwen and Phi-3
-_WINDOW_KEPT = {"gemma2", "gemma3_text"}
+_WINDOW_KEPT = {"gemma2", "gemma3_text", "olmo3", "cohere2", "gpt_oss"}
 
 
-def _drop_window(text: Any) -> None:
-    """A configuration whose layers see all tokens where those of its GGUF do, whatever window the checkpoint has."""
+def _as_llama_cpp(text: Any) -> None:
+    """Change a configuration to what the code of llama.cpp computes where checkpoints say otherwise."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("truncate") is False:  # gpt-oss; ggml_rope_yarn_corr_dims rounds
+        rope["truncate"] = True
     if text.model_type in _WINDOW_KEPT:
         return
     if getattr(text, "sliding_window", None):

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from intactkv_export.errors import IntactKVError, UsageError
-from intactkv_export.models import FLOATS, LATENT, PROVEN, RECURRENT, check_dtype, gguf_file
+from intactkv_export.models import FLOATS, LATENT, RECURRENT, check_dtype, gguf_file, is_reordered
 from intactkv_export.prefix import Prefix
 from intactkv_export.torch_model import attention, experts, from_gguf, from_huggingface
 from intactkv_export.torch_model.caches import Layout, MixedCache, RoomyLayer
@@ -205,7 +205,7 @@ def load(
     net.requires_grad_(False)
     text = net.config.get_text_config(decoder=True)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    layout = Layout(text.num_key_value_heads, head_dim, PROVEN[text.model_type] == "norm")
+    layout = Layout(text.num_key_value_heads, head_dim, is_reordered(text.model_type))
     return TorchModel(net.eval(), text.num_hidden_layers, text.vocab_size, layout)
 
 
