@@ -18,29 +18,17 @@ from intactkv_export.engines import torch_engine as engine
 from intactkv_export.errors import IntactKVError
 from intactkv_export.models.proven import LATENT, supports
 from intactkv_export.torch_model import load
-from tests.support import random_models
+from tests.support import random_latents, random_models
 from tests.support.cache_rows import Llama, random_tokens
 from tests.support.recurrent_state import raw
 
 TOLERANCE = 2e-5
-EPSILON = 1e-6  # the latent's norm has it in transformers whatever config.json says
-GROUPS = dict(n_routed_experts=8, n_group=4, topk_group=2)
-NAMES = {
-    "deepseek2-lite": ("deepseek2-lite", {}),
-    "deepseek2": ("deepseek2", {}),
-    "deepseek3": ("deepseek3", {**GROUPS, "scoring_func": "sigmoid"}),
-    "deepseek3-yarn": ("deepseek3", {"scoring_func": "sigmoid", "rope_parameters": {**random_models._LATENT_YARN}}),
-    "glm4-moe-lite": ("glm4-moe-lite", {"scoring_func": "sigmoid"}),
-}
 
 
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory):
     root = tmp_path_factory.mktemp("latents")
-    made = {
-        name: random_models.build(like, root / name, rms_norm_eps=EPSILON, **settings)
-        for name, (like, settings) in NAMES.items()
-    }
+    made = {name: random_latents.build(name, root / name) for name in random_latents.MODELS}
     random_models.to_gguf(made.values())
     return made
 
@@ -61,7 +49,7 @@ def rows(path, tokens):
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", random_latents.MODELS)
 def test_rows_of_every_family(latents, name):
     tokens = random_tokens(64)
     want = rows(latents[name].with_name(f"{name}.gguf"), tokens)
