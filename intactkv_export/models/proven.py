@@ -45,6 +45,8 @@ PROVEN: dict[str, str] = {
     "stablelm": "neox",
     "apertus": "neox",
     "arcee": "norm",
+    "gemma3n_text": "neox",
+    "gemma4_text": "neox",
     "lfm2": "neox",
     "lfm2_moe": "neox",
     "granitemoehybrid": "norm",
@@ -61,6 +63,8 @@ PROVEN: dict[str, str] = {
     "deepseek_v3": "norm",
     "glm4_moe_lite": "norm",
 }
+# Those of whose layers some share the K and V of others, or have other heads
+UNEVEN = {"gemma3n_text", "gemma4_text"}
 # Those that keep a latent instead of K and V (MLA)
 LATENT = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite"}
 # Those of type "norm" for which transformers pairs neighbours too: the converter leaves the rows of W_q and W_k
@@ -85,6 +89,8 @@ RECURRENT = {
 NORMALIZED = {"qwen2_moe": False, "qwen3_moe": True, "olmoe": False}
 _WRAPPED = {
     "gemma3": "gemma3_text",
+    "gemma3n": "gemma3n_text",
+    "gemma4": "gemma4_text",
     "qwen3_5": "qwen3_5_text",
     "qwen3_5_moe": "qwen3_5_moe_text",
 }  # multimodal model_type -> its text model: the prefix is text
@@ -96,6 +102,7 @@ _ROPE_SCALING = {
     "phi3": {"default", "longrope"},
     "qwen3_moe": {"default", "yarn"},
     "gpt_oss": {"default", "yarn"},
+    "gemma4_text": {"default", "proportional"},
     "apertus": {"default", "llama3"},
     "deepseek_v2": {"default", "yarn"},
     "deepseek_v3": {"default", "yarn"},

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from intactkv_export.errors import IntactKVError, first_line
-from intactkv_export.models import LATENT, PROVEN, supports
+from intactkv_export.models import LATENT, PROVEN, UNEVEN, supports
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def read_config(hf_dir: str | Path) -> Any:
 
 
 # Models whose sliding windows upstream's converter writes into the GGUF; it ignores those of Mistral, Qwen and Phi-3
-_WINDOW_KEPT = {"gemma2", "gemma3_text", "olmo3", "cohere2", "gpt_oss"}
+_WINDOW_KEPT = {"gemma2", "gemma3_text", "olmo3", "cohere2", "gpt_oss"} | UNEVEN
 
 
 def _as_llama_cpp(text: Any) -> None:
@@ -156,7 +156,7 @@ def check(text: Any, model: Mapping[str, Any], hf_dir: str) -> None:
         if il not in layers:
             same(f"layer {il}", "an attention layer", "none")
         layer, n_swa = layers[il]
-        kind, (n_head, head_dim_k, head_dim_v) = layer_type(text, il), _shape(text)
+        kind, (n_head, head_dim_k, head_dim_v) = layer_type(text, il), _shape(text, il)
         same(f"n_head_kv of layer {il}", n_head, layer["n_head_kv"])
         same(f"head_dim of K of layer {il}", head_dim_k, layer["head_dim_k"])
         same(f"head_dim of V of layer {il}", head_dim_v, layer["head_dim_v"])
@@ -172,7 +172,8 @@ def _check_rope(same: Callable[[str, Any, Any], None], text: Any, il: int, layer
     rope = text.rope_parameters.get(kind, text.rope_parameters)
     turned = getattr(text, "position_embedding_type", "rope") == "rope"  # Granite's hybrids are not
     same(f"RoPE base of layer {il}", float(rope["rope_theta"]) if turned else 0.0, layer["rope_base"])
-    same("n_rot", int(_head_dim(text) * rope.get("partial_rotary_factor", 1.0)), described["n_rot"])
+    if rope["rope_type"] != "proportional":  # Gemma 4's, which turns all of larger heads
+        same("n_rot", int(_head_dim(_own(text, il)) * rope.get("partial_rotary_factor", 1.0)), described["n_rot"])
     if kind != "sliding_attention":
         scaled = rope["rope_type"] in ("linear", "yarn")
         same("RoPE scale", 1.0 / rope["factor"] if scaled else 1.0, described["scale"])
@@ -204,9 +205,10 @@ def longrope_hash(factors: Sequence[float]) -> str:
 
 
 def attention_layers(text: Any) -> list[int]:
-    """The layers that keep K and V."""
+    """The layers that keep K and V of their own."""
     types = getattr(text, "layer_types", None)
-    return [il for il in range(text.num_hidden_layers) if not types or types[il] not in _NO_ROWS]
+    n_own = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", 0) or 0)
+    return [il for il in range(n_own) if not types or types[il] not in _NO_ROWS]
 
 
 def layer_type(text: Any, il: int) -> str:
@@ -221,11 +223,17 @@ _NO_ROWS = {"conv", "linear_attention", "mamba", "mlp", "moe"}  # layer types wi
 _PAIRS = {"imrope": "neox", "mrope": "neox"}  # of text, whose positions are equal in all dimensions
 
 
-def _shape(text: Any) -> tuple[int, int, int]:
-    """Heads of K and V, and their sizes in a cache; a latent has no V."""
+def _shape(text: Any, il: int) -> tuple[int, int, int]:
+    """Heads of K and V of a layer, and their sizes in a cache; a latent has no V."""
     if text.model_type in LATENT:
         return 1, text.kv_lora_rank + text.qk_rope_head_dim, 0
-    return text.num_key_value_heads, _head_dim(text), _head_dim(text)
+    own = _own(text, il)
+    return own.num_key_value_heads, _head_dim(own), _head_dim(own)
+
+
+def _own(text: Any, il: int) -> Any:
+    """The configuration of a layer."""
+    return text.per_layer_config[il] if text.model_type in UNEVEN else text
 
 
 def _head_dim(text: Any) -> int:

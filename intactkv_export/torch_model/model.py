@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from intactkv_export.errors import IntactKVError, UsageError
-from intactkv_export.models import FLOATS, LATENT, RECURRENT, check_dtype, gguf_file, is_reordered
+from intactkv_export.models import FLOATS, LATENT, RECURRENT, UNEVEN, check_dtype, gguf_file, is_reordered
 from intactkv_export.prefix import Prefix
 from intactkv_export.torch_model import attention, experts, from_gguf, from_huggingface
 from intactkv_export.torch_model.caches import Layout, MixedCache, RoomyLayer
@@ -210,11 +210,12 @@ def load(
 
 
 def _check_plain(model_type: str, path: str | Path) -> None:
-    """Raises IntactKVError for a model whose cache is not one of K and V alone."""
-    if model_type in RECURRENT | LATENT:
+    """Raises IntactKVError for a model whose cache is not one of K and V alone, with the same heads in all layers."""
+    if model_type in RECURRENT | LATENT | UNEVEN:
         kept = "states of recurrent layers" if model_type in RECURRENT else "latents (MLA)"
+        kept = "layers that share K and V, or have other heads" if model_type in UNEVEN else kept
         raise IntactKVError(
-            f"{path} of model type {model_type!r} keeps {kept}, which nothing can be trained for or analyzed with yet: "
+            f"{path} of model type {model_type!r} has {kept}, which nothing can be trained for or analyzed with yet: "
             "use a prefix that is not trained"
         )
 

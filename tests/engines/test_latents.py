@@ -61,7 +61,7 @@ def test_rows_of_every_family(latents, name):
 
 
 def test_no_model_to_train_with(latents):
-    with pytest.raises(IntactKVError, match="'deepseek_v2' keeps latents"):
+    with pytest.raises(IntactKVError, match="'deepseek_v2' has latents"):
         load(latents["deepseek2"])
 
 

@@ -219,7 +219,7 @@ def test_every_proven_architecture_is_tested(models):
         config = json.loads((directory / "config.json").read_text())
         assert supports(config)
         tested.add((config.get("text_config") or config)["model_type"])
-    more = {model_type for model_type, *_ in random_families.MODELS.values()}  # test_more_families.py
+    more = {x for x, *_ in random_families.MODELS.values()} - {"gemma4"}  # test_more_families.py
     assert tested | more | RECURRENT | LATENT == set(PROVEN)  # test_recurrent.py, test_latents.py
 
 

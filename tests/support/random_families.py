@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import random_models
-from tests.support.random_models import _BASE, _LLAMA3, _rope
+from tests.support.random_models import _BASE, _LLAMA3, VOCAB, _rope
 
 _PARTIAL = dict(_rope(), partial_rotary_factor=0.5)
 _YARN = _rope(150000.0, rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False)
@@ -29,6 +29,32 @@ _GRANITE = dict(embedding_multiplier=12.0, attention_multiplier=0.015625, residu
 _WINDOWS = dict(sliding_window=8, layer_types=["sliding_attention"] * 3 + ["full_attention"])
 _COHERE = dict(tie_word_embeddings=True, logit_scale=0.1, rope_parameters=_rope())
 _OSS = dict(_EXPERTS, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2)
+_GEMMA4 = dict(
+    num_hidden_layers=6,
+    global_head_dim=128,
+    num_kv_shared_layers=0,
+    hidden_size_per_layer_input=0,
+    vocab_size_per_layer_input=VOCAB,
+    sliding_window=8,
+    layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    tie_word_embeddings=True,
+)
+_PER_LAYER = dict(hidden_size_per_layer_input=16)
+_K_IS_V = dict(attention_k_eq_v=True, num_global_key_value_heads=1)
+_MOE4 = dict(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=64)
+_VISION4 = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16)
+_GEMMA3N = dict(
+    num_hidden_layers=6,
+    num_kv_shared_layers=0,  # llama.cpp: those behind the first 20
+    hidden_size_per_layer_input=256,
+    vocab_size_per_layer_input=VOCAB,
+    laurel_rank=64,
+    sliding_window=8,
+    layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    activation_sparsity_pattern=[0.95] * 6,
+    intermediate_size=[256] * 6,
+    tie_word_embeddings=True,
+)
 
 # name: (HF model_type, what differs from _BASE, what config.json says besides: real checkpoints do)
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -69,6 +95,12 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "stablelm": ("stablelm", dict(head_dim=None, rope_parameters=_PARTIAL), {}),
     "apertus": ("apertus", dict(rope_parameters=_LLAMA3), {}),
     "arcee": ("arcee", dict(rope_parameters=_rope()), {}),
+    "gemma4": ("gemma4_text", {**_GEMMA4, **_PER_LAYER}, {}),
+    "gemma4-shared": ("gemma4_text", {**_GEMMA4, **_PER_LAYER, "num_kv_shared_layers": 3}, {}),
+    "gemma4-k-is-v": ("gemma4_text", dict(_GEMMA4, **_K_IS_V), {}),
+    "gemma4-moe": ("gemma4_text", dict(_GEMMA4, **_K_IS_V, **_MOE4), {}),
+    "gemma4-vision": ("gemma4", dict(text_config={**_BASE, **_GEMMA4}, vision_config=_VISION4), {}),
+    "gemma3n": ("gemma3n_text", _GEMMA3N, {}),
 }
 
 
@@ -82,7 +114,8 @@ def build_all(root: Path) -> dict[str, Path]:
 def build(name: str, directory: Path) -> Path:
     """Write random model `name`, a key of MODELS, into `directory` and return it."""
     model_type, differs, besides = MODELS[name]
-    settings = {key: value for key, value in {**_BASE, **differs}.items() if value is not None}
+    base = {} if "text_config" in differs else _BASE
+    settings = {key: value for key, value in {**base, **differs}.items() if value is not None}
     if "sliding_window" in differs:
         settings["sliding_window"] = differs["sliding_window"]  # None is not the class's default
     random_models.write(directory, model_type, settings)
