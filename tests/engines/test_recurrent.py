@@ -22,7 +22,8 @@ from intactkv_export.engines import torch_engine as engine
 from intactkv_export.errors import IntactKVError
 from intactkv_export.models.proven import PROVEN, RECURRENT
 from intactkv_export.prefix import ikv
-from intactkv_export.torch_model import from_huggingface
+from intactkv_export.torch_model import from_huggingface, load
+from intactkv_export.torch_model.from_gguf import check_header
 from tests.support import random_hybrids, recurrent_state
 from tests.support.cache_rows import random_tokens
 
@@ -126,3 +127,10 @@ def test_another_models_gguf_is_refused(hybrids, tmp_path):
         IntactKVError, match="layer 2 has a state of 1920 and 16384 values in .*, 1920 and 16385 in the GGUF"
     ):
         engine.compute(hybrids["granite-h"], [1], about)
+
+
+def test_nothing_is_trained_for_them_yet(hybrids):
+    with pytest.raises(IntactKVError, match="'lfm2' has states of recurrent layers"):
+        load(hybrids["lfm2"])
+    with pytest.raises(IntactKVError, match="architecture 'lfm2', which torch cannot read from a GGUF"):
+        check_header(hybrids["lfm2"].with_name("lfm2.gguf"))

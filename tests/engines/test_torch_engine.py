@@ -226,7 +226,7 @@ def test_every_proven_architecture_is_tested(models):
 @pytest.mark.parametrize(
     "config",
     [
-        {"model_type": "mamba"},
+        {"model_type": "xlstm"},
         {"model_type": "llava", "text_config": {"model_type": "llama"}},
         {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}},
         {"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}},
