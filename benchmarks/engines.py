@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -41,7 +42,7 @@ def main() -> None:
 
 def built(root: Path, names: list[str]) -> dict[str, Path]:
     """{name: Hugging Face directory}, each with its GGUF beside it."""
-    makers = {name: random_models.build for name in random_models.MODELS}
+    makers: dict[str, Callable[[str, Path], Path]] = {name: random_models.build for name in random_models.MODELS}
     makers |= {name: random_families.build for name in random_families.MODELS}
     makers |= {name: random_latents.build for name in random_latents.MODELS}
     makers |= {name: random_hybrids.build for name in random_hybrids.MODELS}
@@ -66,9 +67,9 @@ def errors(directory: Path, gguf: Path, n_tokens: int) -> dict[str, dict[int, fl
     for cache in state.shapes(about):
         held = cache.positions(n_tokens)
         for layer in cache.layers:
-            for side, ours, theirs in (("K", got_K, K), ("V", got_V, V)):
-                if theirs[layer.il].size:
-                    found[side][layer.il] = _error(ours[layer.il][held], theirs[layer.il][held])
+            for side, got_rows, rows in (("K", got_K, K), ("V", got_V, V)):
+                if rows[layer.il].size:
+                    found[side][layer.il] = _error(got_rows[layer.il][held], rows[layer.il][held])
     for il, both in states.items():
         for side, ours, theirs in zip("rs", got[il], both, strict=True):
             if len(theirs):
