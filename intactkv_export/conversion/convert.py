@@ -116,8 +116,6 @@ def convert(
         check_space(directory, plan.reference, list(plan.ggufs), widen=widens)
         header = _header(work, plan.reference)
         prompt = prompt_for(header, system_prompt, bos_only, prefix_tokens, settings.rope, rendering)
-        if settings.chosen(plan.reference, len(prompt.tokens)) != computed_by:  # the prompt is too long for torch
-            check_space(directory, plan.reference, list(plan.ggufs), widen=settings.widens(plan.reference))
         if calibrate or prefix_tokens == "auto":
             check_in_torch(plan.reference, header, "cpu", "--calibrate" if calibrate else "--prefix-tokens auto")
         gguf = weights.reference_gguf(work, plan.reference)

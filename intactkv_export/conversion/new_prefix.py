@@ -69,7 +69,7 @@ def prefix(
     if embed is None:
         embed = out is None and embedding.has(header)
     found = locate(reference, allow_requantize)
-    settings.chosen(found)
+    computed_by = settings.chosen(found)
     check_targets([target], found, [model])
     check_prefix_tokens(prefix_tokens, bos_only)
     rendering = Rendering.checked(tools, template_args, date)
@@ -77,7 +77,6 @@ def prefix(
     if prefix_tokens == "auto":
         check_in_torch(found, model, device, "--prefix-tokens auto")
     prompt = prompt_for(model, system_prompt, bos_only, prefix_tokens, settings.rope, rendering)
-    computed_by = settings.chosen(found, len(prompt.tokens))
     if computed_by == "llama":
         check_convertible(found)
     with atomic.work_directory(target) as directory:

@@ -157,6 +157,39 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# One latent of kv_lora_rank + qk_rope_head_dim values a token, V is its first kv_lora_rank: as DeepSeek's, or smaller
+_LATENT: dict[str, Any] = dict(
+    head_dim=None,
+    num_key_value_heads=4,
+    num_hidden_layers=3,
+    q_lora_rank=64,
+    kv_lora_rank=256,
+    qk_rope_head_dim=64,
+    qk_nope_head_dim=64,
+    v_head_dim=32,
+    rope_parameters=_rope(),
+)
+_LATENT_EXPERTS: dict[str, Any] = dict(
+    _LATENT,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_shared_experts=1,
+    n_group=1,
+    topk_group=1,
+    moe_intermediate_size=64,
+    first_k_dense_replace=1,
+)
+_LATENT_YARN = dict(_YARN, mscale=0.707, mscale_all_dim=0.707)
+MLA: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek2-lite": (
+        "deepseek_v2",
+        dict(_LATENT_EXPERTS, num_hidden_layers=26, q_lora_rank=None, kv_lora_rank=512, rope_parameters=_LATENT_YARN),
+    ),
+    "deepseek2": ("deepseek_v2", _LATENT_EXPERTS),
+    "deepseek3": ("deepseek_v3", _LATENT_EXPERTS),
+    "glm4-moe-lite": ("glm4_moe_lite", dict(_LATENT_EXPERTS, kv_lora_rank=512)),
+}
+
 # Not for the torch engine: YaRN betas that only llama.cpp's architecture has, a head that no block of a quantized cache
 # divides, a sliding window that upstream's converter ignores
 _BETAS = dict(_YARN, beta_fast=4.0, beta_slow=1.5, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1)
@@ -164,22 +197,28 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ministral3": ("ministral3", dict(sliding_window=None, rope_parameters=_BETAS)),
     "llama-head80": ("llama", dict(head_dim=80, rope_parameters=_rope())),
     "mistral-window": ("mistral", dict(sliding_window=16, rope_parameters=_rope())),
+    **MLA,
 }
 
 
 def build(name: str, directory: Path | str, *, seed: int = 0, **changes: Any) -> Path:
     """Write random model `name` (a key of MODELS or OTHERS), with changed settings, into `directory` and return it."""
+    model_type, differs = {**MODELS, **OTHERS}[name]
+    settings = {**({} if "text_config" in differs else _BASE), **differs, **changes}
+    settings = {k: v for k, v in settings.items() if v is not None}
+    for key in differs.keys() & {"sliding_window", "q_lora_rank"}:
+        settings[key] = differs[key]  # None is not the class's default
+    return write(directory, model_type, settings, seed)
+
+
+def write(directory: Path | str, model_type: str, settings: dict[str, Any], seed: int = 0) -> Path:
+    """A random model of a class of transformers, with settings of its configuration, in `directory`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     directory = Path(directory)
-    model_type, differs = {**MODELS, **OTHERS}[name]
     # Copied through JSON: a config class changes the dictionaries that it is given.
-    base = {} if "text_config" in differs else _BASE
-    settings = json.loads(json.dumps({k: v for k, v in {**base, **differs, **changes}.items() if v is not None}))
-    if "sliding_window" in differs:
-        settings["sliding_window"] = differs["sliding_window"]  # None is not the class's default
-    config = AutoConfig.for_model(model_type, **settings)
+    config = AutoConfig.for_model(model_type, **json.loads(json.dumps(settings)))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _fill(model, model_type, seed)
     model.save_pretrained(directory)
@@ -246,23 +285,37 @@ def _tokenizer(directory: Path) -> None:
     )
 
 
-def to_gguf(directories: Iterable[Path]) -> None:
+def to_gguf(directories: Iterable[Path], *arguments: str) -> None:
     """Write NAME.gguf beside each: upstream's converter, F32, in one process, as most of its time goes into imports.
 
-    Architectures whose tokenizer it looks for as BPE alone get ours as well.
+    Architectures whose tokenizer it looks for as BPE alone get ours as well. Nemotron-H's config.json is read as it is
+    written: upstream reads what transformers makes of it, where all of them have experts. arguments: further ones.
     """
     code = (
-        "import runpy, sys\n"
-        "converter, *dirs = sys.argv[1:]\n"
+        "import json, runpy, sys\n"
+        "converter, arguments, *dirs = sys.argv[1:]\n"
         "sys.path.insert(0, converter.rpartition('/')[0])\n"
-        "from conversion.base import TextModel\n"
-        "TextModel._set_vocab_gpt2 = TextModel._set_vocab_sentencepiece\n"
+        "from conversion.base import ModelBase, TextModel\n"
+        "from conversion.chatglm import ChatGLMModel\n"
+        "from conversion.exaone import Exaone4Model\n"
+        "from conversion.gemma import Gemma4Model\n"
+        "from conversion.glm import Glm4Model\n"
+        "from conversion.nemotron import NemotronHModel\n"
+        "from conversion.stablelm import StableLMModel\n"
+        "TextModel._set_vocab_gpt2 = TextModel._set_vocab_glm = TextModel._set_vocab_sentencepiece\n"
+        "for own in (ChatGLMModel, Exaone4Model, Gemma4Model, Glm4Model, NemotronHModel, StableLMModel):\n"
+        "    own.set_vocab = TextModel._set_vocab_sentencepiece\n"
+        "found = ModelBase.load_hparams\n"
+        "def load(directory, is_mistral_format):\n"
+        "    written = json.load(open(directory / 'config.json'))\n"
+        "    return written if written['model_type'] == 'nemotron_h' else found(directory, is_mistral_format)\n"
+        "ModelBase.load_hparams = staticmethod(load)\n"
         "for d in dirs:\n"
-        "    sys.argv = [converter, d, '--outtype', 'f32', '--outfile', d + '.gguf']\n"
+        "    sys.argv = [converter, d, '--outtype', 'f32', '--outfile', d + '.gguf', *json.loads(arguments)]\n"
         "    runpy.run_path(converter, run_name='__main__')\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(library.converter_path()), *map(str, directories)],
+        [sys.executable, "-c", code, str(library.converter_path()), json.dumps(arguments), *map(str, directories)],
         capture_output=True,
         text=True,
     )
