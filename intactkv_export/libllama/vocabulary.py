@@ -64,11 +64,15 @@ class Vocabulary:
     def tokenize(self, text: str, special: bool) -> list[int]:
         """Tokens of a text without an added BOS. special: text of control tokens becomes these tokens."""
         raw = text.encode()
-        out = (self._llama_cpp.llama_token * (len(raw) + 8))()  # a token is one byte at least; SPM adds a space
-        n = self._llama_cpp.llama_tokenize(self._vocab, raw, len(raw), out, len(out), False, special)
-        if n < 0:
-            raise IntactKVError(f"llama.cpp cannot tokenize a text of {len(raw)} bytes with {self.path}")
-        return list(out[:n])
+        size = len(raw) + 8  # enough for nearly all: only bytes of a blank of SPM's are more tokens than bytes of text
+        while True:
+            out = (self._llama_cpp.llama_token * size)()
+            n = self._llama_cpp.llama_tokenize(self._vocab, raw, len(raw), out, size, False, special)
+            if n >= 0:
+                return list(out[:n])
+            if not size < -n <= 8 * size:
+                raise IntactKVError(f"llama.cpp cannot tokenize a text of {len(raw)} bytes with {self.path}")
+            size = -n  # what it needs
 
     def text(self, tokens: list[int]) -> str:
         """The text of tokens, control tokens too."""
