@@ -27,19 +27,22 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ikv.Prefix]:
     return Path(done.outputs[0].path), ikv.read(done.prefix)
 
 
-@pytest.fixture(scope="module", params=["f16", "q8_0"])
+@pytest.fixture(scope="module", params=[("f16", 512), ("q8_0", 512), ("q8_0", 32)], ids=str)
 def server(programs: None, made: tuple[Path, ikv.Prefix], request: pytest.FixtureRequest) -> Iterator[Slots]:
-    path, prefix = made
-    saved = path.parent / request.param
+    """n_ubatch 32: the server ends a batch so far before the prompt's end, for a checkpoint, which is within the prefix."""
+    (kv, n_ubatch), (path, prefix) = request.param, made
+    saved = path.parent / f"{kv}-{n_ubatch}"
     saved.mkdir(exist_ok=True)
-    arguments = [path, "--prefix", prefix.source, "--parallel", 2, "--ctx-size", 512, "--kv-type", request.param]
-    with served(*arguments, "--", "--no-warmup", "--slot-save-path", saved) as facts:
+    arguments = [path, "--prefix", prefix.source, "--parallel", 2, "--ctx-size", 512, "--kv-type", kv]
+    with served(*arguments, "--", "--no-warmup", "--slot-save-path", saved, "--ubatch-size", n_ubatch) as facts:
         yield Slots(facts["url"])
 
 
 def test_turns_go_on_and_back(server: Slots, made: tuple[Path, ikv.Prefix]) -> None:
     """Turn by turn, back into the middle of one (from a checkpoint), and all at once: the same answers."""
     begin = list(made[1].tokens)
+    short = begin + server.tokens("Hi.\n<assistant>")
+    assert close(server.complete(short), server.complete(short, slot=1, cache_prompt=False))
     first = begin + server.tokens("What is the capital of France, and how far is it from here?\n<assistant>")
     reply = server.complete(first)
     assert close(reply, server.complete(first, slot=1, cache_prompt=False))
