@@ -36,7 +36,7 @@ MESSAGE = 16  # tokens
 def make_prefix(model: Path, n: int, n_threads: int) -> bytes:
     """A prefix file of n random tokens, computed by the model itself."""
     tokens = np.random.default_rng(n).integers(1000, 20000, n).tolist()
-    description, K, V, states = engine.compute(model, tokens, cache_dtype="f16", n_threads=n_threads)
+    description, K, V, states = engine.compute_with_states(model, tokens, cache_dtype="f16", n_threads=n_threads)
     manifest = {
         "text": "",
         "messages": None,

@@ -149,7 +149,7 @@ def _with_llama(
     n_ctx = _n_ctx(engine, prompt)
     own, K, V, states = work.run(
         "compute prefix",
-        llama_engine.compute,
+        llama_engine.compute_with_states,
         source,
         prompt.tokens,
         counted=True,

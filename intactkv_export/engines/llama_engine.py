@@ -40,7 +40,7 @@ def describe(gguf: str | os.PathLike[str], n_ctx: int = 0, rope: Rope | None = N
         return bindings.describe(context.ptr)
 
 
-def compute(
+def compute_with_states(
     gguf: str | os.PathLike[str],
     tokens: Sequence[int],
     *,
@@ -73,6 +73,12 @@ def compute(
         K, V = state.rows_by_layer(data, model, len(tokens))
         states = state.states_by_layer(data, model, len(tokens))
     return model, to_float16(K, "K"), to_float16(V, "V"), states
+
+
+def compute(gguf: str | os.PathLike[str], tokens: Sequence[int], **settings: Any) -> tuple[dict[str, Any], KV, KV]:
+    """As compute_with_states(), of a model without recurrent layers: (model description, K, V)."""
+    model, K, V, _ = compute_with_states(gguf, tokens, **settings)
+    return model, K, V
 
 
 def _context(

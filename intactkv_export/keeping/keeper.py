@@ -103,7 +103,7 @@ def _make(
     os.environ[ikv.VARIABLE] = named
     with Vocabulary(gguf) as vocabulary:
         text = vocabulary.text(tokens)
-    model, K, V, states = llama_engine.compute(
+    model, K, V, states = llama_engine.compute_with_states(
         gguf, tokens, cache_dtype="f16", n_threads=n_threads, n_ctx=max(n_ctx, len(tokens) + 1), n_automatic=n_given
     )
     manifest = {

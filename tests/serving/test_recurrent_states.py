@@ -29,7 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ikv.Prefix]:
 
 @pytest.fixture(scope="module", params=[("f16", 512), ("q8_0", 512), ("q8_0", 32)], ids=str)
 def server(programs: None, made: tuple[Path, ikv.Prefix], request: pytest.FixtureRequest) -> Iterator[Slots]:
-    """n_ubatch 32: the server ends a batch so far before the prompt's end, for a checkpoint, which is within the prefix."""
+    """n_ubatch 32: the server ends a batch so far before the prompt's end, for a checkpoint: within the prefix."""
     (kv, n_ubatch), (path, prefix) = request.param, made
     saved = path.parent / f"{kv}-{n_ubatch}"
     saved.mkdir(exist_ok=True)

@@ -34,7 +34,7 @@ ORIGIN = {
 
 def prefix_of(path: Path, tokens: Sequence[int], dtype: str = "f16") -> bytes:
     """The prefix file of these tokens, computed by the model itself."""
-    model, K, V, states = llama_engine.compute(path, tokens, cache_dtype=dtype, n_threads=2)
+    model, K, V, states = llama_engine.compute_with_states(path, tokens, cache_dtype=dtype, n_threads=2)
     return ikv.build(model, tokens, K, V, ORIGIN, states)
 
 

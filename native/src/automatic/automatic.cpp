@@ -219,7 +219,7 @@ int automatic::run(const llama_batch_ext & batch, std::vector<start> & starts) {
     const uint64_t n_before = n_loaded;
     int status = 0;
     for (start & s : starts) {
-        if (s.found.prefix->whole_only() && s.n_there > 0) {
+        if (held.whole_only() && s.n_there > 0) {
             s.before.resize(ctx.state_seq_get_size(s.seqs[0], 0));
             ctx.state_seq_get_data(s.seqs[0], s.before.data(), s.before.size(), 0);
         }
@@ -333,7 +333,7 @@ int automatic::compute(const llama_batch_ext & batch) {
 void automatic::undo(const std::vector<start> & starts) {
     for (const start & s : starts) {
         for (const llama_seq_id seq_id : s.seqs) {
-            if (s.n_there == 0 || !s.before.empty() || !s.found.prefix->whole_only()) {
+            if (s.n_there == 0 || !s.before.empty() || !held.whole_only()) {
                 ctx.memory->seq_rm(seq_id, s.begins_anew() || !s.before.empty() ? 0 : s.n_there, -1);
             }
             if (!s.before.empty()) {

@@ -60,7 +60,8 @@ static std::vector<go> goes_of(const llama_batch_ext & batch, const start & s, b
     };
     std::vector<go> res;
     uint32_t pos = s.n_there;
-    if (s.found.prefix->whole_only()) { // asked about its tokens, it is computed first, and then replaced
+    if (s.found.prefix &&
+            s.found.prefix->whole_only()) { // asked about its tokens, it is computed first, and then replaced
         while (pos < n && !output(pos)) {
             ++pos;
         }
@@ -124,11 +125,14 @@ static bool begins(const prefixes & held, const llama_memory_i & memory, llama_s
 static bool can_wait(
         const prefixes & held, const llama_batch_ext & batch, const std::vector<llama_token> & tokens, start & s) {
     const held_prefix * prefix = held.to_wait_for(tokens);
+    if (prefix == nullptr) {
+        return false;
+    }
     uint32_t n = 0;
     const bool none_computed = s.n_there == 0 || held.deferred(s.seqs[0], n);
     const bool asked =
             std::any_of(s.batch_index.begin(), s.batch_index.end(), [&](uint32_t i) { return batch.tokens[i].output; });
-    if (prefix == nullptr || !none_computed || asked) {
+    if (!none_computed || asked) {
         return false;
     }
     const uint32_t n_all = tokens.size();
