@@ -3,8 +3,8 @@
     python -m benchmarks.random_model OUT.gguf [--layers 4]
     python -m benchmarks.random_model OUT.gguf --hybrid [--layers 32]
 
-Written as Q4_0, tensor by tensor: memory stays small. The Llama has no vocabulary. --hybrid: the shapes of Granite 4.0 H
-350M, Mamba 2 in all layers but every eighth, with a vocabulary of 32000 made up tokens.
+Written as Q4_0, tensor by tensor: memory stays small. The Llama has no vocabulary. --hybrid: the shapes of Granite 4.0
+H 350M, Mamba 2 in all layers but every eighth, with a vocabulary of 32000 made up tokens.
 """
 
 from __future__ import annotations
