@@ -215,7 +215,7 @@ def test_a_kept_file_that_is_wrong_is_left_out(f16: Any, smol: Smol, directory: 
         "torn": good[:-100],
         "empty": b"",
         "other": good.replace(b'"n_vocab":49152', b'"n_vocab":49153'),
-        "version": good.replace(b'"format":1', b'"format":2'),
+        "version": good.replace(b'"format":1', b'"format":3'),
     }[kind]
     if kind in ("other", "version"):
         import hashlib

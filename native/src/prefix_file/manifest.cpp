@@ -226,7 +226,8 @@ static void check_rope(const field & rope) {
         }
     }
     for (const auto & item : rope.value.items()) {
-        if (item.value().is_structured() && !(cell_ext && item.key() == "sections")) { // what later versions add must be as easy to compare
+        if (item.value().is_structured() &&
+                !(cell_ext && item.key() == "sections")) { // what later versions add must be as easy to compare
             rope[item.key().c_str()].expected("a number or a string");
         }
     }
