@@ -1,0 +1,234 @@
+"""One row of the support table: what a tiny random model does with a prefix. Run in a process of its own, as it may crash:
+
+    python -m tests.support.architecture_row MODEL.gguf     prints a Row as JSON
+
+Nothing of an architecture is known here: the prefix is computed by the llama engine, as `intactkv-export prefix` does it,
+and given to contexts with caches of several types. All numbers are relative errors of logits (their mean over the
+vocabulary taken away), ||a - b|| / ||b||, over all tokens of several texts: weights that are random can have logits of which
+softmax is all zeros and a one, and then KL divergence says nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from intactkv_export.engines import Engine, compute, llama_engine
+from intactkv_export.errors import IntactKVError
+from intactkv_export.libllama import bindings
+from intactkv_export.models import identity, locate, weights
+from intactkv_export.prefix import Prefix, Prompt
+from tests.support import automatic, lowlevel
+from tests.support.lowlevel import Context, L
+
+N_PREFIX, N_TEXT, N_TEXTS = 24, 24, 4
+TAIL = 64  # more than a text has: every cell behind the prefix is at F16 too
+KV_TYPES = ("q8_0", "q4_0")
+REFUSED = "cannot carry a prefix: "
+
+# A prefix loaded, a tail that holds the whole text: nothing is quantized but what both do. Measured on the architectures
+# below: at most a third of it.
+TOLERANCE = 0.02
+
+
+@dataclass
+class Row:
+    """works: in every cache of KV_TYPES and F16. refused: reason says why. f16: only in an F16 cache, reason says why.
+    fails: an exception, or a value that is wrong; reason says which."""
+
+    name: str
+    architecture: str = ""
+    status: str = "fails"
+    reason: str = ""
+    memory: str = ""  # what it keeps for each token or sequence
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+class Wrong(Exception):
+    """A value that is not what it has to be."""
+
+
+@dataclass
+class _Here:
+    """Stages without processes: this one is alone already."""
+
+    directory: Path
+
+    def run(self, name: str, function: Callable[..., Any], *args: Any, counted: bool = False, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+
+def error(got: np.ndarray, expected: np.ndarray) -> float:
+    """Relative error of logits [n, n_vocab], their means taken away. Raises Wrong for logits that are not finite."""
+    if not np.isfinite(got).all():
+        raise Wrong("logits are not finite")
+    a, b = (np.float64(x) - np.float64(x).mean(-1, keepdims=True) for x in (got, expected))
+    return float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-30))
+
+
+class Check:
+    """A model, its reference's prefix and that of another text, and texts to go on with."""
+
+    def __init__(self, gguf: Path, work: Path) -> None:
+        self.gguf, self.work = gguf, work
+        self.model = lowlevel.load_model(gguf)
+        n_vocab = L.llama_vocab_n_tokens(L.llama_model_get_vocab(self.model))
+        tokens = np.random.default_rng(0).integers(6, min(n_vocab, 512) - 16, (2 + N_TEXTS, max(N_PREFIX, N_TEXT)))
+        self.prompt, self.other = ([1, *map(int, row[: N_PREFIX - 1])] for row in tokens[:2])
+        self.texts = [[int(t) for t in row[:N_TEXT]] for row in tokens[2:]]
+        self.reference = locate(gguf)
+
+    def prefix(self, tokens: Sequence[int]) -> Prefix:
+        prompt = Prompt(list(tokens), "", None, False, None)
+        engine = Engine("llama", None, "cpu", None, 2, 0)
+        stages: Any = _Here(self.work)
+        return compute(stages, engine, self.reference, self.gguf, prompt, identity(self.reference))
+
+    def context(self, kv: str, tail: int = 0, model: Any = None) -> Context:
+        with automatic.environment("off"):
+            return Context(model or self.model, kv, tail=tail, n_ctx=256, n_batch=256, n_ubatch=64)
+
+    def behind(self, kv: str, prefix: Prefix | Sequence[int], tail: int = 0, model: Any = None) -> list[np.ndarray]:
+        """Logits of each text behind a prefix, which is loaded, or tokens, which are computed."""
+        found = []
+        for text in self.texts:
+            ctx = self.context(kv, tail, model)
+            if isinstance(prefix, Prefix):
+                bindings.load(ctx.ptr, prefix.data)
+            else:
+                ctx.decode(prefix, 0)
+            found.append(ctx.decode(text, N_PREFIX))
+        return found
+
+
+def _mean(got: Sequence[np.ndarray], expected: Sequence[np.ndarray], n: int | None = None) -> float:
+    """Of the texts' errors, geometric; n: of their first tokens only."""
+    found = [error(a[:n], b[:n]) for a, b in zip(got, expected, strict=True)]
+    return float(np.exp(np.mean(np.log(np.maximum(found, 1e-30)))))
+
+
+def measure(check: Check, row: Row) -> None:
+    """All that has to hold. Raises Wrong or what the program raises."""
+    numbers = row.numbers
+    own, other = check.prefix(check.prompt), check.prefix(check.other)
+    exact = check.behind("f16", check.prompt)
+    wrong = check.behind("f16", other)
+    numbers["influence"] = _mean(wrong, exact)  # of the prefix on what follows
+    numbers["f16"] = _mean(check.behind("f16", own), exact)
+    _not_above(numbers["f16"], TOLERANCE, "a prefix in an F16 cache: error")
+    for kv in KV_TYPES:
+        try:
+            check.context(kv)
+        except AssertionError:
+            row.status, row.reason = "f16", f"llama.cpp makes no context with a {kv} cache for it"
+            break
+        mixed = check.behind(kv, own, TAIL)
+        numbers[kv] = _mean(mixed, exact)
+        _not_above(numbers[kv], TOLERANCE, f"a prefix and a tail in a {kv} cache: error")
+        ctx = check.context(kv)
+        if bindings.load(ctx.ptr, own.data) and ctx.n_intact():
+            first, plain = check.behind(kv, own), check.behind(kv, check.prompt)
+            numbers[f"{kv} first"], numbers[f"{kv} first, plain"] = _mean(first, exact, 1), _mean(plain, exact, 1)
+            limit = max(numbers[f"{kv} first, plain"], numbers["f16"] * 2)
+            _not_above(numbers[f"{kv} first"], limit, f"the first token behind a prefix in a {kv} cache: error")
+    _of_quantized(check, row, own, other, exact)
+    for kv in ("f16", *KV_TYPES) if row.status != "f16" else ("f16",):
+        _automatic(check, own, kv)
+        _state(check, own, kv)
+
+
+def _not_above(value: float, limit: float, what: str) -> None:
+    if not value <= limit:
+        raise Wrong(f"{what} {value:.2g}, which has to be at most {limit:.2g}")
+
+
+def _of_quantized(check: Check, row: Row, own: Prefix, other: Prefix, exact: list[np.ndarray]) -> None:
+    """The reference's prefix in a quantized model makes it more like the reference; that of another text does not."""
+    target = check.work / "q4_0.gguf"
+    weights.quantize(check.gguf, target, "Q4_0", n_threads=2)
+    model = lowlevel.load_model(target)
+    for name, prefix in (("plain", check.prompt), ("own", own), ("other", other)):
+        row.numbers[f"q4_0 weights, {name}"] = _mean(check.behind("f16", prefix, model=model), exact)
+    L.llama_model_free(model)
+
+
+def _automatic(check: Check, own: Prefix, kv: str) -> None:
+    """Given by the library itself to a sequence that begins with its tokens: the bits of one loaded by hand."""
+    path = check.work / "own.ikv"
+    path.write_bytes(own.data)
+    tokens = [*check.prompt, *check.texts[0]]
+    ctx = automatic.context(check.model, kv, path, n_ctx=256, n_batch=256, n_ubatch=64)
+    by_hand = check.context(kv)
+    bindings.load(by_hand.ptr, own.data)
+    expected = by_hand.decode(check.texts[0], N_PREFIX)
+    if ctx.batch([(t, i, [0], i >= N_PREFIX) for i, t in enumerate(tokens)]):
+        raise Wrong(f"{kv}: llama_decode refuses a batch that begins with an automatic prefix")
+    got = np.stack([ctx.logits(i) for i in range(N_PREFIX, len(tokens))])
+    if ctx.n_not_computed() != N_PREFIX:
+        raise Wrong(f"{kv}: {ctx.n_not_computed()} of {N_PREFIX} tokens came from the automatic prefix")
+    if not np.array_equal(got, expected):
+        raise Wrong(f"{kv}: behind an automatic prefix other logits than behind one loaded by hand: {error(got, expected):.2g}")
+
+
+def _state(check: Check, own: Prefix, kv: str) -> None:
+    """A sequence saved in the middle of a text and loaded by another context goes on with the same bits."""
+    text, half = check.texts[0], N_TEXT // 2
+    ctx, again = check.context(kv), check.context(kv)
+    bindings.load(ctx.ptr, own.data)
+    ctx.decode(text[:half], N_PREFIX)
+    saved = ctx.save()
+    if not again.restore(saved):
+        raise Wrong(f"{kv}: a saved sequence is not loaded again")
+    if again.n_intact() != ctx.n_intact():
+        raise Wrong(f"{kv}: {again.n_intact()} intact cells after a state was loaded, {ctx.n_intact()} before")
+    if not np.array_equal(again.decode(text[half:], N_PREFIX + half), ctx.decode(text[half:], N_PREFIX + half)):
+        raise Wrong(f"{kv}: other logits after a state was saved and loaded")
+
+
+def _memory(about: dict[str, Any]) -> str:
+    """What the model keeps, in a few words, from its description."""
+    kinds = []
+    for cache in about["caches"]:
+        window = {0: "", 1: f"window {cache['n_swa']}", 2: f"chunks of {cache['n_swa']}"}.get(cache["swa_type"], "window")
+        dims = sorted({(x["head_dim_k"], x["head_dim_v"]) for x in cache["layers"]})
+        if dims:
+            kinds.append(" ".join(filter(None, ["K and V " + ", ".join(f"{k}/{v}" for k, v in dims), window])))
+    if about.get("recurrent"):
+        kinds.append("recurrent states")
+    return "; ".join(kinds)
+
+
+def examine(gguf: Path) -> Row:
+    """The row of a model. A crash is the caller's to see."""
+    row = Row(gguf.stem)
+    with tempfile.TemporaryDirectory(prefix="row-") as work:
+        try:
+            row.architecture = _architecture(gguf)
+            row.memory = _memory(llama_engine.describe(gguf))
+            row.status = "works"
+            measure(Check(gguf, Path(work)), row)
+        except Exception as problem:
+            said = str(problem)
+            refused = isinstance(problem, IntactKVError) and REFUSED in said
+            row.status = "refused" if refused else "fails"
+            row.reason = said.partition(REFUSED)[2] if refused else f"{type(problem).__name__}: {said}"
+    row.numbers = {name: value for name, value in row.numbers.items() if math.isfinite(value)}
+    return row
+
+
+def _architecture(gguf: Path) -> str:
+    from intactkv_export.models import gguf_file
+
+    return str(gguf_file.read(gguf).values["general.architecture"])
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(examine(Path(sys.argv[1])))))
