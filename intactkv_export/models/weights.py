@@ -74,6 +74,7 @@ def huggingface_to_gguf(
     try:
         with huggingface.with_template(directory, out.with_name(f"{out.name}.source")) as source:
             sys.argv = [str(script), str(source), *options]
+            settings_of_the_file()
             runpy.run_path(str(script), run_name="__main__")
     except IntactKVError:
         raise
@@ -92,6 +93,38 @@ def huggingface_to_gguf(
     if not out.is_file():
         raise IntactKVError(_conversion_failed(directory, said.last or f"it wrote no {out.name}"))
     tensor_types.check_complete(gguf_file.read(out))
+
+
+def settings_of_the_file() -> None:
+    """Give upstream's converter, which is imported from here on, the settings that config.json has.
+
+    It asks transformers for them, whose newer versions leave out or rename some that it reads: the kinds of layers
+    ("attention" of Granite 4 H becomes "full_attention"), patterns of layers (Nemotron-H), rotary_pct.
+    """
+    from conversion.base import ModelBase  # upstream's, on sys.path
+
+    load = ModelBase.load_hparams
+
+    def load_hparams(directory: Path, is_mistral_format: bool) -> dict[str, Any]:
+        found: dict[str, Any] = load(directory, is_mistral_format)
+        return found if is_mistral_format else _with_own(found, huggingface.read_json(directory / "config.json"))
+
+    ModelBase.load_hparams = staticmethod(load_hparams)
+
+
+def _with_own(found: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """transformers' settings, with those that only the file has, and the file's own names in lists of names."""
+
+    def chosen(key: str, value: Any) -> Any:
+        if key not in found:
+            return value
+        there = found[key]
+        if isinstance(value, dict) and isinstance(there, dict) and key.endswith("_config"):
+            return _with_own(there, value)
+        names = isinstance(value, list) and isinstance(there, list) and all(isinstance(x, str) for x in value)
+        return value if names and len(value) == len(there) else there
+
+    return {**found, **{key: chosen(key, value) for key, value in own.items()}}
 
 
 def quantize(

@@ -1,9 +1,14 @@
-"""Tiny random Hugging Face models of every architecture that upstream's converter and transformers share.
+"""Tiny random Hugging Face models of the architectures that upstream's converter and transformers share.
 
-`build(name, directory)` writes one; names are those of ARCHITECTURES: transformers' class without "ForCausalLM" and the
-like. All settings of the class's own configuration are its defaults, but for SMALL, where it has such a setting, and for
-what ARCHITECTURES says of it: what a structure needs to be seen (a window shorter than the texts, layers of each kind).
+`build(name, directory)` writes one; names are those of ARCHITECTURES: transformers' class without "ForCausalLM" and
+the like. All settings of the class's own configuration are its defaults, but for SMALL, where it has such a setting,
+and for what ARCHITECTURES says of it: what a structure needs to be seen (a window shorter than the texts, layers of
+each kind), and under "file" what the models on the hub have in config.json and transformers does not write.
 random_models.py has the weights, the tokenizer and the models that the torch engine is proven with.
+
+Not here are those whose tensors transformers writes under other names or in other shapes than the hub has them, so that
+the converter reads no model of random weights: upstream_archs.py makes these but BitNet (DBRX, DeepSeek V3.2 and V4,
+dots3, GLM 5, HY V4, Kimi Linear, MiMo V2, MiniMax M3).
 """
 
 from __future__ import annotations
@@ -64,6 +69,7 @@ _SMALL_VISION: dict[str, Any] = dict(
 )  # fmt: skip
 _MROPE = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [8, 12, 12]}
 _MLA = dict(num_key_value_heads=4)
+_WINDOWS = ["sliding_attention", "full_attention"] * 2
 _IMAGE = dict(image_token_id=500, video_token_id=501, vision_start_token_id=502, vision_end_token_id=503)
 
 # name: (transformers' class, what differs from its defaults and SMALL)
@@ -76,33 +82,19 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         ("AfmoeForCausalLM", {}),
         ("ApertusForCausalLM", {}),
         ("ArceeForCausalLM", {}),
-        ("BitNetForCausalLM", dict(tie_word_embeddings=True)),
         ("BloomForCausalLM", dict(hidden_size=256, n_head=4)),
-        ("GlmForCausalLM", {}),
-        ("CohereForCausalLM", dict(use_qk_norm=True)),
+        ("GlmForCausalLM", dict(hidden_size=256)),
+        ("CohereForCausalLM", {}),
         ("Cohere2ForCausalLM", dict(file=dict(rotary_pct=1.0), num_attention_heads=2)),
         ("Cohere2MoeForCausalLM", {}),
-        (
-            "DbrxForCausalLM",
-            dict(
-                d_model=128,
-                n_heads=2,
-                n_layers=2,
-                attn_config=dict(kv_n_heads=1, clip_qkv=8.0),
-                ffn_config=dict(ffn_hidden_size=64, moe_num_experts=4, moe_top_k=2),
-            ),
-        ),
         ("DeepseekV2ForCausalLM", _MLA),
         ("DeepseekV3ForCausalLM", _MLA),
-        ("Glm4MoeLiteForCausalLM", _MLA),
+        ("Glm4MoeLiteForCausalLM", dict(_MLA, file=dict(first_k_dense_replace=1))),
         ("YoutuForCausalLM", _MLA),
-        ("DeepseekV32ForCausalLM", _MLA),
-        ("DeepseekV4ForCausalLM", dict(file=dict(num_hash_layers=0))),
-        ("Dots1ForCausalLM", dict(n_shared_experts=1, layer_types=["full_attention"] * 4)),
-        ("Dots3NoteForCausalLM", _MLA),
+        ("Dots1ForCausalLM", dict(n_shared_experts=1, num_key_value_heads=4, layer_types=["full_attention"] * 4)),
         ("Ernie4_5ForCausalLM", {}),
-        ("Ernie4_5_MoeForCausalLM", {}),
-        ("ExaoneMoeForCausalLM", {}),
+        ("Ernie4_5_MoeForCausalLM", dict(moe_num_experts=4, moe_k=2, moe_num_shared_experts=1)),
+        ("ExaoneMoeForCausalLM", dict(layer_types=_WINDOWS, file=dict(scoring_func="sigmoid"))),
         ("Exaone4ForCausalLM", {}),
         ("FalconForCausalLM", dict(num_kv_heads=1, hidden_size=256)),
         (
@@ -117,7 +109,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
                 layer_types=(["sliding_attention"] * 4 + ["full_attention"]) * 4
                 + ["sliding_attention", "full_attention"],
                 vocab_size_per_layer_input=VOCAB,
-                hidden_size_per_layer_input=32,
+                hidden_size_per_layer_input=256,
                 altup_num_inputs=4,
                 laurel_rank=8,
                 activation_sparsity_pattern=[0.0] * 22,
@@ -128,6 +120,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "Gemma4ForCausalLM",
             dict(
                 num_hidden_layers=6,
+                num_experts=None,
                 vocab_size_per_layer_input=VOCAB,
                 hidden_size_per_layer_input=32,
                 global_head_dim=128,
@@ -139,16 +132,30 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         ("Glm4ForCausalLM", {}),
         ("Glm4vForConditionalGeneration", {}),
         ("Glm4MoeForCausalLM", {}),
-        ("Glm5NextForConditionalGeneration", dict(text_config=dict(num_key_value_heads=4))),
         ("GptOssForCausalLM", {}),
-        ("GPT2LMHeadModel", dict(n_layer=2, n_head=4, file=dict(n_ctx=1024))),
+        ("GPT2LMHeadModel", dict(n_layer=2, n_head=4, file=dict(n_ctx=2048))),
         ("GPTNeoXForCausalLM", dict(file=dict(rotary_pct=0.25))),
         ("GraniteSWAForCausalLM", {}),
         ("GraniteMoeSWAForCausalLM", {}),
-        ("BambaForCausalLM", dict(attn_layer_indices=[1, 3], mamba_n_heads=4, mamba_d_head=64, mamba_d_state=64)),
+        (
+            "BambaForCausalLM",
+            dict(
+                attn_layer_indices=[1, 3],
+                mamba_n_heads=4,
+                mamba_d_head=64,
+                mamba_d_state=64,
+                file=dict(attn_layer_indices=[1, 3]),
+            ),
+        ),
         (
             "GraniteMoeHybridForCausalLM",
-            dict(mamba_n_heads=4, mamba_d_head=64, mamba_d_state=64, layer_types=["mamba", "attention"] * 2),
+            dict(
+                mamba_n_heads=4,
+                mamba_d_head=64,
+                mamba_d_state=64,
+                layer_types=["mamba", "attention"] * 2,
+                file=dict(layer_types=["mamba", "attention"] * 2),
+            ),
         ),
         ("GraniteMoeForCausalLM", {}),
         ("GraniteMoeSharedForCausalLM", {}),
@@ -160,36 +167,20 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         ),
         ("HunYuanVLForConditionalGeneration", {}),
         ("HYV3ForCausalLM", {}),
-        ("HYV4ForCausalLM", {}),
         ("Jais2ForCausalLM", {}),
         ("JambaForCausalLM", {}),
-        ("KimiLinearForCausalLM", _MLA),
-        ("LagunaForCausalLM", {}),
-        ("Lfm2ForCausalLM", {}),
+        ("LagunaForCausalLM", dict(layer_types=_WINDOWS)),
+        ("Lfm2ForCausalLM", dict(layer_types=["conv", "full_attention"] * 2)),
         ("Lfm2MoeForCausalLM", dict(layer_types=["conv", "full_attention"] * 2, num_dense_layers=1)),
-        ("Llama4ForCausalLM", {}),
+        ("Llama4ForCausalLM", dict(attention_chunk_size=WINDOW)),
         ("FalconMambaForCausalLM", dict(intermediate_size=256)),
         ("MambaForCausalLM", dict(intermediate_size=256)),
         ("Mamba2ForCausalLM", dict(head_dim=64, num_heads=4, n_groups=2, state_size=64)),
-        ("MellumForCausalLM", {}),
-        (
-            "MiMoV2FlashForCausalLM",
-            dict(
-                file=dict(
-                    swa_head_dim=64,
-                    swa_num_attention_heads=4,
-                    swa_v_head_dim=64,
-                    topk_method="noaux_tc",
-                    hybrid_layer_pattern=[0, 1, 1, 0],
-                    swa_num_key_value_heads=2,
-                )
-            ),
-        ),
-        ("MiniCPM3ForCausalLM", _MLA),
-        ("MiniMaxM2ForCausalLM", dict(file=dict(rotary_dim=32))),
-        ("MiniMaxM3SparseForConditionalGeneration", dict(text_config=dict(file=dict(n_shared_experts=1)))),
+        ("MellumForCausalLM", dict(layer_types=_WINDOWS)),
+        ("MiniCPM3ForCausalLM", dict(_MLA, v_head_dim=32)),
+        ("MiniMaxM2ForCausalLM", dict(file=dict(rotary_dim=32, scoring_func="sigmoid"))),
         ("MuseGlimmerForConditionalGeneration", {}),
-        ("NemotronForCausalLM", {}),
+        ("NemotronForCausalLM", dict(hidden_size=256)),
         (
             "NemotronHForCausalLM",
             dict(
@@ -198,13 +189,14 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
                 ssm_state_size=64,
                 n_groups=2,
                 moe_shared_expert_intermediate_size=64,
+                layers_block_type=["linear_attention", "moe", "full_attention", "moe"],
             ),
         ),
         ("OlmoForCausalLM", {}),
         ("Olmo2ForCausalLM", {}),
         ("Olmo3ForCausalLM", {}),
         ("PaddleOCRVLForConditionalGeneration", {}),
-        ("PhiForCausalLM", {}),
+        ("PhiForCausalLM", dict(num_key_value_heads=4)),
         ("Qwen2VLForConditionalGeneration", dict(_IMAGE, text_config=dict(rope_parameters=_MROPE))),
         ("Qwen2_5_VLForConditionalGeneration", dict(_IMAGE, text_config=dict(rope_parameters=_MROPE))),
         ("Qwen3_5ForCausalLM", {}),
@@ -234,7 +226,17 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "Step3p7ForConditionalGeneration",
             dict(text_config=dict(file=dict(num_attention_groups=2, moe_num_experts=4, moe_top_k=2))),
         ),
-        ("T5ForConditionalGeneration", dict(d_model=128, d_ff=128, num_layers=2, num_decoder_layers=2, num_heads=2)),
+        (
+            "T5ForConditionalGeneration",
+            dict(
+                d_model=128,
+                d_ff=128,
+                num_layers=2,
+                num_decoder_layers=2,
+                num_heads=2,
+                file=dict(decoder_start_token_id=0),
+            ),
+        ),
     ]
 }
 
@@ -287,14 +289,16 @@ def build(name: str, directory: Path, *, seed: int = 0) -> Path:
     return directory
 
 
-# Upstream's converter in one process, as most of its time goes into imports. Of every class: the vocabulary is ours, drafting
-# heads are left out (a random model has none). Prints NAME, or NAME: why it could not.
+# Upstream's converter, as convert runs it, in one process, as most of its time goes into imports. Of every class: the
+# vocabulary is ours, drafting heads are left out (a random model has none). Prints what it could not convert, and why.
 _CONVERT = """
 import logging, runpy, sys
 converter, *directories = sys.argv[1:]
 sys.path.insert(0, converter.rpartition("/")[0])
 import conversion
 from conversion.base import TextModel
+from intactkv_export.models import weights
+weights.settings_of_the_file()
 conversion.load_all_models()
 def below(cls):
     return [cls, *(found for sub in cls.__subclasses__() for found in below(sub))]
