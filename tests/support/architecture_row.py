@@ -35,8 +35,8 @@ TAIL = 64  # more than a text has: every cell behind the prefix is at F16 too
 KV_TYPES = ("q8_0", "q4_0")
 REFUSED = "cannot carry a prefix: "
 
-# A prefix loaded and a tail that holds the whole text: what differs from an F16 cache is where K and V are rounded. Of all
-# architectures' errors at most 0.007.
+# A prefix loaded and a tail that holds the whole text: what differs from an F16 cache is where K and V are rounded. Of
+# all architectures' errors at most 0.007.
 TOLERANCE = 0.02
 # A prefix that is the reference's own must not make a quantized model worse. Where another prefix changes less than the
 # quantization does, it cannot be told.

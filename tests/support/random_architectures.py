@@ -64,8 +64,8 @@ SMALL: dict[str, Any] = dict(
     pad_token_id=0,
 )
 _SMALL_VISION: dict[str, Any] = dict(
-    hidden_size=32, intermediate_size=32, num_hidden_layers=1, depth=1, num_attention_heads=2, num_heads=2, embed_dim=32,
-    out_hidden_size=128,
+    hidden_size=32, intermediate_size=32, num_hidden_layers=1, depth=1, num_attention_heads=2, num_heads=2,
+    embed_dim=32, out_hidden_size=128,
 )  # fmt: skip
 _MROPE = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [8, 12, 12]}
 _MLA = dict(num_key_value_heads=4)
