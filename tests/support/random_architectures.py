@@ -295,10 +295,11 @@ _CONVERT = """
 import logging, runpy, sys
 converter, *directories = sys.argv[1:]
 sys.path.insert(0, converter.rpartition("/")[0])
+from pathlib import Path
+from intactkv_export.models import weights
+weights.settings_of_the_file(Path(converter))
 import conversion
 from conversion.base import TextModel
-from intactkv_export.models import weights
-weights.settings_of_the_file()
 conversion.load_all_models()
 def below(cls):
     return [cls, *(found for sub in cls.__subclasses__() for found in below(sub))]
