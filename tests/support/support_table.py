@@ -2,12 +2,12 @@
 
 `make models` runs this:
 
-    python -m tests.support.support_table PAGE.md            run all and write the page; exit status 1 if a row fails
-    python -m tests.support.support_table PAGE.md --keep DIR keep the models there, and each row's numbers in rows.json
+    python -m tests.support.support_table PAGE.md               run all, write the page; exit status 1 if a row fails
+    python -m tests.support.support_table PAGE.md --keep DIR    the models and each row's numbers (rows.json) stay there
 
-Models: random_models.py (the torch engine is proven with them), random_architectures.py, upstream_archs.py. A row is of
-one model and made in a process of its own (architecture_row.py). Nothing in the page is written by hand but FAMILIES,
-which says what the architectures of well-known models are called.
+Models: random_models.py (the torch engine is proven with them), random_architectures.py, upstream_archs.py,
+tiny_rwkv.py. A row is of one model and made in a process of its own (architecture_row.py). Nothing in the page is
+written by hand but FAMILIES, which says what the architectures of well-known models are called.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.support import random_architectures, random_models, upstream_archs
+from tests.support import random_architectures, random_models, tiny_rwkv, upstream_archs
 from tests.support.architecture_row import Row
 from tests.support.paths import REPO
 
@@ -117,6 +117,7 @@ def models(directory: Path) -> tuple[list[Path], dict[str, str]]:
     missing |= of_upstream.crashed
     missing |= dict.fromkeys(of_upstream.left_out, "upstream's test makes none")
     there = [path.with_name(path.name + ".gguf") for name, path in made.items() if name not in missing]
+    there.append(tiny_rwkv.write(directory / "rwkv7.gguf"))
     return [*there, *of_upstream.paths.values()], missing
 
 
