@@ -62,5 +62,5 @@ def test_a_family_of_two_outcomes_names_both() -> None:
     refused = Row("b", "qwen3", status="refused", reason="it is none")
     text = support_table.page([works, refused], {})
     assert "| Qwen3 | refused: it is none | not asked | not asked |" in text
-    assert "1 architecture: works, 1 architecture: is refused" in text
+    assert "the worst of its models: 1 works, 1 is refused.\n" in text
     assert "| a | x | works | - | not asked | not asked |" in text

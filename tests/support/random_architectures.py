@@ -8,7 +8,8 @@ random_models.py has the weights, the tokenizer and the models that the torch en
 
 Not here are those whose tensors transformers writes under other names or in other shapes than the hub has them, so that
 the converter reads no model of random weights: upstream_archs.py makes these but BitNet (DBRX, DeepSeek V3.2 and V4,
-dots3, GLM 5, HY V4, Kimi Linear, MiMo V2, MiniMax M3).
+dots3, GLM 5, HY V4, Kimi Linear, MiMo V2, MiniMax M3,
+Qwen3-VL MoE).
 """
 
 from __future__ import annotations
@@ -91,7 +92,15 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         ("DeepseekV3ForCausalLM", _MLA),
         ("Glm4MoeLiteForCausalLM", dict(_MLA, file=dict(first_k_dense_replace=1))),
         ("YoutuForCausalLM", _MLA),
-        ("Dots1ForCausalLM", dict(n_shared_experts=1, num_key_value_heads=4, layer_types=["full_attention"] * 4)),
+        (
+            "Dots1ForCausalLM",
+            dict(
+                file=dict(scoring_func="sigmoid"),
+                n_shared_experts=1,
+                num_key_value_heads=4,
+                layer_types=["full_attention"] * 4,
+            ),
+        ),
         ("Ernie4_5ForCausalLM", {}),
         ("Ernie4_5_MoeForCausalLM", dict(moe_num_experts=4, moe_k=2, moe_num_shared_experts=1)),
         ("ExaoneMoeForCausalLM", dict(layer_types=_WINDOWS, file=dict(scoring_func="sigmoid"))),
@@ -104,14 +113,16 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         (
             "Gemma3nForCausalLM",
             dict(
+                # those that share have tensors of their own in the file, which nobody reads
+                file=dict(num_kv_shared_layers=2),
                 num_hidden_layers=22,
-                num_kv_shared_layers=2,
+                num_kv_shared_layers=0,
                 layer_types=(["sliding_attention"] * 4 + ["full_attention"]) * 4
                 + ["sliding_attention", "full_attention"],
                 vocab_size_per_layer_input=VOCAB,
                 hidden_size_per_layer_input=256,
                 altup_num_inputs=4,
-                laurel_rank=8,
+                laurel_rank=64,
                 activation_sparsity_pattern=[0.0] * 22,
                 intermediate_size=[128] * 22,
             ),
@@ -125,7 +136,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
                 hidden_size_per_layer_input=32,
                 global_head_dim=128,
                 num_kv_shared_layers=2,
-                layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+                layer_types=["sliding_attention", "full_attention"] * 3,
             ),
         ),
         ("GlmMoeDsaForCausalLM", _MLA),
@@ -195,15 +206,14 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         ("OlmoForCausalLM", {}),
         ("Olmo2ForCausalLM", {}),
         ("Olmo3ForCausalLM", {}),
-        ("PaddleOCRVLForConditionalGeneration", {}),
-        ("PhiForCausalLM", dict(num_key_value_heads=4)),
+        ("PaddleOCRVLForConditionalGeneration", dict(text_config=dict(rope_parameters=_MROPE))),
+        ("PhiForCausalLM", dict(num_key_value_heads=4, intermediate_size=512)),
         ("Qwen2VLForConditionalGeneration", dict(_IMAGE, text_config=dict(rope_parameters=_MROPE))),
         ("Qwen2_5_VLForConditionalGeneration", dict(_IMAGE, text_config=dict(rope_parameters=_MROPE))),
         ("Qwen3_5ForCausalLM", {}),
         ("Qwen3_5MoeForCausalLM", {}),
         ("Qwen3NextForCausalLM", {}),
         ("Qwen3VLForConditionalGeneration", dict(_IMAGE, text_config=dict(rope_parameters=_MROPE))),
-        ("Qwen3VLMoeForConditionalGeneration", dict(_IMAGE, text_config=dict(rope_parameters=_MROPE))),
         (
             "Qwen4ExpForCausalLM",
             dict(
@@ -224,7 +234,14 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         ("Starcoder2ForCausalLM", {}),
         (
             "Step3p7ForConditionalGeneration",
-            dict(text_config=dict(file=dict(num_attention_groups=2, moe_num_experts=4, moe_top_k=2))),
+            dict(
+                text_config=dict(
+                    layer_types=_WINDOWS,
+                    file=dict(
+                        partial_rotary_factors=[1.0, 0.5] * 2, num_attention_groups=2, moe_num_experts=4, moe_top_k=2
+                    ),
+                )
+            ),
         ),
         (
             "T5ForConditionalGeneration",
