@@ -190,7 +190,10 @@ def compile_with(tree: Path, patch: str, directory: Path) -> str:
             if found.is_file():
                 files[name + found.relative_to(path).as_posix() if path.is_dir() else name] = found.read_bytes()
     get_source.apply_patch(files, patch.encode())
-    native, build = directory / "native", directory / "build"
+    native, build = (
+        directory / "native",
+        directory / "build" / "native",
+    )  # as the repository has them: ccache knows them
     shutil.copytree(get_source.PATCH.parent, native, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(
         get_source.PATCH.parents[1] / "intactkv_export",

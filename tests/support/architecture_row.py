@@ -229,12 +229,11 @@ def _memory(about: dict[str, Any]) -> str:
     """What the model keeps, in a few words, from its description."""
     kinds = []
     for cache in about["caches"]:
-        window = {0: "", 1: f"window {cache['n_swa']}", 2: f"chunks of {cache['n_swa']}"}.get(
-            cache["swa_type"], "window"
-        )
-        dims = sorted({(x["head_dim_k"], x["head_dim_v"]) for x in cache["layers"]})
-        if dims:
-            kinds.append(" ".join(filter(None, ["K and V " + ", ".join(f"{k}/{v}" for k, v in dims), window])))
+        window = {0: "", 2: "chunks"}.get(cache["swa_type"], "window")
+        window += f" {cache['n_swa']}" if window else ""
+        sizes = sorted({(x["head_dim_k"], x["head_dim_v"]) for x in cache["layers"]})
+        for k, v in sizes:
+            kinds.append(" ".join(filter(None, [f"K and V {k}/{v}" if v else f"latents {k}", window])))
     if about.get("recurrent"):
         kinds.append("recurrent states")
     return "; ".join(kinds)
