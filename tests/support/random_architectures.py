@@ -113,7 +113,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         (
             "Gemma3nForCausalLM",
             dict(
-                # those that share have tensors of their own in the file, which nobody reads
+                # llama.cpp has 10 sparse layers and 20 with a cache in its code. Those that share one have
+                # tensors of their own in the file, which nobody reads
                 file=dict(num_kv_shared_layers=2),
                 num_hidden_layers=22,
                 num_kv_shared_layers=0,
@@ -123,7 +124,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
                 hidden_size_per_layer_input=256,
                 altup_num_inputs=4,
                 laurel_rank=64,
-                activation_sparsity_pattern=[0.0] * 22,
+                activation_sparsity_pattern=[0.95] * 10 + [0.0] * 12,
                 intermediate_size=[128] * 22,
             ),
         ),
@@ -179,7 +180,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         ("HunYuanVLForConditionalGeneration", {}),
         ("HYV3ForCausalLM", {}),
         ("Jais2ForCausalLM", {}),
-        ("JambaForCausalLM", {}),
+        ("JambaForCausalLM", dict(attn_layer_period=2, attn_layer_offset=1)),
         ("LagunaForCausalLM", dict(layer_types=_WINDOWS)),
         ("Lfm2ForCausalLM", dict(layer_types=["conv", "full_attention"] * 2)),
         ("Lfm2MoeForCausalLM", dict(layer_types=["conv", "full_attention"] * 2, num_dense_layers=1)),
