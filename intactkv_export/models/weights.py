@@ -15,6 +15,7 @@ import runpy
 import sys
 import traceback
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def huggingface_to_gguf(
     try:
         with huggingface.with_template(directory, out.with_name(f"{out.name}.source")) as source:
             sys.argv = [str(script), str(source), *options]
+            settings_of_the_file(script)
             runpy.run_path(str(script), run_name="__main__")
     except IntactKVError:
         raise
@@ -92,6 +94,42 @@ def huggingface_to_gguf(
     if not out.is_file():
         raise IntactKVError(_conversion_failed(directory, said.last or f"it wrote no {out.name}"))
     tensor_types.check_complete(gguf_file.read(out))
+
+
+def settings_of_the_file(script: Path) -> None:
+    """Give upstream's converter, a script whose directory is on sys.path, the settings that config.json has.
+
+    It asks transformers for them, whose newer versions leave out or rename some that it reads: the kinds of layers
+    ("attention" of Granite 4 H becomes "full_attention"), patterns of layers (Nemotron-H), rotary_pct.
+    """
+    if not (script.parent / "conversion" / "base.py").is_file():
+        return  # another converter, which INTACTKV_CONVERTER names
+    if "NO_LOCAL_GGUF" not in os.environ:  # as the script does it, before transformers imports the published one
+        sys.path.insert(1, str(script.parent / "gguf-py"))
+    base = import_module("conversion.base").ModelBase
+    load = base.load_hparams
+
+    def load_hparams(directory: Path, is_mistral_format: bool) -> dict[str, Any]:
+        found: dict[str, Any] = load(directory, is_mistral_format)
+        config = Path(directory, "config.json")
+        return found if is_mistral_format or not config.is_file() else _with_own(found, huggingface.read_json(config))
+
+    base.load_hparams = staticmethod(load_hparams)
+
+
+def _with_own(found: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """transformers' settings, with those that only the file has, and the file's own names in lists of names."""
+
+    def chosen(key: str, value: Any) -> Any:
+        if key not in found:
+            return value
+        there = found[key]
+        if isinstance(value, dict) and isinstance(there, dict) and key.endswith("_config"):
+            return _with_own(there, value)
+        names = isinstance(value, list) and isinstance(there, list) and all(isinstance(x, str) for x in value)
+        return value if names and len(value) == len(there) else there
+
+    return {**found, **{key: chosen(key, value) for key, value in own.items()}}
 
 
 def quantize(

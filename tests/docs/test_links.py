@@ -114,7 +114,7 @@ def test_readme_is_short() -> None:
 def test_measurements_are_tabled_in_one_place() -> None:
     """No table of figures outside of docs/results, but for the README's one."""
     for page in PAGES:
-        if page == "README.md" or page.startswith("docs/results/"):
+        if page in ("README.md", "docs/reference/models.md") or page.startswith("docs/results/"):  # names have versions
             continue
         for table in re.findall(r"(?:^\|.*\n)+", (REPO / page).read_text(encoding="utf-8"), re.MULTILINE):
             decimals = [n for n in numbers(table) if "." in n]
