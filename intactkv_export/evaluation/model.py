@@ -92,7 +92,7 @@ class Evaluated:
     def _round(self) -> None:
         """Make the intact cells ordinary: from now on attention reads their rounded copies."""
         ctx = self.llama.ctx
-        rounded = state.without_intact_cells(sequence_state(ctx))
+        rounded = state.without_intact_cells(sequence_state(ctx), bindings.describe(ctx))
         data = (ctypes.c_uint8 * len(rounded)).from_buffer_copy(rounded)
         if self._L.llama_state_seq_set_data(ctx, data, len(data), 0) == 0 or self.llama.intact_cells:
             raise IntactKVError("llama.cpp refused the rounded copy of the prefix")

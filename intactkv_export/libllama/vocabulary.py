@@ -112,9 +112,8 @@ class Vocabulary:
             return "it is a hybrid, part of its memory is a recurrent state"
         if self._llama_cpp.llama_model_has_encoder(self._model):
             return "its encoder sees the whole prompt, so no part of it can be computed ahead"
-        arch = self.header("general.architecture")
-        if all(self.header(f"{arch}.attention.{name}_length_mla") for name in ("key", "value")):
-            return "it caches compressed latents (MLA) instead of K and V"
+        if self.header(f"{self.header('general.architecture')}.attention.indexer.top_k") not in ("", "0"):
+            return "an indexer with a cache of its own chooses the tokens that are attended (sparse attention)"
         if self._llama_cpp.llama_model_rope_type(self._model) in _SEVERAL_POSITIONS:
             return "its positions have several dimensions (M-RoPE)"
         return ""

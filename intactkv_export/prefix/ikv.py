@@ -110,7 +110,9 @@ def build(
     there are some; format, tokens and model are filled in. Raises IntactKVError if anything does not fit or is not
     finite.
     """
-    text = manifests.encode({"format": manifests.FORMAT, "tokens": list(tokens), "model": dict(model), **manifest})
+    text = manifests.encode(
+        {"format": manifests.format_of(model), "tokens": list(tokens), "model": dict(model), **manifest}
+    )
     n_extra = manifests.n_extra(manifest)
     caches = (state.f16_section(cache, len(tokens), n_extra, K, V) for cache in state.shapes(model))
     body = b"".join([state.file_header(tokens), *caches, text])
@@ -465,7 +467,7 @@ def _parse(data: bytes, source: Path | None, embedded: bool, name: str | None = 
     start = structure.check_header(data, len(body), tokens)
     layers: list[structure.Layer] = []
     end = start
-    found = state.sections(data, start, len(body))
+    found = state.sections(data, start, len(body), manifest["model"])
     for cache in manifests.caches(manifest):
         section = next(found, None)
         if section is None:

@@ -180,6 +180,7 @@ def _layer_groups(prefix: Prefix) -> list[str]:
         first, last, size = layers[0].il, layers[-1].il, layers[0].K.nbytes + layers[0].V.nbytes
         which = str(first) if first == last else f"{first}-{last}"
         heads = f"{k[0]} KV heads of {k[1]}" if k == v else f"{k[0]} KV heads of {k[1]} (K) and {v[1]} (V)"
+        heads = heads if v[1] else f"a latent of {k[0] * k[1]} values"
         held = "cells" if prefix.n_extra else "tokens"
         lines.append(f"{which}: {cells} {held}, {heads}, F16, {size:,} bytes each, RoPE base {rope_base:g}")
     return lines

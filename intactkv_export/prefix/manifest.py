@@ -15,7 +15,8 @@ from typing import Any
 from intactkv_export.errors import IntactKVError, UsageError, first_line
 from intactkv_export.libllama import rope_of, state
 
-FORMAT = 1
+FORMAT = 1  # of most files
+FORMAT_MAX = 2  # of one that an earlier release cannot read: format_of()
 _MAX_BYTES = 16 << 20  # a million tokens with their text
 _MAX_HEADS, _MAX_HEAD_DIM = 1 << 16, 1 << 16
 EXTRA = "extra_cells"  # the field that counts cells which stand for no token; a prefix without such has none
@@ -47,6 +48,12 @@ def decode(data: bytes) -> dict[str, Any]:
 def caches(manifest: Mapping[str, Any]) -> list[state.CacheShape]:
     """The KV caches of a checked manifest's model, in the order of the state."""
     return state.shapes(manifest["model"])
+
+
+def format_of(model: Mapping[str, Any]) -> int:
+    """The format of a file for a model of this description."""
+    has_latents = any(layer.head_dim_v == 0 for cache in state.shapes(model) for layer in cache.layers)
+    return FORMAT_MAX if has_latents else FORMAT
 
 
 def n_extra(manifest: Mapping[str, Any]) -> int:
@@ -110,17 +117,18 @@ class _Field:
 
 
 def _check(root: _Field) -> None:
-    if type(root["format"].value) is not int or root["format"].value != FORMAT:  # true == 1 in Python
+    number = root["format"].value
+    if type(number) is not int or not FORMAT <= number <= FORMAT_MAX:  # true == 1 in Python
         raise IntactKVError(
-            f"the manifest's format is {ascii(root['format'].value)[:100]} and this version reads format {FORMAT}: "
-            "use the version of intactkv-export that made the prefix, or make it again"
+            f"the manifest's format is {ascii(number)[:100]} and this version reads the formats {FORMAT} to "
+            f"{FORMAT_MAX}: use the version of intactkv-export that made the prefix, or make it again"
         )
     model = root["model"]
     model["arch"].text()
     model["n_ctx_train"].integer(0, 2**32 - 1)
     model["vocab_sha256"].sha256()
     n_vocab = model["n_vocab"].integer(1, 2**31 - 1)
-    _check_caches(model["caches"])
+    _check_caches(model["caches"], number)
     _check_rope(model["rope"])
     for token in root["tokens"].items(1, 2**31 - 1):
         token.integer(0, n_vocab - 1)
@@ -129,7 +137,8 @@ def _check(root: _Field) -> None:
     _check_origin(root)
 
 
-def _check_caches(field: _Field) -> None:
+def _check_caches(field: _Field, number: int) -> None:
+    """number: the file's format."""
     n_layer = 0
     for cache in field.items(1, 2):
         swa_type = cache["swa_type"].integer(0, 3)
@@ -141,7 +150,7 @@ def _check_caches(field: _Field) -> None:
             last = il
             layer["n_head_kv"].integer(0, _MAX_HEADS)
             layer["head_dim_k"].integer(1, _MAX_HEAD_DIM)
-            layer["head_dim_v"].integer(1, _MAX_HEAD_DIM)
+            layer["head_dim_v"].integer(0 if number > FORMAT else 1, _MAX_HEAD_DIM)
             layer["rope_base"].number()
             n_layer += 1
     field.expect(n_layer > 0, "caches with layers")

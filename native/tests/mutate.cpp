@@ -28,8 +28,10 @@ static std::vector<bytes> seeds() {
     sample extra; // in the second cache they have left the window with the first token
     extra.n_extra = 2;
     extra.caches = { { 0, 0, { 1 }, { 0, 1, 2, 0, 0 } }, { 1, 2, { 0, 2 }, { 1, 2 } } };
-    return { sample().file(), windows.file(), long_one.file(), extra.file(), gguf_sample(sample().file(), true),
-        gguf_sample(sample().file(), false), gguf_behind().file(sample().file()) };
+    sample latents;
+    latents.head_dim_v = 0;
+    return { sample().file(), windows.file(), long_one.file(), extra.file(), latents.file(),
+        gguf_sample(sample().file(), true), gguf_sample(sample().file(), false), gguf_behind().file(sample().file()) };
 }
 
 // One change: at random, or where it hurts (the head, the manifest, the trailer).

@@ -225,8 +225,8 @@ static void hostile_manifest() {
     bad["bos_only"] = "\x1b[31m\n" + std::string(100000, 'x');
     CHECK(contains(error_of(s, bad), "bos_only is \"\\u001b[31m\\nxxx"));
     bad = s.manifest();
-    bad["format"] = 2;
-    CHECK(contains(error_of(s, bad), "format is 2 and this version reads format 1"));
+    bad["format"] = 3;
+    CHECK(contains(error_of(s, bad), "format is 3 and this version reads the formats 1 to 2"));
 
     std::string huge = good;
     huge.replace(huge.find("100000.0"), 8, "1e999");

@@ -68,6 +68,8 @@ MODELS = {
     "chunked window": model_of((0, 0, [(0, 2, 4, 6)]), (3, 2, [(1, 2, 4, 4)])),
     "symmetric window": model_of((0, 0, [(0, 2, 4, 6)]), (3, 3, [(1, 2, 4, 4)])),
     "no layer without a window": model_of((0, 0, []), (2, 1, [(0, 2, 4, 4)])),
+    "latents": model_of((0, 0, [(0, 1, 6, 0), (1, 1, 6, 0)])),
+    "latents of some layers": model_of((0, 0, [(0, 1, 6, 0), (1, 1, 6, 4), (2, 1, 6, 0)])),
 }
 
 
@@ -127,7 +129,14 @@ def read_by_the_page(data: bytes) -> tuple[dict[str, Any], list[tuple[int, list[
         expect("II", 0, len(cache["layers"]))
         sides = []
         for dim in ("head_dim_k", "head_dim_v"):
-            sides.append([rows(layer["n_head_kv"], layer[dim], len(positions), take) for layer in cache["layers"]])
+            sides.append(
+                [
+                    rows(layer["n_head_kv"], layer[dim], len(positions), take)
+                    if layer[dim]
+                    else np.empty((len(positions), layer["n_head_kv"], 0), np.float16)
+                    for layer in cache["layers"]
+                ]
+            )
         layers += [(x["il"], positions, k, v) for x, k, v in zip(cache["layers"], *sides, strict=True)]
     if at != len(state):
         raise ValueError("something behind the state")
@@ -170,10 +179,10 @@ def test_a_reader_by_the_page_reads_the_same(name: str, n_extra: int) -> None:
         assert bindings.verify(data) == len(TOKENS)
 
 
-@pytest.mark.parametrize("n_extra", [0, 3])
-def test_a_reader_by_the_page_refuses_the_same(n_extra: int) -> None:
+@pytest.mark.parametrize(("name", "n_extra"), [("standard window", 0), ("standard window", 3), ("latents", 0)])
+def test_a_reader_by_the_page_refuses_the_same(name: str, n_extra: int) -> None:
     """Each byte of the state changed under a right checksum, and each length of it."""
-    data = made(MODELS["standard window"], n_extra)
+    data = made(MODELS[name], n_extra)
     (length,) = struct.unpack("<Q", data[-48:-40])
     begin = len(data) - 48 - length
 
@@ -295,9 +304,10 @@ def test_the_schema_is_one_and_real_manifests_fit() -> None:
         VALIDATOR.validate(ikv.read(made(model, 3)).manifest)
 
 
-def test_the_schema_refuses_what_we_refuse() -> None:
+@pytest.mark.parametrize("name", ["standard window", "latents"])
+def test_the_schema_refuses_what_we_refuse(name: str) -> None:
     """One value after the other, everywhere in a manifest."""
-    manifest = ikv.read(made(MODELS["standard window"], 3)).manifest
+    manifest = ikv.read(made(MODELS[name], 3)).manifest
     seen = {True: 0, False: 0}
     for path in places(manifest):
         for value in OTHERS:

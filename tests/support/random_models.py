@@ -157,6 +157,39 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# One latent of kv_lora_rank + qk_rope_head_dim values a token, V is its first kv_lora_rank: as DeepSeek's, or smaller
+_LATENT: dict[str, Any] = dict(
+    head_dim=None,
+    num_key_value_heads=4,
+    num_hidden_layers=3,
+    q_lora_rank=64,
+    kv_lora_rank=256,
+    qk_rope_head_dim=64,
+    qk_nope_head_dim=64,
+    v_head_dim=32,
+    rope_parameters=_rope(),
+)
+_LATENT_EXPERTS: dict[str, Any] = dict(
+    _LATENT,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_shared_experts=1,
+    n_group=1,
+    topk_group=1,
+    moe_intermediate_size=64,
+    first_k_dense_replace=1,
+)
+_LATENT_YARN = dict(_YARN, mscale=0.707, mscale_all_dim=0.707)
+MLA: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek2-lite": (
+        "deepseek_v2",
+        dict(_LATENT_EXPERTS, num_hidden_layers=26, q_lora_rank=None, kv_lora_rank=512, rope_parameters=_LATENT_YARN),
+    ),
+    "deepseek2": ("deepseek_v2", _LATENT_EXPERTS),
+    "deepseek3": ("deepseek_v3", _LATENT_EXPERTS),
+    "glm4-moe-lite": ("glm4_moe_lite", dict(_LATENT_EXPERTS, kv_lora_rank=512)),
+}
+
 # Not for the torch engine: YaRN betas that only llama.cpp's architecture has, a head that no block of a quantized cache
 # divides, a sliding window that upstream's converter ignores
 _BETAS = dict(_YARN, beta_fast=4.0, beta_slow=1.5, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1)
@@ -164,6 +197,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ministral3": ("ministral3", dict(sliding_window=None, rope_parameters=_BETAS)),
     "llama-head80": ("llama", dict(head_dim=80, rope_parameters=_rope())),
     "mistral-window": ("mistral", dict(sliding_window=16, rope_parameters=_rope())),
+    **MLA,
 }
 
 
@@ -177,8 +211,8 @@ def build(name: str, directory: Path | str, *, seed: int = 0, **changes: Any) ->
     # Copied through JSON: a config class changes the dictionaries that it is given.
     base = {} if "text_config" in differs else _BASE
     settings = json.loads(json.dumps({k: v for k, v in {**base, **differs, **changes}.items() if v is not None}))
-    if "sliding_window" in differs:
-        settings["sliding_window"] = differs["sliding_window"]  # None is not the class's default
+    for key in differs.keys() & {"sliding_window", "q_lora_rank"}:
+        settings[key] = differs[key]  # None is not the class's default
     config = AutoConfig.for_model(model_type, **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _fill(model, model_type, seed)
@@ -256,7 +290,7 @@ def to_gguf(directories: Iterable[Path]) -> None:
         "converter, *dirs = sys.argv[1:]\n"
         "sys.path.insert(0, converter.rpartition('/')[0])\n"
         "from conversion.base import TextModel\n"
-        "TextModel._set_vocab_gpt2 = TextModel._set_vocab_sentencepiece\n"
+        "TextModel._set_vocab_gpt2 = TextModel._set_vocab_glm = TextModel._set_vocab_sentencepiece\n"
         "for d in dirs:\n"
         "    sys.argv = [converter, d, '--outtype', 'f32', '--outfile', d + '.gguf']\n"
         "    runpy.run_path(converter, run_name='__main__')\n"

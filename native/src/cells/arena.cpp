@@ -79,7 +79,7 @@ static bool kernel_knows(const ggml_tensor * cache, int64_t head_dim, int64_t n_
 
 bool arena::fused(int32_t il, const llama_cparams & cparams) const {
     const uint32_t n_head_kv = kv.hparams.n_head_kv(il);
-    return kind == attention_kind::fused && cparams.flash_attn &&
+    return kind == attention_kind::fused && cparams.flash_attn && cache_v(il) &&
             kernel_knows(cache_k(il), kv.hparams.n_embd_head_k(il), n_head_kv) &&
             kernel_knows(cache_v(il), kv.hparams.n_embd_head_v(il), n_head_kv);
 }
@@ -117,8 +117,15 @@ const llama_hparams & arena::hparams() const {
     return kv.hparams;
 }
 
+bool arena::has_latents() const {
+    return !kv.layers.empty() && kv.layers[0].v == nullptr;
+}
+
 fused_rotation arena::rotation() const {
     fused_rotation res;
+    if (has_latents()) { // upstream makes the matrix, and multiplies nothing by it
+        return res;
+    }
     if (kv.attn_rot_k) {
         for (res.k = 64; kv.n_embd_head_k_all % (2 * res.k) == 0;) {
             res.k *= 2;
@@ -153,7 +160,7 @@ uint32_t arena::n_cells(int32_t seq_id, bool tail_only) const {
 void arena::set_tail(int32_t n) {
     // layers of one cache have the same types
     const ggml_type type_k = kv.layers.empty() ? GGML_TYPE_F16 : kv.type_k();
-    const ggml_type type_v = kv.layers.empty() ? GGML_TYPE_F16 : kv.type_v();
+    const ggml_type type_v = kv.layers.empty() ? GGML_TYPE_F16 : has_latents() ? type_k : kv.type_v();
     if (n < 0) {
         n = reads_intact() && fast ? default_tail(type_k, type_v) : 0;
     }

@@ -116,6 +116,11 @@ static ggml_tensor * write_over(
     return ggml_permute(ctx, res, 0, 2, 1, 3);
 }
 
+// V of latents: the first values of each row
+static ggml_tensor * part_of(ggml_context * ctx, ggml_tensor * k, const ggml_tensor & v) {
+    return ggml_view_4d(ctx, k, v.ne[0], k->ne[1], k->ne[2], k->ne[3], k->nb[1], k->nb[2], k->nb[3], 0);
+}
+
 // as build_attn_mha() has it: [head_dim, n_tokens, n_head, n_stream]
 static ggml_tensor permuted(const ggml_tensor & t, int64_t n_stream) {
     ggml_tensor res = t;
@@ -193,17 +198,25 @@ ggml_tensor * layer_attention::attend(ggml_context * ctx, ggml_tensor * q, ggml_
         const llama_hparams & hparams = a.hparams();
         const intact_rows intact = { a.layer(il).k, a.layer(il).v, cells->row_of_cell };
 
-        ggml_tensor * res = fused_attention(ctx, q, k, v, mask, sinks, has_intact ? &intact : nullptr,
+        return fused_attention(ctx, q, k, v, mask, sinks, has_intact ? &intact : nullptr,
                 is_whole ? a.rotation() : fused_rotation{}, scale, hparams.f_max_alibi_bias,
                 hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f);
-        return ggml_reshape_2d(ctx, res, res->ne[0] * res->ne[1], res->ne[2] * res->ne[3]);
     }
 
     if (has_intact) {
         k = write_over(ctx, k, a.layer(il).k, cells->rows, cells->cells);
-        v = write_over(ctx, v, a.layer(il).v, cells->rows, cells->cells);
+        v = a.has_latents() ? part_of(ctx, k, *v) : write_over(ctx, v, a.layer(il).v, cells->rows, cells->cells);
     }
     return nullptr;
+}
+
+ggml_tensor * merge_heads(ggml_context * ctx, ggml_tensor * attention, ggml_tensor * v_mla) {
+    ggml_tensor * res = attention;
+    if (v_mla) { // one matrix a head: heads outermost
+        res = ggml_mul_mat(ctx, v_mla, ggml_permute(ctx, res, 0, 2, 1, 3));
+        res = ggml_cont(ctx, ggml_permute(ctx, res, 0, 2, 1, 3));
+    }
+    return ggml_reshape_2d(ctx, res, res->ne[0] * res->ne[1], res->ne[2] * res->ne[3]);
 }
 
 } // namespace intactkv

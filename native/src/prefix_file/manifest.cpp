@@ -14,6 +14,7 @@ namespace intactkv {
 using json = nlohmann::json;
 
 static constexpr size_t MAX_MANIFEST = 16 << 20; // bytes: a million tokens with their text
+static constexpr unsigned MAX_FORMAT = 2;        // 2: layers without V rows
 static constexpr size_t MAX_NESTING = 32;
 static constexpr size_t MAX_CACHES = 2; // base, and sliding window
 static constexpr size_t MAX_LAYERS = 4096;
@@ -144,24 +145,26 @@ json parse_json(const char * text, size_t size) {
     }
 }
 
-static layer_shape read_layer(const field & layer) {
+static layer_shape read_layer(const field & layer, uint64_t format) {
     layer.object()["rope_base"].number();
     const uint64_t heads = layer["n_head_kv"].integer(0, MAX_HEADS); // 0: a layer without attention
+    const uint64_t dim_v = layer["head_dim_v"].integer(format > 1 ? 0 : 1, MAX_HEAD_DIM);
     return {
         (uint32_t) layer["il"].integer(0, MAX_LAYERS - 1),
         2 * heads * layer["head_dim_k"].integer(1, MAX_HEAD_DIM),
-        2 * heads * layer["head_dim_v"].integer(1, MAX_HEAD_DIM),
+        2 * heads * dim_v,
+        dim_v > 0,
     };
 }
 
-static cache_shape read_cache(const field & cache) {
+static cache_shape read_cache(const field & cache, uint64_t format) {
     cache_shape res;
     res.swa_type = cache.object()["swa_type"].integer(0, 3);
     res.n_swa = cache["n_swa"].integer(res.swa_type == 0 ? 0 : 1, INT32_MAX);
     const field layers = cache["layers"];
     const size_t n = layers.array(0, MAX_LAYERS);
     for (size_t i = 0; i < n; ++i) {
-        res.layers.push_back(read_layer(layers[i]));
+        res.layers.push_back(read_layer(layers[i], format));
         if (i > 0 && res.layers[i].il <= res.layers[i - 1].il) {
             layers[i]["il"].expected("above that of the layer before it, " + std::to_string(res.layers[i - 1].il));
         }
@@ -169,12 +172,12 @@ static cache_shape read_cache(const field & cache) {
     return res;
 }
 
-static std::vector<cache_shape> read_caches(const field & caches) {
+static std::vector<cache_shape> read_caches(const field & caches, uint64_t format) {
     std::vector<cache_shape> res;
     const size_t n = caches.array(1, MAX_CACHES);
     size_t n_layer = 0;
     for (size_t i = 0; i < n; ++i) {
-        res.push_back(read_cache(caches[i]));
+        res.push_back(read_cache(caches[i], format));
         n_layer += res.back().layers.size();
     }
     if (n_layer == 0) {
@@ -262,10 +265,11 @@ manifest read_manifest(const char * text, size_t size) {
     if (!parsed.is_object()) {
         refuse("the manifest is %s, not an object: %s", shown(parsed).c_str(), REMAKE);
     }
-    if (!root["format"].value.is_number_integer() || root["format"].value != 1) {
-        refuse("the manifest's field format is %s and this version reads format 1: use the version of "
+    const json & format = root["format"].value;
+    if (!format.is_number_integer() || format < 1 || format > MAX_FORMAT) {
+        refuse("the manifest's field format is %s and this version reads the formats 1 to %u: use the version of "
                "intactkv-export that made the prefix, or make it again",
-                shown(root["format"].value).c_str());
+                shown(format).c_str(), MAX_FORMAT);
     }
 
     manifest res;
@@ -274,7 +278,7 @@ manifest read_manifest(const char * text, size_t size) {
     model["n_ctx_train"].integer(0, UINT32_MAX);
     model["vocab_sha256"].sha256();
     res.n_vocab = model["n_vocab"].integer(1, INT32_MAX);
-    res.caches = read_caches(model["caches"]);
+    res.caches = read_caches(model["caches"], format.get<uint64_t>());
     check_rope(model["rope"]);
 
     const field tokens = root["tokens"];
