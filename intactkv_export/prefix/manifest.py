@@ -15,8 +15,8 @@ from typing import Any
 from intactkv_export.errors import IntactKVError, UsageError, first_line
 from intactkv_export.libllama import rope_of, state
 
-FORMAT = 1  # of most files
-FORMAT_MAX = 2  # of one that an earlier release cannot read: format_of()
+FORMAT = 1
+FORMAT_NEW_KINDS = 2  # of models that versions which read 1 alone refuse: the state has more, or other sections
 _MAX_BYTES = 16 << 20  # a million tokens with their text
 _MAX_HEADS, _MAX_HEAD_DIM = 1 << 16, 1 << 16
 EXTRA = "extra_cells"  # the field that counts cells which stand for no token; a prefix without such has none
@@ -51,9 +51,9 @@ def caches(manifest: Mapping[str, Any]) -> list[state.CacheShape]:
 
 
 def format_of(model: Mapping[str, Any]) -> int:
-    """The format of a file for a model of this description."""
+    """The format of a prefix of this model (bindings.describe)."""
     has_latents = any(layer.head_dim_v == 0 for cache in state.shapes(model) for layer in cache.layers)
-    return FORMAT_MAX if has_latents else FORMAT
+    return FORMAT_NEW_KINDS if has_latents else FORMAT
 
 
 def n_extra(manifest: Mapping[str, Any]) -> int:
@@ -118,10 +118,10 @@ class _Field:
 
 def _check(root: _Field) -> None:
     number = root["format"].value
-    if type(number) is not int or not FORMAT <= number <= FORMAT_MAX:  # true == 1 in Python
+    if type(number) is not int or number not in (FORMAT, FORMAT_NEW_KINDS):  # true == 1 in Python
         raise IntactKVError(
-            f"the manifest's format is {ascii(number)[:100]} and this version reads the formats {FORMAT} to "
-            f"{FORMAT_MAX}: use the version of intactkv-export that made the prefix, or make it again"
+            f"the manifest's format is {ascii(number)[:100]} and this version reads the formats {FORMAT} and "
+            f"{FORMAT_NEW_KINDS}: use the version that made the prefix, or make it again"
         )
     model = root["model"]
     model["arch"].text()

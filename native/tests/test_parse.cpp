@@ -226,7 +226,7 @@ static void hostile_manifest() {
     CHECK(contains(error_of(s, bad), "bos_only is \"\\u001b[31m\\nxxx"));
     bad = s.manifest();
     bad["format"] = 3;
-    CHECK(contains(error_of(s, bad), "format is 3 and this version reads the formats 1 to 2"));
+    CHECK(contains(error_of(s, bad), "format is 3 and this version reads the formats 1 and 2"));
 
     std::string huge = good;
     huge.replace(huge.find("100000.0"), 8, "1e999");

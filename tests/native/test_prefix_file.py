@@ -319,7 +319,7 @@ def test_faults_of_latents(programs: Path, tmp_path: Path) -> None:
         "K of nothing": (latents, changed(latents_said, lambda m: of_layers(m, head_dim_k=0)), "head_dim_k is 0"),
         "below nothing": (latents, changed(latents_said, lambda m: of_layers(m, head_dim_v=-1)), "head_dim_v is -1"),
         "format 1": (latents, latents_said | {"format": 1}, "head_dim_v is 0"),
-        "format 3": (latents, latents_said | {"format": 3}, "reads the formats 1 to 2"),
+        "format 3": (latents, latents_said | {"format": 3}, "reads the formats 1 and 2"),
         "cut": (latents[:-1], latents_said, "ends inside"),
         "more": (latents + b"\0\0", latents_said, "its manifest begins at"),
         "NaN": (latents[:row] + b"\xff\x7f" + latents[row + 2 :], latents_said, "NaN or infinity"),

@@ -162,7 +162,7 @@ def test_a_right_checksum_is_not_enough():
 @pytest.mark.parametrize(
     "path, value, message",
     [
-        ("format", 3, "reads the formats 1 to 2"),
+        ("format", 3, "reads the formats 1 and 2"),
         ("tokens", [], "tokens is list"),
         ("tokens", [1, 5, 7, 9, 1000], r"tokens\[4\] is 1000"),
         ("tokens", [1, 5, 7, 9, True], r"tokens\[4\] is True"),
@@ -171,7 +171,7 @@ def test_a_right_checksum_is_not_enough():
         ("model.caches", [], "caches"),
         ("model.rope.scale", "1", "scale"),
         ("model.rope.scale", 10**400, "not a finite number"),
-        ("format", 1.0, "reads the formats 1 to 2"),
+        ("format", 1.0, "reads the formats 1 and 2"),
         ("model.rope.more", [1], "more"),
         ("reference", None, "reference"),
         ("reference.sha256", "AB" * 32, "SHA-256"),

@@ -21,6 +21,8 @@ static constexpr size_t MAX_LAYERS = 4096;
 static constexpr uint64_t MAX_HEADS = 1 << 16;
 static constexpr uint64_t MAX_HEAD_DIM = 1 << 16;
 static constexpr uint64_t MAX_EXTRA = 1 << 16; // cells
+static constexpr int64_t FORMAT = 1;
+static constexpr int64_t FORMAT_NEW_KINDS = 2; // of models that readers of format 1 refused
 
 std::string shown(const json & value) {
     std::string res;
@@ -145,10 +147,10 @@ json parse_json(const char * text, size_t size) {
     }
 }
 
-static layer_shape read_layer(const field & layer, uint64_t format) {
+static layer_shape read_layer(const field & layer, int64_t format) {
     layer.object()["rope_base"].number();
     const uint64_t heads = layer["n_head_kv"].integer(0, MAX_HEADS); // 0: a layer without attention
-    const uint64_t dim_v = layer["head_dim_v"].integer(format > 1 ? 0 : 1, MAX_HEAD_DIM);
+    const uint64_t dim_v = layer["head_dim_v"].integer(format > FORMAT ? 0 : 1, MAX_HEAD_DIM);
     return {
         (uint32_t) layer["il"].integer(0, MAX_LAYERS - 1),
         2 * heads * layer["head_dim_k"].integer(1, MAX_HEAD_DIM),
@@ -157,7 +159,7 @@ static layer_shape read_layer(const field & layer, uint64_t format) {
     };
 }
 
-static cache_shape read_cache(const field & cache, uint64_t format) {
+static cache_shape read_cache(const field & cache, int64_t format) {
     cache_shape res;
     res.swa_type = cache.object()["swa_type"].integer(0, 3);
     res.n_swa = cache["n_swa"].integer(res.swa_type == 0 ? 0 : 1, INT32_MAX);
@@ -172,7 +174,7 @@ static cache_shape read_cache(const field & cache, uint64_t format) {
     return res;
 }
 
-static std::vector<cache_shape> read_caches(const field & caches, uint64_t format) {
+static std::vector<cache_shape> read_caches(const field & caches, int64_t format) {
     std::vector<cache_shape> res;
     const size_t n = caches.array(1, MAX_CACHES);
     size_t n_layer = 0;
@@ -265,11 +267,11 @@ manifest read_manifest(const char * text, size_t size) {
     if (!parsed.is_object()) {
         refuse("the manifest is %s, not an object: %s", shown(parsed).c_str(), REMAKE);
     }
-    const json & format = root["format"].value;
-    if (!format.is_number_integer() || format < 1 || format > MAX_FORMAT) {
-        refuse("the manifest's field format is %s and this version reads the formats 1 to %u: use the version of "
+    if (!root["format"].value.is_number_integer() ||
+            (root["format"].value != FORMAT && root["format"].value != FORMAT_NEW_KINDS)) {
+        refuse("the manifest's field format is %s and this version reads the formats 1 and 2: use the version of "
                "intactkv-export that made the prefix, or make it again",
-                shown(format).c_str(), MAX_FORMAT);
+                shown(root["format"].value).c_str());
     }
 
     manifest res;
@@ -278,7 +280,7 @@ manifest read_manifest(const char * text, size_t size) {
     model["n_ctx_train"].integer(0, UINT32_MAX);
     model["vocab_sha256"].sha256();
     res.n_vocab = model["n_vocab"].integer(1, INT32_MAX);
-    res.caches = read_caches(model["caches"], format.get<uint64_t>());
+    res.caches = read_caches(model["caches"], root["format"].value.get<int64_t>());
     check_rope(model["rope"]);
 
     const field tokens = root["tokens"];
