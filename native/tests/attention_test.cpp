@@ -47,9 +47,9 @@ struct fused_case {
     int32_t n_rows;      // of the arena; 0: no intact cells
     intactkv::fused_rotation rot;
     float scale, max_bias, softcap;
-    const float * q; // [n_stream][n_tokens][n_head][dim_k]
-    const float * k; // [n_stream][n_kv][n_head_kv][dim_k]
-    const float * v;
+    const float * q;       // [n_stream][n_tokens][n_head][dim_k]
+    const float * k;       // [n_stream][n_kv][n_head_kv][dim_k]
+    const float * v;       // or NULL: V is the first dim_v values of K's rows, of one KV head; so it is in the arena
     const uint16_t * mask; // F16 [mask_streams][mask_heads][mask_tokens][n_kv]
     const float * sinks;   // [n_head] or NULL
     const float * arena_k; // [n_rows][n_head_kv][dim_k] or NULL
@@ -124,6 +124,9 @@ bool fused_test_run(const fused_case * c, int32_t which, int32_t n_threads, floa
         if (c->arena_v) {
             intact.v = cache_tensor(ctx, GGML_TYPE_F16, c->arena_v, c->dim_v, c->n_head_kv, c->n_rows, 1);
         }
+        if (!c->v) {
+            intact.v = intact.k;
+        }
         intact.row_of_cell = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, c->n_kv, c->n_stream);
         memcpy(intact.row_of_cell->data, c->row_of_cell, ggml_nbytes(intact.row_of_cell));
     }
@@ -137,15 +140,16 @@ bool fused_test_run(const fused_case * c, int32_t which, int32_t n_threads, floa
         ggml_tensor * v;
         if (i == 0) {
             k = k0 = cache_tensor(ctx, (ggml_type) c->type_k, c->k, c->dim_k, c->n_head_kv, c->n_kv, c->n_stream);
-            v = v0 = cache_tensor(ctx, (ggml_type) c->type_v, c->v, c->dim_v, c->n_head_kv, c->n_kv, c->n_stream);
+            v = v0 = c->v ? cache_tensor(ctx, (ggml_type) c->type_v, c->v, c->dim_v, c->n_head_kv, c->n_kv, c->n_stream)
+                          : k;
         } else {
             k = ggml_dup_tensor(ctx, k0);
-            v = ggml_dup_tensor(ctx, v0);
+            v = c->v ? ggml_dup_tensor(ctx, v0) : k;
             memcpy(k->data, k0->data, ggml_nbytes(k0));
             memcpy(v->data, v0->data, ggml_nbytes(v0));
         }
-        k = head_view(ctx, k, c->dim_k, c->n_head_kv);
         v = head_view(ctx, v, c->dim_v, c->n_head_kv);
+        k = head_view(ctx, k, c->dim_k, c->n_head_kv);
         for (int fused = 0; fused < 2; fused++) {
             if (which != 2 && which != fused) {
                 continue;

@@ -98,6 +98,7 @@ def test_intact_latents_are_read_at_f16(model: Callable[..., Any], attention: st
     assert ctx.restore(state_at(weights, 0)) and ctx.n_intact() == N
     got = logits(ctx, TEXT, N)
     assert ctx.n_intact() == len(TOKENS) and ctx.n_tail() == len(TEXT)
+    assert ctx.attention() == attention
     rounded.decode(PREFIX, 0)
     plain = distance(logits(rounded, TEXT, N), expected)
     assert distance(got, expected) < min(2e-3, plain / 3), plain

@@ -66,7 +66,7 @@ arena::arena(llama_kv_cache & kv, const llama_context & ctx) :
 }
 
 // whether the kernel takes a cache of this type with heads of this size, asked as if a token were to be stored
-static bool kernel_knows(const ggml_tensor * cache, int64_t head_dim, int64_t n_head_kv) {
+static bool kernel_knows(const ggml_tensor * cache, int64_t head_dim, int64_t n_head_kv, bool latent = false) {
     ggml_tensor cur = {};
     cur.type = GGML_TYPE_F32;
     cur.nb[0] = sizeof(float);
@@ -74,14 +74,21 @@ static bool kernel_knows(const ggml_tensor * cache, int64_t head_dim, int64_t n_
     cur.ne[1] = n_head_kv;
     cur.ne[2] = 1;
     cur.ne[3] = 1;
-    return fused_store_supported(cache, &cur);
+    return fused_store_supported(cache, &cur, latent);
 }
 
 bool arena::fused(int32_t il, const llama_cparams & cparams) const {
+    if (kind != attention_kind::fused || !cparams.flash_attn) {
+        return false;
+    }
     const uint32_t n_head_kv = kv.hparams.n_head_kv(il);
-    return kind == attention_kind::fused && cparams.flash_attn && cache_v(il) &&
-            kernel_knows(cache_k(il), kv.hparams.n_embd_head_k(il), n_head_kv) &&
-            kernel_knows(cache_v(il), kv.hparams.n_embd_head_v(il), n_head_kv);
+    const uint32_t dim_k = kv.hparams.n_embd_head_k(il);
+    const uint32_t dim_v = kv.hparams.n_embd_head_v(il);
+    if (has_latents()) {
+        return n_head_kv == 1 && kernel_knows(cache_k(il), dim_k, 1, true) &&
+                fused_head_supported(cache_k(il)->type, dim_v);
+    }
+    return kernel_knows(cache_k(il), dim_k, n_head_kv) && kernel_knows(cache_v(il), dim_v, n_head_kv);
 }
 
 bool arena::fused(const llama_cparams & cparams) const {

@@ -144,14 +144,18 @@ layer_attention graph_cells::layer(int32_t il, const llama_cparams & cparams, co
     }
     ggml_tensor * k_cache = a->cache_k(il);
     ggml_tensor * v_cache = a->cache_v(il);
-    if (!fused_store_supported(k_cache, k) || !fused_store_supported(v_cache, v)) {
+    const bool latents = a->has_latents();
+    if (!fused_store_supported(k_cache, k, latents) || (!latents && !fused_store_supported(v_cache, v))) {
         return res;
     }
     // what build_attn_mha() will be given, and attend() will ask about once more
     const int64_t n_stream = mask->ne[3];
     ggml_tensor q4 = permuted(*q, n_stream);
     ggml_tensor k4 = *k_cache;
-    ggml_tensor v4 = *v_cache;
+    ggml_tensor v4 = latents ? *k_cache : *v_cache;
+    if (latents) {
+        k4.view_src = v4.view_src = k_cache;
+    }
     for (auto [t, cur] : { std::pair(&k4, k), std::pair(&v4, v) }) {
         t->ne[0] = cur->ne[0];
         t->ne[1] = k_cache->ne[1];
@@ -196,7 +200,8 @@ ggml_tensor * layer_attention::attend(ggml_context * ctx, ggml_tensor * q, ggml_
     GGML_ASSERT(fused || !is_whole);
     if (fused) {
         const llama_hparams & hparams = a.hparams();
-        const intact_rows intact = { a.layer(il).k, a.layer(il).v, cells->row_of_cell };
+        const arena_layer & rows = a.layer(il);
+        const intact_rows intact = { rows.k, a.has_latents() ? rows.k : rows.v, cells->row_of_cell };
 
         return fused_attention(ctx, q, k, v, mask, sinks, has_intact ? &intact : nullptr,
                 is_whole ? a.rotation() : fused_rotation{}, scale, hparams.f_max_alibi_bias,
