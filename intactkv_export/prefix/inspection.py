@@ -198,9 +198,10 @@ def _heat_map(prefix: Prefix, pieces: Sequence[str] | None, every: bool) -> list
     distance = distances(prefix)
     n_layer, side = len(prefix.layers), len(k)
     margin = " " * (index_width + name_width + 3)
-    heads = [f"{name}, layers 0-{n_layer - 1}"[: max(side, 1)] for name in ("K", "V")]
+    sides = ("K", "V") if any(layer.V.size for layer in prefix.layers) else ("K", "")  # of latents
+    heads = [f"{name}, layers 0-{n_layer - 1}"[: max(side, 1)] if name else "" for name in sides]
     lines = [
-        Text("Norms of K and V against the median of their layer:"),
+        Text(f"Norms of {' and '.join(filter(None, sides))} against the median of their layer:"),
         Text("  smaller by 1.2 ░  1.4 ▒  2 ▓  4 █    larger by 1.2 +  1.4 *  2 #  4 @"),
         Text("  * before a token: a pivot, far from the others over all layers"),
         Text(f"{margin}{heads[0]:{side}}  {heads[1]}".rstrip(), style="dim"),

@@ -207,7 +207,8 @@ bool fused_test_run(const fused_case * c, int32_t which, int32_t n_threads, floa
 
 // Stores K [n_tokens][n_head_kv][dim_k] and V into the cells of a cache of n_cells that is zero. which: 0 upstream's
 // nodes, 1 fused_store(). k_out, v_out: the bytes of the whole cache. n_rows > 0: fused_store() writes to F16 rows too,
-// to those that rows [n_tokens] says; k_rows, v_rows: all of them, zero before, or NULL for a side that has none.
+// to those that rows [n_tokens] says; k_rows, v_rows: all of them, zero before, or NULL for a side that has none. dim_v 0:
+// K has latents, there is no V.
 void fused_test_store(int32_t which, int32_t n_threads, int32_t type_k, int32_t type_v, int32_t dim_k, int32_t dim_v,
         int32_t n_head_kv, int32_t n_tokens, int32_t n_cells, int32_t rot_k, int32_t rot_v, const float * k,
         const float * v, const int64_t * cells, void * k_out, void * v_out, int32_t n_rows, const int64_t * rows,
@@ -229,6 +230,9 @@ void fused_test_store(int32_t which, int32_t n_threads, int32_t type_k, int32_t 
         ggml_tensor * rows = nullptr;
     } sides[] = { { type_k, dim_k, rot_k, k, k_out, k_rows }, { type_v, dim_v, rot_v, v, v_out, v_rows } };
     for (side & s : sides) {
+        if (s.dim == 0) {
+            continue;
+        }
         s.cache = ggml_new_tensor_2d(ctx, (ggml_type) s.type, (int64_t) s.dim * n_head_kv, n_cells);
         s.cur = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, s.dim, n_head_kv, n_tokens);
         memset(s.cache->data, 0, ggml_nbytes(s.cache));
@@ -247,10 +251,13 @@ void fused_test_store(int32_t which, int32_t n_threads, int32_t type_k, int32_t 
     ggml_cgraph * graph = ggml_new_graph(ctx);
     if (which == 1) {
         ggml_build_forward_expand(graph,
-                intactkv::fused_store(ctx, sides[0].cache, sides[1].cache, sides[0].cur, sides[1].cur, cell, cell,
+                intactkv::fused_store(ctx, sides[0].cache, sides[1].cache, sides[0].cur, sides[1].cur, cell, dim_v > 0 ? cell : nullptr,
                         { rot_k, rot_v }, n_rows > 0 ? &tail : nullptr));
     } else {
         for (side & s : sides) {
+            if (s.dim == 0) {
+                continue;
+            }
             ggml_tensor * cur = s.cur;
             if (s.rot > 0) {
                 // its values do not matter, only that upstream computes by them what it takes for their product
@@ -268,6 +275,9 @@ void fused_test_store(int32_t which, int32_t n_threads, int32_t type_k, int32_t 
     plan.work_data = work.data();
     ggml_graph_compute(graph, &plan);
     for (const side & s : sides) {
+        if (s.dim == 0) {
+            continue;
+        }
         memcpy(s.out, s.cache->data, ggml_nbytes(s.cache));
         if (s.rows) {
             memcpy(s.rows_out, s.rows->data, ggml_nbytes(s.rows));
