@@ -354,7 +354,14 @@ def test_latents_are_stored_as_upstream_stores(kernel: K.Kernel, kv_type: str, d
     for isa in each_isa(kernel):
         for n_threads in (1, 3):
             (made, _, tail) = kernel.store(
-                k, k[..., :0], fused=True, n_threads=n_threads, rows=rows, n_rows=n_rows, with_rows=(True, False), **store
+                k,
+                k[..., :0],
+                fused=True,
+                n_threads=n_threads,
+                rows=rows,
+                n_rows=n_rows,
+                with_rows=(True, False),
+                **store,
             )
             np.testing.assert_array_equal(np.frombuffer(tail, np.float16).reshape(n_rows, dim)[rows], at_f16)
             fitted = fitted or made

@@ -6,6 +6,7 @@ architecture as older files have it, with plain K and V.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 from intactkv_export.engines import llama_engine
 from intactkv_export.errors import IntactKVError
-from intactkv_export.libllama import bindings
+from intactkv_export.libllama import Vocabulary, bindings
 from intactkv_export.prefix import ikv
 from tests.support import automatic, lowlevel, random_models, tiny_ggufs
 from tests.support.lowlevel import Context, L
@@ -259,3 +260,16 @@ def test_models_of_transformers(tmp_path: Path, name: str, monkeypatch: pytest.M
         assert mixed.n_intact() == N
         plain, got, best = (distance(logits(ctx, TEXT, N), expected) for ctx in (rounded, mixed, all_intact))
         assert best < plain / 3 and got < plain, (plain, got, best)
+
+
+def test_sparse_attention_is_refused_with_the_reason(tmp_path: Path) -> None:
+    """By the header and by the library: an indexer's cache beside the latents is no part of a prefix."""
+    pytest.importorskip("torch")
+    directory = random_models.build("deepseek32", tmp_path / "deepseek32")
+    random_models.to_gguf([directory])
+    gguf = directory.with_name("deepseek32.gguf")
+    why = "an indexer with a cache of its own chooses the tokens that are attended (sparse attention)"
+    with Vocabulary(gguf) as vocabulary:
+        assert vocabulary.refusal() == why
+    with pytest.raises(IntactKVError, match=re.escape(f"'deepseek32' cannot carry a prefix: {why}")):
+        llama_engine.describe(gguf)
