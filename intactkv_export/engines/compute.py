@@ -11,12 +11,14 @@ import intactkv_export
 from intactkv_export.engines import llama_engine, torch_engine
 from intactkv_export.engines.choose import check_device, choose
 from intactkv_export.errors import IntactKVError, UsageError
-from intactkv_export.libllama import KV, Rope
+from intactkv_export.libllama import KV, Rope, States
 from intactkv_export.models import Reference, check_dtype, gguf_file, weights
 from intactkv_export.prefix import Prefix, Prompt, ikv
 from intactkv_export.work import Stages
 
-_Computed = tuple[dict[str, Any], KV, KV, str, dict[str, str]]  # model description, K, V, dtype, versions
+_Computed = tuple[
+    dict[str, Any], KV, KV, States, str, dict[str, str]
+]  # model description, K, V, states, dtype, versions
 _SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -71,7 +73,7 @@ def compute(
     """
     name = engine.chosen(reference, len(prompt.tokens))
     with_engine = _with_torch if name == "torch" else _with_llama
-    model, K, V, dtype, versions = with_engine(work, engine, reference, gguf, prompt, reader)
+    model, K, V, states, dtype, versions = with_engine(work, engine, reference, gguf, prompt, reader)
     manifest = {
         "text": prompt.text,
         "messages": prompt.messages,
@@ -90,7 +92,7 @@ def compute(
     }
     if engine.rope:  # what whoever uses the prefix has to set too
         manifest["rope_options"] = engine.rope.given
-    return ikv.read(ikv.build(model, prompt.tokens, K, V, manifest))
+    return ikv.read(ikv.build(model, prompt.tokens, K, V, manifest, states))
 
 
 def longrope_factors(work: Stages, engine: Engine, gguf: Path, prompt: Prompt) -> str | None:
@@ -120,7 +122,7 @@ def _with_torch(
         dtype=engine.dtype,
         offload_dir=engine.offload_dir,
     )
-    return model, K, V, _SHORT.get(engine.dtype or "float32", "auto"), versions
+    return model, K, V, {}, _SHORT.get(engine.dtype or "float32", "auto"), versions
 
 
 def _torch_compute(*args: Any, **kwargs: Any) -> tuple[KV, KV, dict[str, str]]:
@@ -145,7 +147,7 @@ def _with_llama(
             n_threads=engine.n_threads,
         )
     n_ctx = _n_ctx(engine, prompt)
-    own, K, V = work.run(
+    own, K, V, states = work.run(
         "compute prefix",
         llama_engine.compute,
         source,
@@ -160,7 +162,7 @@ def _with_llama(
     if reader is not None:
         described = work.run("describe model", llama_engine.describe, reader, n_ctx, engine.rope)
         _check_same(own, described, reference.path, reader)
-    return own, K, V, dtype, llama_engine.versions()
+    return own, K, V, states, dtype, llama_engine.versions()
 
 
 def _n_ctx(engine: Engine, prompt: Prompt) -> int:

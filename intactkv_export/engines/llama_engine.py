@@ -22,7 +22,7 @@ from typing import Any
 from intactkv_export import library
 from intactkv_export.engines.rows import to_float16
 from intactkv_export.errors import UsageError
-from intactkv_export.libllama import KV, N_BATCH, Context, Rope, bindings, state
+from intactkv_export.libllama import KV, N_BATCH, Context, Rope, States, bindings, state
 from intactkv_export.models import gguf_file
 from intactkv_export.work import Steps
 
@@ -50,8 +50,9 @@ def compute(
     rope: Rope | None = None,
     progress: Steps | None = None,
     n_automatic: int = 0,
-) -> tuple[dict[str, Any], KV, KV]:
-    """(model description, K, V) of `tokens` at positions 0.., K and V {layer: float16 [n_tokens, n_head_kv, head_dim]}.
+) -> tuple[dict[str, Any], KV, KV, States]:
+    """(model description, K, V, states) of `tokens` at positions 0..: K and V {layer: float16 [n_tokens, n_head_kv,
+    head_dim]}, and the states of the recurrent layers after the last token, float32.
 
     Rows that a sliding window has left behind are zero. cache_dtype: "f32": no flash attention, rounded once; "f16":
     flash attention, as most programs run. n_ctx: of the context that the prefix will be used in; LongRoPE models choose
@@ -68,8 +69,10 @@ def compute(
             context.decode(tokens[start : start + N_BATCH], start)
             if progress is not None:
                 progress(min(start + N_BATCH, len(tokens)), len(tokens))
-        K, V = state.rows_by_layer(context.state(), model, len(tokens))
-    return model, to_float16(K, "K"), to_float16(V, "V")
+        data = context.state()
+        K, V = state.rows_by_layer(data, model, len(tokens))
+        states = state.states_by_layer(data, model, len(tokens))
+    return model, to_float16(K, "K"), to_float16(V, "V"), states
 
 
 def _context(

@@ -26,6 +26,8 @@ class Evaluated:
 
         self.llama, self._L = IntactLlama(model, None, kv_type, **settings), L
         self.tokens = tokens
+        self._steps_back = not (self.llama._is_recurrent or self.llama._is_hybrid)
+        self._saved: dict[int, bytes] = {}  # of a model that cannot step back: the sequence at these positions
 
     def close(self) -> None:
         """Free the context and the model, without what llama.cpp remarks on the buffers of a long context."""
@@ -44,7 +46,9 @@ class Evaluated:
             done = 0 if prefix is None else bindings.load(self.llama.ctx, prefix)
         if rounded:
             self._round()
+        self._saved = {}
         self._decode(self.tokens[done:], done, _last(len(self.tokens) - done))
+        self._save(len(self.tokens))
 
     def log_probs(self, text: Sequence[int], measured: np.ndarray | None = None) -> Iterator[tuple[slice, np.ndarray]]:
         """After each measured token of a text right behind the prefix, log probabilities of the next: (rows, F32 [rows,
@@ -63,6 +67,7 @@ class Evaluated:
     def likelihoods(self, context: list[int], choices: list[list[int]]) -> list[float]:
         """Log-likelihood, nats, of each of several continuations of a context right behind the prefix."""
         first = _log_softmax(self._decode(context, len(self.tokens), _last(len(context))))[0]
+        self._save(len(self.tokens) + len(context))
         found = []
         for choice in choices:
             total = float(first[choice[0]])
@@ -79,7 +84,8 @@ class Evaluated:
         wanted: bool [len(tokens)], those that have logits; all of them among the tokens of the last n_batch.
         """
         llama = self.llama
-        llama._ctx.kv_cache_seq_rm(0, at, -1)
+        if not llama._ctx.kv_cache_seq_rm(0, at, -1):
+            self._restore(self._saved[at])
         for start in range(0, len(tokens), llama.n_batch):
             part = slice(start, start + llama.n_batch)
             llama._batch.set_batch(batch=tokens[part], n_past=at + start, logits_all=False)
@@ -88,6 +94,15 @@ class Evaluated:
             llama._ctx.decode(llama._batch)
         shape = (int(wanted.sum()), llama.n_vocab())
         return np.ctypeslib.as_array(llama._ctx.get_logits(), shape=shape) if shape[0] else np.empty(shape, np.float32)
+
+    def _save(self, at: int) -> None:
+        if not self._steps_back:
+            self._saved[at] = sequence_state(self.llama.ctx)
+
+    def _restore(self, saved: bytes) -> None:
+        data = (ctypes.c_uint8 * len(saved)).from_buffer_copy(saved)
+        if self._L.llama_state_seq_set_data(self.llama.ctx, data, len(data), 0) == 0:
+            raise IntactKVError("llama.cpp refused the state of a sequence that it has saved")
 
     def _round(self) -> None:
         """Make the intact cells ordinary: from now on attention reads their rounded copies."""

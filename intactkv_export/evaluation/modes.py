@@ -78,7 +78,8 @@ def find_given(
     gguf: the reference as one. prefix: an `.ikv` or a GGUF with one embedded; None: the one embedded in the model or
     beside it. If that one is calibrated itself, it is the calibrated one (unless another is given), and what it began
     as is computed again by the reference. A prefix of one token has no mode "bos", it is that already; nor has one
-    whose first token was left behind by a sliding window.
+    whose first token was left behind by a sliding window, or one of a model with recurrent layers, whose states are
+    those after the last token.
 
     Raises IntactKVError if there is no prefix, or the two are not of the same tokens.
     """
@@ -95,7 +96,7 @@ def find_given(
         tuned = tuned or whole
         whole = _computed(whole, work, reference, gguf)
     data: dict[str, bytes | None] = {"plain": None, "rounded": whole.data}
-    if len(whole.tokens) > 1 and all(0 in layer.cells for layer in whole.layers):
+    if len(whole.tokens) > 1 and not whole.states and all(0 in layer.cells for layer in whole.layers):
         data["bos"] = first_token(whole)
     data["prompt"] = whole.data
     if tuned is not None:

@@ -250,10 +250,10 @@ class Directory:
 
 def _serves(prefix: Prefix, tokens: Sequence[int]) -> bool:
     """Whether a prefix gives a sequence of these tokens all of them: a longer one does, unless its rows were trained as
-    a whole, or a sliding window has left some of them behind."""
+    a whole, a sliding window has left some of them behind, or its model has recurrent layers."""
     if prefix.tokens == tokens:
         return True
-    spoilt = prefix.manifest["calibrated"] is not None or has_windows(prefix.manifest)
+    spoilt = prefix.manifest["calibrated"] is not None or has_windows(prefix.manifest) or bool(prefix.states)
     return not spoilt and prefix.tokens[: len(tokens)] == tokens
 
 

@@ -103,7 +103,7 @@ def _make(
     os.environ[ikv.VARIABLE] = named
     with Vocabulary(gguf) as vocabulary:
         text = vocabulary.text(tokens)
-    model, K, V = llama_engine.compute(
+    model, K, V, states = llama_engine.compute(
         gguf, tokens, cache_dtype="f16", n_threads=n_threads, n_ctx=max(n_ctx, len(tokens) + 1), n_automatic=n_given
     )
     manifest = {
@@ -120,7 +120,7 @@ def _make(
         "calibrated": None,
         "created_by": f"intactkv-export {intactkv_export.__version__}",
     }
-    data = ikv.build(model, tokens, K, V, manifest)
+    data = ikv.build(model, tokens, K, V, manifest, states)
     directories.write(out, data)
     return len(data)
 

@@ -7,11 +7,11 @@ from intactkv_export.libllama.kv_types import EXACT, KV_TYPES, QUANTIZED, TAIL_M
 from intactkv_export.libllama.log import ERROR, errors_logged, quiet_opening
 from intactkv_export.libllama.reason import reason
 from intactkv_export.libllama.rope import SCALINGS, Rope, option, rope_of
-from intactkv_export.libllama.state import KV
+from intactkv_export.libllama.state import KV, States
 from intactkv_export.libllama.vocabulary import Vocabulary, token_bytes
 
 __all__ = [
-    "ERROR", "EXACT", "KV", "KV_TYPES", "N_BATCH", "QUANTIZED", "SCALINGS", "TAIL_MAX", "Context", "Rope", "Vocabulary",
-    "bindings", "compute", "default_tail", "errors_logged", "kv_pair", "option", "quiet_opening", "reason", "rope_of",
-    "sequence_state", "state", "token_bytes",
+    "ERROR", "EXACT", "KV", "KV_TYPES", "N_BATCH", "QUANTIZED", "SCALINGS", "States", "TAIL_MAX", "Context", "Rope",
+    "Vocabulary", "bindings", "compute", "default_tail", "errors_logged", "kv_pair", "option", "quiet_opening",
+    "reason", "rope_of", "sequence_state", "state", "token_bytes",
 ]  # fmt: skip

@@ -16,6 +16,14 @@ a *buffer* of llama_state_seq_get_data with 8 bytes: u32 magic, i32 sequence. Af
         per layer { u64 row_bytes, n F16 rows of K; u64 row_bytes, n F16 rows of V }
     cells in sight, if that bit is set: u32 n, u32 index[n] into the cells
 
+Where positions have several dimensions (M-RoPE, IM-RoPE: has_cell_ext) a cell has more between n_seq_id and seq_id:
+i32 x, i32 y, its place in a picture, for text both its position; i32 token, -1 if it is of none.
+
+Behind the caches of a model with recurrent layers (llama_memory_recurrent::state_write) stands one state,
+
+    u32 n_cells = 1, i32 pos, the last token's, u32 n_seq_id = 0, u32 s_trans = 0, u32 n_layer of the model
+    per recurrent layer { i32 type, u64 bytes, the state of its convolution }, the same for the recurrence's
+
 Nothing read is trusted: every length is compared with what is left.
 """
 
@@ -31,12 +39,16 @@ import numpy as np
 from intactkv_export.errors import IntactKVError
 
 KV = dict[int, np.ndarray]  # by layer: [n_tokens, n_head_kv, head_dim]
+States = dict[int, tuple[np.ndarray, np.ndarray]]  # by recurrent layer: float32 [n_r], [n_s]
 
 MAGIC, VERSION = 0x67677371, 3  # of a file
 BUFFER_HEADER = 8
 MAX_LAYERS = 4096
 INTACT, SIGHT = 0x80000000, 0x40000000  # bits of n_layer
 F32, F16 = 0, 1  # ggml_type
+NO_TOKEN = -1
+SEVERAL_POSITIONS = ("mrope", "imrope")  # types of RoPE of models whose positions have several dimensions
+ROPE_SECTIONS = 4  # of these
 REMAKE = "make the prefix again with this version of intactkv-export"
 
 
@@ -87,6 +99,36 @@ def shapes(model: Mapping[str, Any]) -> list[CacheShape]:
     ]
 
 
+def has_cell_ext(model: Mapping[str, Any]) -> bool:
+    """Whether cells in a state of this model (bindings.describe) say more than a position and sequences."""
+    return model["rope"]["type"] in SEVERAL_POSITIONS
+
+
+@dataclass(frozen=True)
+class StateShape:
+    """Values of a recurrent layer's state: of its convolution (or token shift), and of the recurrence. 0: none."""
+
+    il: int
+    n_r: int
+    n_s: int
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """What a model's recurrent layers keep of a sequence. n_layer: of the model. layers: empty: it has none."""
+
+    n_layer: int = 0
+    layers: tuple[StateShape, ...] = ()
+
+
+def recurrent(model: Mapping[str, Any]) -> Recurrent:
+    """The recurrent layers of a model description."""
+    found = model.get("recurrent")
+    if found is None:
+        return Recurrent()
+    return Recurrent(found["n_layer"], tuple(StateShape(x["il"], x["n_r"], x["n_s"]) for x in found["layers"]))
+
+
 @dataclass(frozen=True)
 class Rows:
     """K or V of one layer in a state. `at`: where its header begins; data: of the rows alone."""
@@ -107,13 +149,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Section:
-    """One KV cache in a state. `at` and the like: offsets, for messages. intact, in_sight: the bytes that say which
-    cells are such, or None. flags: of n_layer, where it is written."""
+    """One KV cache in a state. `at` and the like: offsets, for messages. ext: of each cell x, y, token, if it has them.
+    intact, in_sight: the bytes that say which cells are such, or None. flags: of n_layer, where it is written."""
 
     at: int
     n_stream: int
     positions: np.ndarray  # int32 [n_cells]
     cells: list[tuple[int, list[int]]]  # of each cell: where its entry begins, its sequences
+    ext: np.ndarray | None  # int32 [n_cells, 3]
     v_trans: int
     n_layer: int
     layers_at: int  # where v_trans stands, and n_layer behind it
@@ -154,16 +197,21 @@ def sections(
 ) -> Iterator[Section]:
     """The caches of a state, from byte `at` to `end`. Raises IntactKVError where the bytes end too early.
 
-    model: the description of the model; None: one whose layers all have rows of V.
+    model: its description (bindings.describe); None: one whose cells say no more than where they are, whose layers all
+    have rows of V, and that has no recurrent layers, whose states come behind the caches.
     """
     read = _Reader(data, at, len(data) if end is None else end)
+    cell_ext = model is not None and has_cell_ext(model)
     caches = iter(shapes(model) if model is not None else ())
-    while read.at < read.end:
+    left = len(model["caches"]) if model is not None and "recurrent" in model else None
+    while read.at < read.end and left != 0:
         cache = next(caches, None)
-        yield _section(read, MAX_LAYERS if cache is None else sum(x.head_dim_v > 0 for x in cache.layers))
+        n_layer_v = MAX_LAYERS if cache is None else sum(x.head_dim_v > 0 for x in cache.layers)
+        yield _section(read, cell_ext, n_layer_v)
+        left = None if left is None else left - 1
 
 
-def _section(read: _Reader, n_layer_v: int) -> Section:
+def _section(read: _Reader, cell_ext: bool, n_layer_v: int) -> Section:
     """n_layer_v: how many layers at most have rows of V."""
     start = read.at
     n_stream = read.get("I", "number of streams")
@@ -171,14 +219,17 @@ def _section(read: _Reader, n_layer_v: int) -> Section:
         refuse("number of streams", n_stream, start, 1)
     n_cells = read.get("I", "number of cells")
     if n_cells == 0:  # llama.cpp writes nothing more of it
-        return Section(start, n_stream, np.empty(0, np.int32), [], 0, 0, read.at, [], [], None, None, read.at)
+        return Section(start, n_stream, np.empty(0, np.int32), [], None, 0, 0, read.at, [], [], None, None, read.at)
     if 8 * n_cells > read.end - read.at:  # before anything of that size is made
         read.take(8 * n_cells, "the cells")
     positions, cells = np.empty(n_cells, np.int32), []
+    ext = np.empty((n_cells, 3), np.int32) if cell_ext else None
     for i in range(n_cells):
         at = read.at
         positions[i] = read.get("i", "position of a cell")
         n_seq = read.get("I", "number of sequences of a cell")
+        if ext is not None:
+            ext[i] = np.frombuffer(read.take(12, "place and token of a cell"), "<i4")
         cells.append((at, np.frombuffer(read.take(4 * n_seq, "sequence of a cell"), "<i4").tolist()))
     layers_at = read.at
     v_trans = read.get("I", "flag for a transposed V")
@@ -190,7 +241,7 @@ def _section(read: _Reader, n_layer_v: int) -> Section:
     V = [_rows(read, n_cells, bool(v_trans)) for _ in range(min(n_layer, n_layer_v))]
     intact = _intact(read, n_layer) if flagged & INTACT else None
     in_sight = _in_sight(read) if flagged & SIGHT else None
-    return Section(start, n_stream, positions, cells, v_trans, n_layer, layers_at, K, V, intact, in_sight, read.at)
+    return Section(start, n_stream, positions, cells, ext, v_trans, n_layer, layers_at, K, V, intact, in_sight, read.at)
 
 
 def _rows(read: _Reader, n_cells: int, transposed: bool) -> Rows:
@@ -216,6 +267,42 @@ def _in_sight(read: _Reader) -> memoryview:
     start = read.at
     read.take(4 * read.get("I", "number of cells in sight"), "the cells in sight")
     return read.data[start : read.at]
+
+
+def read_states(data: bytes | memoryview, at: int, end: int, shape: Recurrent, last: int) -> tuple[States, int]:
+    """The recurrent states at byte `at` of a state, views, and where they end. last: the last token's position.
+
+    Raises IntactKVError where they are not what the model's are, or not finite.
+    """
+    read = _Reader(data, at, end)
+    _expect(read, "I", "number of recurrent states", 1)
+    _expect(read, "i", "position of the recurrent state", last)
+    _expect(read, "I", "number of sequences of the recurrent state", 0)
+    _expect(read, "I", "flag for a transposed state", 0)
+    _expect(read, "I", "number of layers of the model", shape.n_layer)
+    r = {x.il: _state(read, x.il, x.n_r, "convolution's") for x in shape.layers}
+    s = {x.il: _state(read, x.il, x.n_s, "recurrent") for x in shape.layers}
+    return {il: (r[il], s[il]) for il in r}, read.at
+
+
+def _state(read: _Reader, il: int, n: int, name: str) -> np.ndarray:
+    _expect(read, "i", "type of a layer's state", F32)
+    _expect(read, "Q", "size of a layer's state", 4 * n)
+    at = read.at
+    values = np.frombuffer(read.take(4 * n, "the state of a layer"), "<f4")
+    if not np.isfinite(values).all():
+        raise IntactKVError(
+            f"it has NaN or infinity in the {name} state of layer {il} (at byte {at}), where all values must be "
+            "finite: compute it again with the engine in F32"
+        )
+    return values
+
+
+def _expect(read: _Reader, layout: str, name: str, wanted: int) -> None:
+    at = read.at
+    found = read.get(layout, name)
+    if found != wanted:
+        refuse(name, found, at, wanted)
 
 
 def refuse(name: str, found: int, at: int, wanted: int) -> NoReturn:
@@ -245,6 +332,14 @@ def _with_rows(cache: CacheShape, head_dim: str) -> list[LayerShape]:
     return [layer for layer in cache.layers if getattr(layer, head_dim) > 0]
 
 
+def states_by_layer(data: bytes, model: Mapping[str, Any], n_tokens: int) -> States:
+    """The recurrent states of a buffer after n_tokens tokens; {}: the model has no recurrent layer."""
+    shape, end = recurrent(model), BUFFER_HEADER
+    for section in sections(data, model=model):
+        end = section.end
+    return read_states(data, end, len(data), shape, n_tokens - 1)[0] if shape.layers else {}
+
+
 def which_cells(positions: Sequence[int] | np.ndarray, n_tokens: int) -> np.ndarray:
     """Of a prefix's cells in a state, by their positions: int64 [n]. Token i is cell i; those that stand for no token
     are n_tokens and on: in the order of the state, all at position 0 but the first."""
@@ -254,13 +349,20 @@ def which_cells(positions: Sequence[int] | np.ndarray, n_tokens: int) -> np.ndar
     return cells
 
 
-def without_intact_cells(data: bytes, model: Mapping[str, Any] | None = None) -> bytes:
-    """A buffer with its intact cells made ordinary: their copies in the cache's own type are all that is left.
+def ext_of(tokens: Sequence[int], positions: Sequence[int] | np.ndarray) -> np.ndarray:
+    """What a prefix's cells at these positions say besides, where they do: int32 [n, 3] of x, y, token. Text is at the
+    same position in all dimensions."""
+    at = np.array(positions, np.int32)
+    found = np.array([*tokens, NO_TOKEN], np.int32)[np.minimum(which_cells(at, len(tokens)), len(tokens))]
+    return np.stack([at, at, found], axis=1)
 
-    model: as in sections().
-    """
-    out = bytearray(data[:BUFFER_HEADER])
+
+def without_intact_cells(data: bytes, model: Mapping[str, Any] | None = None) -> bytes:
+    """A buffer with its intact cells made ordinary: their copies in the cache's own type are all that is left. model:
+    as in sections()."""
+    out, end = bytearray(data[:BUFFER_HEADER]), BUFFER_HEADER
     for section in sections(data, model=model):
+        end = section.end
         if section.n_cells == 0:
             out += data[section.at : section.end]
             continue
@@ -269,7 +371,7 @@ def without_intact_cells(data: bytes, model: Mapping[str, Any] | None = None) ->
         rows_end = section.end - len(section.intact or b"") - len(in_sight)
         n_layer = struct.pack("<I", section.n_layer | (section.flags & SIGHT))
         out += data[section.at : n_layer_at] + n_layer + data[n_layer_at + 4 : rows_end] + in_sight
-    return bytes(out)
+    return bytes(out + data[end:])
 
 
 def file_header(tokens: Sequence[int]) -> bytes:
@@ -278,17 +380,26 @@ def file_header(tokens: Sequence[int]) -> bytes:
 
 
 def f16_section(
-    cache: CacheShape, n_tokens: int, n_extra: int, K: Mapping[int, np.ndarray], V: Mapping[int, np.ndarray]
+    cache: CacheShape,
+    tokens: Sequence[int],
+    n_extra: int,
+    K: Mapping[int, np.ndarray],
+    V: Mapping[int, np.ndarray],
+    *,
+    cell_ext: bool = False,
 ) -> bytes:
-    """A cache's section: the F16 rows of those cells that it still holds, in sequence 0: of n_tokens tokens, and behind
+    """A cache's section: the F16 rows of those cells that it still holds, in sequence 0: of the tokens, and behind
     them n_extra cells that stand for none.
 
-    K, V: by layer, float16 [n_tokens + n_extra, n_head_kv, head_dim]. Raises IntactKVError for other shapes or types.
+    K, V: by layer, float16 [n_tokens + n_extra, n_head_kv, head_dim]. cell_ext: has_cell_ext() of the model. Raises
+    IntactKVError for other shapes or types.
     """
+    n_tokens = len(tokens)
     positions = cache.positions(n_tokens, n_extra)
     cells = which_cells(positions, n_tokens)
     parts = [struct.pack("<II", 1, len(positions))]
-    parts += [struct.pack("<iIi", pos, 1, 0) for pos in positions]
+    for pos, (x, y, token) in zip(positions, ext_of(tokens, positions).tolist(), strict=True):
+        parts.append(struct.pack("<iIiiii", pos, 1, x, y, token, 0) if cell_ext else struct.pack("<iIi", pos, 1, 0))
     parts.append(struct.pack("<II", 0, len(cache.layers)))
     for name, rows, head_dim in (("K", K, "head_dim_k"), ("V", V, "head_dim_v")):
         for layer in _with_rows(cache, head_dim):
@@ -299,4 +410,23 @@ def f16_section(
                 raise IntactKVError(f"{name} of layer {layer.il} is {found} and must be float16 {shape}")
             parts.append(struct.pack("<iQ", F16, 2 * shape[1] * shape[2]))
             parts.append(np.ascontiguousarray(array[cells], "<f2").tobytes())
+    return b"".join(parts)
+
+
+def states_section(shape: Recurrent, n_tokens: int, states: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> bytes:
+    """What stands behind the caches: the recurrent states after n_tokens tokens. b"": the model has none.
+
+    Raises IntactKVError for other sizes or types than the model's.
+    """
+    if not shape.layers:
+        return b""
+    parts = [struct.pack("<IiIII", 1, n_tokens - 1, 0, 0, shape.n_layer)]
+    for side, n in ((0, "n_r"), (1, "n_s")):
+        for layer in shape.layers:
+            wanted = (getattr(layer, n),)
+            values = states[layer.il][side] if layer.il in states else None
+            if values is None or values.shape != wanted or values.dtype != np.float32:
+                found = "missing" if values is None else f"{values.dtype} {values.shape}"
+                raise IntactKVError(f"the state {n} of layer {layer.il} is {found} and must be float32 {wanted}")
+            parts.append(struct.pack("<iQ", F32, 4 * wanted[0]) + np.ascontiguousarray(values, "<f4").tobytes())
     return b"".join(parts)

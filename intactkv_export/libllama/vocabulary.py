@@ -12,7 +12,7 @@ from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama.log import errors_logged
 from intactkv_export.libllama.reason import reason
 
-_SEVERAL_POSITIONS = (8, 40)  # LLAMA_ROPE_TYPE_MROPE, LLAMA_ROPE_TYPE_IMROPE
+_INDEXED = ("glm5-next", "qwen4exp")  # those with upstream's llama_memory_hybrid_idx
 
 
 def token_bytes(vocab: Any, token: int, special: bool) -> bytes:
@@ -100,22 +100,15 @@ class Vocabulary:
         """Whether plain text is given a BOS in front."""
         return bool(self._llama_cpp.llama_vocab_get_add_bos(self._vocab))
 
-    def refusal(self, all_attention: bool = False) -> str:
-        """Why this model cannot carry a prefix, as far as the header tells; "" if it may.
-
-        all_attention: what llama.cpp cannot tell without the weights: whether every layer of a model of a hybrid
-        architecture is an attention layer. Such a model has a KV cache and nothing else.
-        """
-        if self._llama_cpp.llama_model_is_recurrent(self._model):
-            return "it is recurrent, it has a state instead of a KV cache"
-        if self._llama_cpp.llama_model_is_hybrid(self._model) and not all_attention:
-            return "it is a hybrid, part of its memory is a recurrent state"
+    def refusal(self) -> str:
+        """Why this model cannot carry a prefix, as far as the header tells; "" if it may."""
         if self._llama_cpp.llama_model_has_encoder(self._model):
             return "its encoder sees the whole prompt, so no part of it can be computed ahead"
-        if self.header(f"{self.header('general.architecture')}.attention.indexer.top_k") not in ("", "0"):
+        arch = self.header("general.architecture")
+        if arch in _INDEXED:
+            return "beside its KV cache and its recurrent states it has an indexer's cache"
+        if self.header(f"{arch}.attention.indexer.top_k") not in ("", "0"):
             return "an indexer with a cache of its own chooses the tokens that are attended (sparse attention)"
-        if self._llama_cpp.llama_model_rope_type(self._model) in _SEVERAL_POSITIONS:
-            return "its positions have several dimensions (M-RoPE)"
         return ""
 
     def header(self, key: str) -> str:

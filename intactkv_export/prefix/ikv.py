@@ -42,6 +42,7 @@ class Prefix:
     tokens: list[int]
     manifest: dict[str, Any]
     layers: list[structure.Layer]
+    states: state.States  # views too, of the recurrent layers
     sha256: str
     source: Path | None  # None: read from bytes
     embedded: bool  # source is a GGUF
@@ -101,21 +102,22 @@ def build(
     K: Mapping[int, np.ndarray],
     V: Mapping[int, np.ndarray],
     manifest: Mapping[str, Any],
+    states: state.States | None = None,
 ) -> bytes:
     """The bytes of a prefix file.
 
     model: the description of the model (bindings.describe). K, V: {layer: float16 [n_cells, n_head_kv, head_dim]},
     K after RoPE in llama.cpp's layout: of the tokens in order, and behind them of the extra cells, as at position 0;
     rows that a sliding window has left behind are not stored. manifest: its other fields, extra_cells among them if
-    there are some; format, tokens and model are filled in. Raises IntactKVError if anything does not fit or is not
-    finite.
+    there are some; format, tokens and model are filled in. states: of the model's recurrent layers, after the last
+    token. Raises IntactKVError if anything does not fit or is not finite.
     """
-    text = manifests.encode(
-        {"format": manifests.format_of(model), "tokens": list(tokens), "model": dict(model), **manifest}
-    )
-    n_extra = manifests.n_extra(manifest)
-    caches = (state.f16_section(cache, len(tokens), n_extra, K, V) for cache in state.shapes(model))
-    body = b"".join([state.file_header(tokens), *caches, text])
+    head = {"format": manifests.format_of(model), "tokens": list(tokens), "model": dict(model)}
+    text = manifests.encode({**head, **manifest})
+    n_extra, ext = manifests.n_extra(manifest), state.has_cell_ext(model)
+    caches = (state.f16_section(cache, tokens, n_extra, K, V, cell_ext=ext) for cache in state.shapes(model))
+    behind = state.states_section(state.recurrent(model), len(tokens), states or {})
+    body = b"".join([state.file_header(tokens), *caches, behind, text])
     data = body + structure.trailer(body, len(text))
     read(data)  # what is written can be read: finite, complete, and as the manifest says
     return data
@@ -472,9 +474,12 @@ def _parse(data: bytes, source: Path | None, embedded: bool, name: str | None = 
         section = next(found, None)
         if section is None:
             raise IntactKVError(f"its state ends at byte {end}, before its last KV cache: {state.REMAKE}")
-        layers += structure.checked_layers(section, cache, len(tokens), manifests.n_extra(manifest))
+        layers += structure.checked_layers(section, cache, tokens, manifests.n_extra(manifest))
         end = section.end
+    states: state.States = {}
+    if (recurrent := manifests.recurrent(manifest)).layers:
+        states, end = state.read_states(data, end, len(body), recurrent, len(tokens) - 1)
     if end != len(body):
         raise IntactKVError(f"its state ends at byte {end} and its manifest begins at {len(body)}: {state.REMAKE}")
     layers.sort(key=lambda layer: layer.il)
-    return Prefix(tokens, manifest, layers, sha256, source, embedded, data, name)
+    return Prefix(tokens, manifest, layers, states, sha256, source, embedded, data, name)

@@ -46,6 +46,8 @@ def ratios(norm: np.ndarray) -> np.ndarray:
 
 def distances(prefix: Prefix) -> np.ndarray:
     """How far each cell is from the others, [n_cells]: mean over layers of |log2 ratio| of K and of V, added up."""
+    if not prefix.layers:
+        return np.zeros(prefix.n_cells)
     k, v = (np.abs(ratios(norm)) for norm in norms(prefix))
     with np.errstate(invalid="ignore"):
         return np.nan_to_num(np.nanmean(k, axis=0) + np.nanmean(v, axis=0))
@@ -68,6 +70,9 @@ def as_json(prefix: Prefix) -> dict[str, Any]:
             | {"K_norm": k, "V_norm": v}
             for x, k, v in zip(prefix.layers, K, V, strict=True)
         ],
+        "states": [
+            {"il": il, "r": r.size, "s": s.size, "bytes": r.nbytes + s.nbytes} for il, (r, s) in _states(prefix)
+        ],
         "pivots": [i for i, x in enumerate(distance[: len(prefix.tokens)]) if x >= PIVOT_DISTANCE],
     }
 
@@ -78,7 +83,7 @@ def report(prefix: Prefix, pieces: Sequence[str] | None, fits: str | None, every
     pieces: text of each token, if a vocabulary was at hand. fits: a sentence on a model it was compared with.
     every: show all tokens, not only the first ones and the pivots.
     """
-    return [*_facts(prefix, fits), Text(), *_heat_map(prefix, pieces, every)]
+    return [*_facts(prefix, fits), *([Text(), *_heat_map(prefix, pieces, every)] if prefix.layers else [])]
 
 
 def listing(prefixes: Sequence[Prefix]) -> list[Text]:
@@ -118,6 +123,7 @@ def _facts(prefix: Prefix, fits: str | None) -> list[Text]:
                  f"factors {str(rope['factors'])[:16]}"
                  + (f", to be used with {rope_of(m['rope_options'])}" if "rope_options" in m else "")),
         *(("layers", text) for text in _layer_groups(prefix)),
+        *(("states", text) for text in _state_groups(prefix)),
         ("SHA-256", f"{prefix.sha256} (checked)"),
         ("calibrated", _calibration(m["calibrated"])),
         *_keeping(prefix),
@@ -183,6 +189,21 @@ def _layer_groups(prefix: Prefix) -> list[str]:
         heads = heads if v[1] else f"a latent of {k[0] * k[1]} values"
         held = "cells" if prefix.n_extra else "tokens"
         lines.append(f"{which}: {cells} {held}, {heads}, F16, {size:,} bytes each, RoPE base {rope_base:g}")
+    return lines
+
+
+def _states(prefix: Prefix) -> list[tuple[int, tuple[np.ndarray, np.ndarray]]]:
+    return sorted(prefix.states.items())
+
+
+def _state_groups(prefix: Prefix) -> list[str]:
+    """Runs of recurrent layers whose states have the same sizes, each as one line."""
+    lines = []
+    for (n_r, n_s), group in groupby(_states(prefix), key=lambda x: (x[1][0].size, x[1][1].size)):
+        layers = [il for il, _ in group]
+        which = str(layers[0]) if len(layers) == 1 else f"{len(layers)} layers, {layers[0]} to {layers[-1]}"
+        parts = [f"{n:,} values of the {name}" for n, name in ((n_r, "convolution"), (n_s, "recurrence")) if n]
+        lines.append(f"{which}: {' and '.join(parts)}, F32, {4 * (n_r + n_s):,} bytes each, after the last token")
     return lines
 
 

@@ -17,6 +17,7 @@ from intactkv_export.libllama import rope_of, state
 
 FORMAT = 1
 FORMAT_NEW_KINDS = 2  # of models that versions which read 1 alone refuse: the state has more, or other sections
+_MAX_STATE = 1 << 30  # values
 _MAX_BYTES = 16 << 20  # a million tokens with their text
 _MAX_HEADS, _MAX_HEAD_DIM = 1 << 16, 1 << 16
 EXTRA = "extra_cells"  # the field that counts cells which stand for no token; a prefix without such has none
@@ -24,6 +25,12 @@ MAX_EXTRA = 1 << 16
 KEPT = "kept"  # the field of a prefix that a served model has made itself, without a reference
 BEHIND = "behind"  # of the field kept: SHA-256 of the prefix whose rows it begins with
 IN_SIGHT = "in_sight"  # of the field calibrated
+
+
+def format_of(model: Mapping[str, Any]) -> int:
+    """The format of a prefix of this model (bindings.describe)."""
+    has_latents = any(layer.head_dim_v == 0 for cache in state.shapes(model) for layer in cache.layers)
+    return FORMAT_NEW_KINDS if state.has_cell_ext(model) or "recurrent" in model or has_latents else FORMAT
 
 
 def encode(manifest: Mapping[str, Any]) -> bytes:
@@ -50,10 +57,9 @@ def caches(manifest: Mapping[str, Any]) -> list[state.CacheShape]:
     return state.shapes(manifest["model"])
 
 
-def format_of(model: Mapping[str, Any]) -> int:
-    """The format of a prefix of this model (bindings.describe)."""
-    has_latents = any(layer.head_dim_v == 0 for cache in state.shapes(model) for layer in cache.layers)
-    return FORMAT_NEW_KINDS if has_latents else FORMAT
+def recurrent(manifest: Mapping[str, Any]) -> state.Recurrent:
+    """The recurrent layers of a checked manifest's model."""
+    return state.recurrent(manifest["model"])
 
 
 def n_extra(manifest: Mapping[str, Any]) -> int:
@@ -85,10 +91,13 @@ class _Field:
         return self
 
     def __getitem__(self, key: str) -> _Field:
-        self.expect(isinstance(self.value, dict), "an object")
-        if key not in self.value:
+        if key not in self.object():
             raise IntactKVError(f"the manifest has no field {self.name}.{key}: {state.REMAKE}")
         return _Field(self.value[key], f"{self.name}.{key}")
+
+    def object(self) -> dict[str, Any]:
+        self.expect(isinstance(self.value, dict), "an object")
+        return self.value
 
     def items(self, low: int, high: int) -> list[_Field]:
         ok = isinstance(self.value, list) and low <= len(self.value) <= high
@@ -128,7 +137,9 @@ def _check(root: _Field) -> None:
     model["n_ctx_train"].integer(0, 2**32 - 1)
     model["vocab_sha256"].sha256()
     n_vocab = model["n_vocab"].integer(1, 2**31 - 1)
-    _check_caches(model["caches"], number)
+    if "recurrent" in model.object():
+        _check_recurrent(model["recurrent"])
+    _check_caches(model["caches"], number, alone="recurrent" not in model.value)
     _check_rope(model["rope"])
     for token in root["tokens"].items(1, 2**31 - 1):
         token.integer(0, n_vocab - 1)
@@ -137,10 +148,20 @@ def _check(root: _Field) -> None:
     _check_origin(root)
 
 
-def _check_caches(field: _Field, number: int) -> None:
-    """number: the file's format."""
+def _check_recurrent(field: _Field) -> None:
+    n_layer, last = field["n_layer"].integer(1, state.MAX_LAYERS), -1
+    for layer in field["layers"].items(1, n_layer):
+        il = layer["il"].integer(0, n_layer - 1)
+        layer["il"].expect(il > last, f"above that of the layer before it, {last}")
+        last = il
+        for key in ("n_r", "n_s"):
+            layer[key].integer(0, _MAX_STATE)
+
+
+def _check_caches(field: _Field, number: int, alone: bool) -> None:
+    """number: the file's format. alone: the model has no recurrent layers beside them."""
     n_layer = 0
-    for cache in field.items(1, 2):
+    for cache in field.items(1 if alone else 0, 2):
         swa_type = cache["swa_type"].integer(0, 3)
         cache["n_swa"].integer(0 if swa_type == 0 else 1, 2**31 - 1)
         last = -1
@@ -153,7 +174,7 @@ def _check_caches(field: _Field, number: int) -> None:
             layer["head_dim_v"].integer(0 if number > FORMAT else 1, _MAX_HEAD_DIM)
             layer["rope_base"].number()
             n_layer += 1
-    field.expect(n_layer > 0, "caches with layers")
+    field.expect(n_layer > 0 or not alone, "caches with layers")
 
 
 def _check_rope(rope: _Field) -> None:
@@ -163,8 +184,12 @@ def _check_rope(rope: _Field) -> None:
     rope["n_ctx_orig"].integer(0, 2**32 - 1)
     for key in ("scale", "ext_factor", "attn_factor", "beta_fast", "beta_slow"):
         rope[key].number()
+    has_sections = rope["type"].value in state.SEVERAL_POSITIONS
+    for section in rope["sections"].items(state.ROPE_SECTIONS, state.ROPE_SECTIONS) if has_sections else ():
+        section.integer(0, _MAX_HEAD_DIM)
     for key, value in rope.value.items():
-        rope[key].expect(not isinstance(value, list | dict), "a number or a string")
+        if not (has_sections and key == "sections"):
+            rope[key].expect(not isinstance(value, list | dict), "a number or a string")
 
 
 def _check_rendering(root: _Field) -> None:

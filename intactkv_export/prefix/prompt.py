@@ -32,9 +32,6 @@ from intactkv_export.prefix.chat_template import (
 
 Messages = list[dict[str, str]]
 
-# Hybrid architectures in which llama.cpp takes a layer for a recurrent one if it has no heads of K and V.
-_RECURRENT_WITHOUT_HEADS = ("granitehybrid", "jamba", "lfm2", "lfm2moe", "nemotron_h", "nemotron_h_moe", "plamo2")
-
 # First user messages that begin with every class of character that tokenizers tell apart, and an empty one. None
 # begins with a line break or with several blanks: these would merge with the line break that most templates put
 # before the message, and cost every conversation that token. The runtime computes such a conversation as usual.
@@ -230,7 +227,7 @@ def prompt_for(
     arch = values.get("general.architecture")
     template = chat_template_of(values, rendering)
     with Vocabulary(gguf) as vocabulary:
-        why_not = vocabulary.refusal(_all_attention(gguf, arch))
+        why_not = vocabulary.refusal()
         if why_not:
             raise IntactKVError(f"a model of architecture {arch!r} cannot carry a prefix: {why_not}")
         made = make_prompt(vocabulary, template, system_prompt, bos_only, rendering)
@@ -240,14 +237,6 @@ def prompt_for(
     if not rope and isinstance(limit, int) and len(made.tokens) >= limit:
         raise UsageError(f"the prefix has {len(made.tokens)} tokens, the model's context {limit}: shorten the prompt")
     return made
-
-
-def _all_attention(gguf: Path, arch: Any) -> bool:
-    """Whether a model of an architecture whose recurrent layers are those without K and V heads has none of these."""
-    if arch not in _RECURRENT_WITHOUT_HEADS:
-        return False
-    heads = gguf_file.read(gguf, arrays=True).values.get(f"{arch}.attention.head_count_kv")
-    return all(heads) if isinstance(heads, list) else bool(heads)
 
 
 def check_prefix_tokens(prefix_tokens: int | str | None, bos_only: bool) -> None:

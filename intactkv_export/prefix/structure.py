@@ -77,8 +77,9 @@ def check_header(data: bytes, end: int, tokens: Sequence[int]) -> int:
     return len(wanted)
 
 
-def checked_layers(section: state.Section, cache: state.CacheShape, n_tokens: int, n_extra: int) -> list[Layer]:
+def checked_layers(section: state.Section, cache: state.CacheShape, tokens: Sequence[int], n_extra: int) -> list[Layer]:
     """A cache's layers, after everything in its section was found to be as the manifest says."""
+    n_tokens = len(tokens)
     expected = cache.positions(n_tokens, n_extra)
     if section.n_cells != len(expected):
         state.refuse("number of cells", section.n_cells, section.at + 4, len(expected))
@@ -95,6 +96,8 @@ def checked_layers(section: state.Section, cache: state.CacheShape, n_tokens: in
             raise IntactKVError(
                 f"its cell {i} at byte {at} is of the sequences {sequences} and must be of 0: {state.REMAKE}"
             )
+    if section.ext is not None:
+        _check_ext(section, section.ext, tokens)
     if section.v_trans:
         state.refuse("flag for a transposed V", section.v_trans, section.layers_at, 0)
     if section.n_layer != len(cache.layers) or section.flags:
@@ -108,6 +111,13 @@ def checked_layers(section: state.Section, cache: state.CacheShape, n_tokens: in
             V = _finite(cells, n_tokens, next(values), f"V of layer {x.il}", x.n_head_kv, x.head_dim_v)
         layers.append(Layer(x.il, section.positions, cells, K, V))
     return layers
+
+
+def _check_ext(section: state.Section, ext: np.ndarray, tokens: Sequence[int]) -> None:
+    wanted = state.ext_of(tokens, section.positions)
+    for i, j in np.argwhere(ext != wanted)[:1].tolist():
+        name = ("x of a cell", "y of a cell", "token of a cell")[j]
+        state.refuse(name, int(ext[i, j]), section.cells[i][0] + 8 + 4 * j, int(wanted[i, j]))
 
 
 def _finite(cells: np.ndarray, n_tokens: int, rows: state.Rows, name: str, n_head_kv: int, head_dim: int) -> np.ndarray:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -86,6 +84,10 @@ class IntactLlama(CompletionLlama):
     A sequence that ends with the prefix needs its last token evaluated, for the logits: that token then attends to
     the intact cells before it, and afterwards the prefix is loaded again, so its own cell is intact too. With
     logits_all=True the other prefix tokens are evaluated as well, from an empty cache, for their logits only.
+
+    Models with recurrent layers (hybrids, Mamba, RWKV) keep one state of a sequence and cannot step back in it: a
+    sequence that goes back is computed again from its beginning, and one that ends with the prefix has all of it
+    evaluated for the logits of its last token, before the prefix takes its place.
 
     model_path: the quantized model, a GGUF, or any of its parts (NAME-00001-of-00003.gguf).
     prefix: an `.ikv` file or a GGUF that has one embedded, the name of one of several in the model, or one that was
@@ -258,10 +260,22 @@ class IntactLlama(CompletionLlama):
                 self._from_prefix = False
         self._compute(tokens)
 
+    @property
+    def _has_states(self) -> bool:
+        """Whether layers keep a state of the sequence, in which one cannot step back. A model of a hybrid architecture
+        that has no such layer is treated so too."""
+        return bool(self._is_recurrent or self._is_hybrid)
+
     def _go_back(self) -> list[int]:
         """After n_tokens was made smaller: make it that of the last whole batch; the tokens that this leaves out."""
         n = self.n_tokens
-        if n == 0 or n >= self._batches.last or self._is_recurrent or self._is_hybrid:
+        if self._has_states:
+            memory = L.llama_get_memory(self.ctx)
+            if n == 0 or L.llama_memory_seq_rm(memory, 0, n, -1):
+                return []
+            self.n_tokens = 0
+            return self.input_ids[:n].tolist()
+        if n == 0 or n >= self._batches.last:
             return []
         keep = n if self.draft_model is not None else self._batches.whole(n)
         if not held(L, self.ctx, keep):
@@ -277,6 +291,12 @@ class IntactLlama(CompletionLlama):
             self._batches.add(start, self.n_tokens, self.n_batch, self.context_params.n_ubatch)
 
     def _start_with(self, prefix: ikv.Prefix, logits: bool) -> None:
+        if self._has_states:
+            if logits or self._logits_all:  # without intact cells: there is no stepping back before the last token
+                self.n_tokens = 0
+                self._compute(prefix.tokens)
+            self._load(prefix)
+            return
         if self._logits_all:
             self.n_tokens = 0
             self._compute(prefix.tokens[:-1])
@@ -293,7 +313,7 @@ class IntactLlama(CompletionLlama):
             with errors_logged():
                 bindings.load_held(self.ctx, 0)
         else:
-            _load_on_stock(self.ctx, prefix.data)
+            sequence_state.load_prefix_file(L, self.ctx, prefix.data)
         self.n_tokens = len(prefix.tokens)
         self._batches = Batches([self.n_tokens])
         self.input_ids[: self.n_tokens] = prefix.tokens
@@ -356,6 +376,8 @@ class IntactLlama(CompletionLlama):
 
         Its size is that of the cells, plus, with logits_all=True, that of the logits.
         """
+        if self._has_states and (again := self._go_back()):
+            self.eval(again)
         n = self.n_tokens
         scores = self.scores[:n] if self._logits_all else self.scores[:0]
         self._ctx.kv_cache_seq_rm(-1, n, -1)  # what a sequence that went back has left
@@ -410,7 +432,7 @@ class IntactLlama(CompletionLlama):
         n_discard = min(n_free // 2 if n_discard is None else n_discard, n_free)
         if n_discard > 0:
             after = n_keep + n_discard
-            if not can_shift(L, self.ctx, self.context_params.type_k, self.metadata):
+            if self._has_states or not can_shift(L, self.ctx, self.context_params.type_k, self.metadata):
                 later = self.input_ids[after : self.n_tokens].tolist()
                 self.n_tokens = n_keep
                 self._requires_eval = True
@@ -470,13 +492,3 @@ def _check(llama_kwargs: dict[str, Any], tail: int | None) -> None:
             raise UsageError(f'{name}={llama_kwargs[name]!r}: IntactLlama takes kv_type="q8_0" or kv_type=(k, v)')
     if not llama_kwargs.get("flash_attn", True):
         raise UsageError("flash_attn=False: a quantized KV cache and a prefix both need flash attention")
-
-
-def _load_on_stock(ctx: Any, data: bytes) -> None:
-    """Load a verified prefix by what every llama.cpp has: llama_state_seq_load_file."""
-    with tempfile.NamedTemporaryFile(suffix=".ikv") as file, errors_logged() as lines:
-        file.write(data)
-        file.flush()
-        tokens, n = (L.llama_token * L.llama_n_ctx(ctx))(), ctypes.c_size_t()
-        if L.llama_state_seq_load_file(ctx, file.name.encode(), 0, tokens, len(tokens), ctypes.byref(n)) == 0:
-            raise IntactKVError(f"llama.cpp refused the prefix: {reason(lines, 'it does not fit')}")

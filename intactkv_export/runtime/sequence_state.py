@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from llama_cpp.llama_cache import BaseLlamaCache
 
 from intactkv_export import library
 from intactkv_export.errors import IntactKVError
-from intactkv_export.libllama import bindings, errors_logged
+from intactkv_export.libllama import bindings, errors_logged, reason
 from intactkv_export.models import gguf_file
 
 _SAMPLE = 4096  # bytes
@@ -93,6 +94,16 @@ def write_cells(L: Any, ctx: Any, cells: bytes) -> None:
         L.llama_memory_clear(memory, True)
         reason = lines[-1] if lines else f"{n} of {len(cells)} bytes read"
         raise IntactKVError(f"llama.cpp refused this state ({reason}): evaluate its tokens again")
+
+
+def load_prefix_file(L: Any, ctx: Any, data: bytes) -> None:
+    """Load a verified prefix by what stock llama.cpp has too: llama_state_seq_load_file. Raises IntactKVError."""
+    with tempfile.NamedTemporaryFile(suffix=".ikv") as file, errors_logged() as lines:
+        file.write(data)
+        file.flush()
+        tokens, n = (L.llama_token * L.llama_n_ctx(ctx))(), ctypes.c_size_t()
+        if L.llama_state_seq_load_file(ctx, file.name.encode(), 0, tokens, len(tokens), ctypes.byref(n)) == 0:
+            raise IntactKVError(f"llama.cpp refused the prefix: {reason(lines, 'it does not fit')}")
 
 
 def owner(llama: Any) -> dict[str, str]:

@@ -30,8 +30,11 @@ static std::vector<bytes> seeds() {
     extra.caches = { { 0, 0, { 1 }, { 0, 1, 2, 0, 0 } }, { 1, 2, { 0, 2 }, { 1, 2 } } };
     sample latents;
     latents.head_dim_v = 0;
-    return { sample().file(), windows.file(), long_one.file(), extra.file(), latents.file(),
-        gguf_sample(sample().file(), true), gguf_sample(sample().file(), false), gguf_behind().file(sample().file()) };
+    sample ext = extra;
+    ext.cell_ext = true;
+    return { sample::hybrid().file(), sample::recurrent().file(), sample().file(), windows.file(), long_one.file(),
+        extra.file(), ext.file(), latents.file(), gguf_sample(sample().file(), true),
+        gguf_sample(sample().file(), false), gguf_behind().file(sample().file()) };
 }
 
 // One change: at random, or where it hurts (the head, the manifest, the trailer).

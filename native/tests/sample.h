@@ -36,9 +36,18 @@ struct sample {
 
     std::vector<int32_t> tokens = { 1, 7, 3 };
     std::vector<cache> caches = { { 0, 0, { 0, 1 }, { 0, 1, 2 } } };
-    int head_dim_v = HEAD_DIM_V; // 0: K has latents, there are no rows of V
     uint64_t n_extra = 0;        // as the manifest has it, 0: not at all; their positions are among those of the cells
+    bool cell_ext = false;       // cells say where they are and of which token, as they do with M-RoPE
     uint16_t value = 0x3c00;     // F16 of every element: 1.0
+    int head_dim_v = HEAD_DIM_V; // 0: K has latents, there are no rows of V
+
+    struct recurrent_layer {
+        int il, n_r, n_s; // index in the model, values of its two states
+    };
+
+    int n_layer = 3;                     // of a model with recurrent layers
+    std::vector<recurrent_layer> states; // its recurrent layers
+    uint32_t state_value = 0x3f800000;   // F32 of every element of theirs: 1.0
 
     json manifest() const {
         json caches_json = json::array();
@@ -88,10 +97,23 @@ struct sample {
         if (n_extra) {
             res["extra_cells"] = n_extra;
         }
+        if (!states.empty()) {
+            res["format"] = 2;
+            json layers = json::array();
+            for (const recurrent_layer & x : states) {
+                layers.push_back({ { "il", x.il }, { "n_r", x.n_r }, { "n_s", x.n_s } });
+            }
+            res["model"]["recurrent"] = { { "n_layer", n_layer }, { "layers", layers } };
+        }
+        if (cell_ext) {
+            res["format"] = 2;
+            res["model"]["rope"]["type"] = "mrope";
+            res["model"]["rope"]["sections"] = { 1, 1, 0, 0 };
+        }
         return res;
     }
 
-    // rows: where given, the [begin, end) of every byte range that holds rows of K or V
+    // rows: where given, the [begin, end) of every byte range that holds rows of K or V, or a recurrent state
     bytes state(std::vector<std::pair<size_t, size_t>> * rows = nullptr) const {
         bytes out;
         put<uint32_t>(out, 0x67677371);
@@ -103,9 +125,16 @@ struct sample {
         for (const cache & c : caches) {
             put<uint32_t>(out, 1);
             put<uint32_t>(out, c.positions.size());
+            bool has_first = false; // what is at its position too is an extra cell
             for (const int pos : c.positions) {
                 put<int32_t>(out, pos);
                 put<uint32_t>(out, 1);
+                if (cell_ext) {
+                    put<int32_t>(out, pos);
+                    put<int32_t>(out, pos);
+                    put<int32_t>(out, pos == 0 && has_first ? -1 : tokens[pos]);
+                }
+                has_first |= pos == 0;
                 put<int32_t>(out, 0);
             }
             put<uint32_t>(out, 0);
@@ -124,7 +153,45 @@ struct sample {
                 }
             }
         }
+        if (!states.empty()) {
+            put_states(out, rows);
+        }
         return out;
+    }
+
+    void put_states(bytes & out, std::vector<std::pair<size_t, size_t>> * rows) const {
+        put<uint32_t>(out, 1);
+        put<int32_t>(out, (int32_t) tokens.size() - 1);
+        put<uint32_t>(out, 0);
+        put<uint32_t>(out, 0);
+        put<uint32_t>(out, n_layer);
+        for (const auto n : { &recurrent_layer::n_r, &recurrent_layer::n_s }) {
+            for (const recurrent_layer & x : states) {
+                put<int32_t>(out, 0);
+                put<uint64_t>(out, 4 * x.*n);
+                const size_t begin = out.size();
+                for (int i = 0; i < x.*n; ++i) {
+                    put(out, state_value);
+                }
+                if (rows) {
+                    rows->push_back({ begin, out.size() });
+                }
+            }
+        }
+    }
+
+    // A model whose layers 0 and 2 are recurrent, as they are with no other
+    static sample hybrid() {
+        sample res;
+        res.caches = { { 0, 0, { 1 }, { 0, 1, 2 } } };
+        res.states = { { 0, 3, 5 }, { 2, 4, 0 } };
+        return res;
+    }
+
+    static sample recurrent() {
+        sample res = hybrid();
+        res.caches.clear();
+        return res;
     }
 
     bytes file() const { return seal(state(), manifest().dump()); }

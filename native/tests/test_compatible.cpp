@@ -40,8 +40,8 @@ static void same() {
     }
 }
 
-static void every_difference() {
-    const json manifest = two_caches().manifest();
+static void every_difference(sample s) {
+    const json manifest = s.manifest();
     const json flat = manifest["model"].flatten();
     for (const auto & item : flat.items()) {
         const json::json_pointer at(item.key());
@@ -90,6 +90,20 @@ static void shapes() {
     CHECK(contains(error_of(newer, other), "layer 1 sinks is 4"));
 }
 
+static void recurrent() {
+    const json hybrid = sample::hybrid().manifest(), plain = sample().manifest();
+    check_case = "recurrent layers that only one side has";
+    json other = hybrid["model"];
+    other.erase("recurrent");
+    CHECK(contains(error_of(hybrid, other), "the number of recurrent layers is 2 in the prefix and 0 in the model"));
+    other = plain["model"];
+    other["recurrent"] = hybrid["model"]["recurrent"];
+    CHECK(contains(error_of(plain, other), "the number of recurrent layers is 0 in the prefix and 2 in the model"));
+    other = hybrid["model"];
+    other["recurrent"]["layers"].erase(1);
+    CHECK(contains(error_of(hybrid, other), "the number of recurrent layers is 2 in the prefix and 1 in the model"));
+}
+
 // with several differences: the one that says most is named
 static void order() {
     const json manifest = two_caches().manifest();
@@ -129,7 +143,12 @@ static void not_json() {
 
 void test_compatible() {
     same();
-    every_difference();
+    sample ext = two_caches();
+    ext.cell_ext = true;
+    every_difference(two_caches());
+    every_difference(ext);
+    every_difference(sample::hybrid());
+    recurrent();
     shapes();
     order();
     not_json();

@@ -31,7 +31,7 @@ def test_it_has_the_tokens_of_one_and_the_rows_of_the_reference(
 ) -> None:
     """Made by the quantized model: other rows. Made again: those that the reference has for these tokens."""
     full = ikv.read(smol.ikv)
-    description, K, V = llama_engine.compute(smol.gguf, full.tokens, cache_dtype="f16", n_threads=2)
+    description, K, V, _ = llama_engine.compute(smol.gguf, full.tokens, cache_dtype="f16", n_threads=2)
     about = {k: v for k, v in full.manifest.items() if k not in ("format", "tokens", "model")}
     own = {"model": "smol.gguf", "weights_sha256": "0" * 64, "n_bytes": 1, "mtime_ns": 1, "requests": 3}
     kept = tmp_path / "kept-0123456789abcdef.ikv"

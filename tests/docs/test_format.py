@@ -40,11 +40,12 @@ ORIGIN = {
 }
 
 
-def model_of(*caches: tuple[int, int, list[tuple[int, int, int, int]]]) -> dict[str, Any]:
-    """caches: (n_swa, swa_type, layers of (il, n_head_kv, head_dim_k, head_dim_v))."""
+def model_of(*caches: tuple[int, int, list[tuple[int, int, int, int]]], **more: Any) -> dict[str, Any]:
+    """caches: (n_swa, swa_type, layers of (il, n_head_kv, head_dim_k, head_dim_v)). more: of rope."""
     names = ("il", "n_head_kv", "head_dim_k", "head_dim_v")
     rope = {"type": "norm", "n_rot": 64, "scale": 1.0, "scale_swa": 1.0, "scaling": "none", "n_ctx_orig": 8192}
     rope |= {"ext_factor": 0.0, "attn_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "factors": "none"}
+    rope |= more
     return {
         "arch": "llama",
         "n_ctx_train": 99,
@@ -67,6 +68,13 @@ MODELS = {
     "standard window": model_of((0, 0, [(0, 2, 4, 6)]), (3, 1, [(1, 2, 4, 4), (2, 1, 8, 4)])),
     "chunked window": model_of((0, 0, [(0, 2, 4, 6)]), (3, 2, [(1, 2, 4, 4)])),
     "symmetric window": model_of((0, 0, [(0, 2, 4, 6)]), (3, 3, [(1, 2, 4, 4)])),
+    "several positions": model_of((0, 0, [(0, 2, 4, 6)]), type="mrope", sections=[16, 24, 24, 0]),
+    "several positions, a window": model_of(
+        (0, 0, [(0, 2, 4, 6)]), (3, 1, [(1, 2, 4, 4)]), type="imrope", sections=[24, 20, 20, 0]
+    ),
+    "hybrid": model_of((0, 0, [(1, 2, 4, 6)]))
+    | {"recurrent": {"n_layer": 4, "layers": [{"il": 0, "n_r": 6, "n_s": 4}, {"il": 3, "n_r": 2, "n_s": 0}]}},
+    "recurrent": model_of() | {"recurrent": {"n_layer": 1, "layers": [{"il": 0, "n_r": 3, "n_s": 5}]}},
     "no layer without a window": model_of((0, 0, []), (2, 1, [(0, 2, 4, 4)])),
     "latents": model_of((0, 0, [(0, 1, 6, 0), (1, 1, 6, 0)])),
     "latents of some layers": model_of((0, 0, [(0, 1, 6, 0), (1, 1, 6, 4), (2, 1, 6, 0)])),
@@ -79,14 +87,21 @@ def made(model: dict[str, Any], n_extra: int = 0) -> bytes:
     for x in (layer for cache in model["caches"] for layer in cache["layers"]):
         K[x["il"]] = rng.standard_normal((n, x["n_head_kv"], x["head_dim_k"])).astype(np.float16)
         V[x["il"]] = rng.standard_normal((n, x["n_head_kv"], x["head_dim_v"])).astype(np.float16)
-    return ikv.build(model, TOKENS, K, V, ORIGIN | ({"extra_cells": n_extra} if n_extra else {}))
+    S = {
+        x["il"]: (rng.standard_normal(x["n_r"]).astype(np.float32), rng.standard_normal(x["n_s"]).astype(np.float32))
+        for x in model.get("recurrent", {"layers": []})["layers"]
+    }
+    return ikv.build(model, TOKENS, K, V, ORIGIN | ({"extra_cells": n_extra} if n_extra else {}), S)
 
 
 # --- a reader by the page ---
 
 
-def read_by_the_page(data: bytes) -> tuple[dict[str, Any], list[tuple[int, list[int], np.ndarray, np.ndarray]]]:
-    """Manifest and, in the order of the state, (il, positions, K, V) of each layer. Raises ValueError."""
+def read_by_the_page(
+    data: bytes,
+) -> tuple[dict[str, Any], list[tuple[int, list[int], np.ndarray, np.ndarray]], dict[int, list[np.ndarray]]]:
+    """Manifest, in the order of the state (il, positions, K, V) of each layer, and the states of recurrent ones. Raises
+    ValueError."""
     if len(data) < 48 or data[-8:] != b"INTACTKV":
         raise ValueError("trailer")
     length, checksum = struct.unpack("<Q32s", data[-48:-8])
@@ -120,10 +135,17 @@ def read_by_the_page(data: bytes) -> tuple[dict[str, Any], list[tuple[int, list[
         expected = {p for p in range(len(tokens)) if not dropped(cache["swa_type"], cache["n_swa"], p, len(tokens) - 1)}
         n_extra = manifest.get("extra_cells", 0) if 0 in expected else 0
         expect("I", len(expected) + n_extra)
-        positions = []
+        positions: list[int] = []
         for _ in range(len(expected) + n_extra):
-            positions.append(take("i")[0])
-            expect("Ii", 1, 0)
+            (position,) = take("i")
+            expect("I", 1)
+            if "sections" in manifest["model"]["rope"]:
+                extra = position == 0 and 0 in positions
+                if not 0 <= position < len(tokens):
+                    raise ValueError("cells")
+                expect("3i", position, position, -1 if extra else tokens[position])
+            expect("i", 0)
+            positions.append(position)
         if sorted(positions) != sorted([*expected, *[0] * n_extra]):
             raise ValueError("cells")
         expect("II", 0, len(cache["layers"]))
@@ -138,9 +160,20 @@ def read_by_the_page(data: bytes) -> tuple[dict[str, Any], list[tuple[int, list[
                 ]
             )
         layers += [(x["il"], positions, k, v) for x, k, v in zip(cache["layers"], *sides, strict=True)]
+    recurrent: dict[int, list[np.ndarray]] = {}
+    if "recurrent" in manifest["model"]:
+        about = manifest["model"]["recurrent"]
+        expect("IiIII", 1, len(tokens) - 1, 0, 0, about["n_layer"])
+        for side in ("n_r", "n_s"):
+            for layer in about["layers"]:
+                expect("iQ", 0, 4 * layer[side])
+                values = np.array(take(f"{layer[side]}f"), np.float32)
+                if not np.isfinite(values).all():
+                    raise ValueError("not finite")
+                recurrent.setdefault(layer["il"], []).append(values)
     if at != len(state):
         raise ValueError("something behind the state")
-    return manifest, layers
+    return manifest, layers, recurrent
 
 
 def dropped(swa_type: int, n_swa: int, position: int, last: int) -> bool:
@@ -167,7 +200,7 @@ def rows(n_head_kv: int, head_dim: int, n_cells: int, take: Any) -> np.ndarray:
 def test_a_reader_by_the_page_reads_the_same(name: str, n_extra: int) -> None:
     data = made(MODELS[name], n_extra)
     ours = ikv.read(data)
-    manifest, layers = read_by_the_page(data)
+    manifest, layers, recurrent = read_by_the_page(data)
     assert manifest == ours.manifest and manifest["tokens"] == ours.tokens
     assert sorted(il for il, *_ in layers) == [layer.il for layer in ours.layers]
     for il, positions, K, V in layers:
@@ -175,11 +208,16 @@ def test_a_reader_by_the_page_reads_the_same(name: str, n_extra: int) -> None:
         assert positions == layer.positions.tolist()
         np.testing.assert_array_equal(K, layer.K)
         np.testing.assert_array_equal(V, layer.V)
+    assert recurrent.keys() == ours.states.keys()
+    for il, both in recurrent.items():
+        for x, y in zip(both, ours.states[il], strict=True):
+            np.testing.assert_array_equal(x, y)
     if library.is_patched():
         assert bindings.verify(data) == len(TOKENS)
 
 
-@pytest.mark.parametrize(("name", "n_extra"), [("standard window", 0), ("standard window", 3), ("latents", 0)])
+@pytest.mark.parametrize("n_extra", [0, 3])
+@pytest.mark.parametrize("name", ["standard window", "several positions, a window", "hybrid", "recurrent", "latents"])
 def test_a_reader_by_the_page_refuses_the_same(name: str, n_extra: int) -> None:
     """Each byte of the state changed under a right checksum, and each length of it."""
     data = made(MODELS[name], n_extra)
@@ -287,10 +325,15 @@ OTHERS += ("A" * 64, [], [0], {}, {"x": 1}, {"x": "1"})  # type: ignore[assignme
 
 
 def beyond_a_schema(manifest: dict[str, Any]) -> bool:
-    """What the page says a schema cannot say: tokens outside of the vocabulary, layers that do not ascend."""
+    """What the page says a schema cannot say: tokens outside of the vocabulary, layers that do not ascend, or are beyond
+    the model's."""
     try:
         caches = [[layer["il"] for layer in cache["layers"]] for cache in manifest["model"]["caches"]]
-        if any(list(layers) != sorted(set(layers)) for layers in caches):
+        recurrent = manifest["model"].get("recurrent", {"n_layer": 1, "layers": []})
+        states = [layer["il"] for layer in recurrent["layers"]]
+        if any(list(layers) != sorted(set(layers)) for layers in [*caches, states]):
+            return True
+        if len(states) > recurrent["n_layer"] or max(states, default=0) >= recurrent["n_layer"]:
             return True
         return any(token >= manifest["model"]["n_vocab"] for token in manifest["tokens"])
     except (KeyError, TypeError):
@@ -304,7 +347,7 @@ def test_the_schema_is_one_and_real_manifests_fit() -> None:
         VALIDATOR.validate(ikv.read(made(model, 3)).manifest)
 
 
-@pytest.mark.parametrize("name", ["standard window", "latents"])
+@pytest.mark.parametrize("name", ["standard window", "several positions", "hybrid", "recurrent", "latents"])
 def test_the_schema_refuses_what_we_refuse(name: str) -> None:
     """One value after the other, everywhere in a manifest."""
     manifest = ikv.read(made(MODELS[name], 3)).manifest

@@ -47,7 +47,7 @@ def prefix(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
     def make(n: int, n_extra: int = 0) -> ikv.Prefix:
         path = root / f"{n}-{n_extra}.ikv"
         if path not in made:
-            description, K, V = llama_engine.compute(gguf, TOKENS[:n], n_threads=1)
+            description, K, V, _ = llama_engine.compute(gguf, TOKENS[:n], n_threads=1)
             noise = np.random.default_rng(2).standard_normal
             for rows in (K, V):
                 for il, own in rows.items():

@@ -192,7 +192,7 @@ print(h.hexdigest(), hashlib.sha256(ctx.save()).hexdigest())
 
 
 def written(gguf: Path, tokens: list[int]) -> bytes:
-    about, K, V = llama_engine.compute(gguf, tokens)
+    about, K, V, *_ = llama_engine.compute(gguf, tokens)
     origin = {
         **{"text": "x", "messages": None, "bos_only": False, "chat_template_sha256": None, "calibrated": None},
         "reference": {"sha256": "0" * 64, "dtype": "F32", "name": gguf.name, "quantized": False},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,9 +36,9 @@ def layer(il: int, heads: int = 2, k: int = 4, v: int = 6) -> dict:
     return {"il": il, "n_head_kv": heads, "head_dim_k": k, "head_dim_v": v, "rope_base": 1e4}
 
 
-def describe(*caches: dict) -> dict:
+def describe(*caches: dict, **rope: Any) -> dict:
     model = {"arch": "llama", "n_ctx_train": 99, "n_vocab": 1000, "vocab_sha256": "cd" * 32}
-    return {**model, "caches": list(caches), "rope": ROPE}
+    return {**model, "caches": list(caches), "rope": ROPE | rope}
 
 
 def cache(layers: list[dict], n_swa: int = 0, swa_type: int = 0) -> dict:
@@ -54,9 +55,24 @@ def rows(model: dict, n: int, seed: int = 0) -> tuple[dict, dict]:
     return K, V
 
 
-def sample() -> bytes:
-    model = describe(cache([layer(0), layer(2)]), cache([layer(1, v=4)], n_swa=3, swa_type=1))
+def states(model: dict, seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    sizes = ((x["il"], x["n_r"], x["n_s"]) for x in model.get("recurrent", {"layers": []})["layers"])
+    return {il: tuple(rng.standard_normal(n).astype(np.float32) for n in (n_r, n_s)) for il, n_r, n_s in sizes}
+
+
+RECURRENT = {"n_layer": 5, "layers": [{"il": 3, "n_r": 3, "n_s": 5}, {"il": 4, "n_r": 2, "n_s": 0}]}
+SECTIONS = {"type": "imrope", "sections": [11, 11, 10, 0]}  # cells say where they are, and of which token
+
+
+def sample(**rope: Any) -> bytes:
+    model = describe(cache([layer(0), layer(2)]), cache([layer(1, v=4)], n_swa=3, swa_type=1), **rope)
     return ikv.build(model, [1, 5, 7, 9, 999], *rows(model, 5), ORIGIN)
+
+
+def hybrid() -> bytes:
+    model = describe(cache([layer(0), layer(2)])) | {"recurrent": RECURRENT}
+    return ikv.build(model, [1, 5, 7], *rows(model, 3), ORIGIN, states(model))
 
 
 def test_a_file_without_extra_cells_is_what_it_was_before_there_were_any():
@@ -74,7 +90,14 @@ def prefixes(draw: st.DrawFn) -> tuple[dict, list[int], int, int]:
         swa = [x for x in layers if x["il"] in inside]
         caches = [cache([x for x in layers if x["il"] not in inside]), cache(swa, draw(sizes), draw(st.integers(0, 3)))]
     tokens = draw(st.lists(st.integers(0, 999), min_size=1, max_size=12))
-    return describe(*caches), tokens, draw(st.integers(0, 5)), draw(st.integers(0, 2**32))
+    rope = draw(st.sampled_from([{}, SECTIONS, SECTIONS | {"type": "mrope"}]))
+    model = describe(*caches, **rope)
+    if draw(st.booleans()):
+        ils = sorted(draw(st.sets(st.integers(0, 8), min_size=1)))
+        recurrent = [{"il": il, "n_r": draw(st.integers(0, 5)), "n_s": draw(st.integers(0, 5))} for il in ils]
+        model["recurrent"] = {"n_layer": 9, "layers": recurrent}
+        model["caches"] = draw(st.sampled_from([model["caches"], []]))
+    return model, tokens, draw(st.integers(0, 5)), draw(st.integers(0, 2**32))
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,12 +107,21 @@ def test_round_trip(made):
     model, tokens, n_extra, seed = made
     K, V = rows(model, len(tokens) + n_extra, seed)
     origin = ORIGIN | ({"extra_cells": n_extra} if n_extra else {})
-    data = ikv.build(model, tokens, K, V, origin)
+    S = states(model, seed)
+    data = ikv.build(model, tokens, K, V, origin, S)
     back = ikv.read(data)
     assert back.tokens == tokens
     assert (back.n_extra, back.n_cells) == (n_extra, len(tokens) + n_extra)
-    assert back.manifest == {"format": 1, "tokens": tokens, "model": model, **origin}
+    assert back.manifest == {
+        "format": 2 if "sections" in model["rope"] or "recurrent" in model else 1,
+        "tokens": tokens,
+        "model": model,
+        **origin,
+    }
     assert [x.il for x in back.layers] == sorted(K)
+    assert {il: [x.tobytes() for x in both] for il, both in back.states.items()} == {
+        il: [x.tobytes() for x in both] for il, both in S.items()
+    }
     for x in back.layers:
         np.testing.assert_array_equal(x.K, K[x.il][x.cells])
         np.testing.assert_array_equal(x.V, V[x.il][x.cells])
@@ -110,9 +142,10 @@ def test_sliding_window_keeps_what_llama_cpp_keeps(swa_type, n_swa, kept):
     assert state.CacheShape(n_swa, swa_type, ()).positions(10) == list(kept)
 
 
-def test_damage_is_noticed_wherever_it_is():
+@pytest.mark.parametrize("made", [sample, hybrid])
+def test_damage_is_noticed_wherever_it_is(made):
     """One flipped bit in any byte, and every length shorter than the whole."""
-    data = sample()
+    data = made()
     for at in range(len(data)):
         broken = bytearray(data)
         broken[at] ^= 1 << at % 8
@@ -135,9 +168,16 @@ def split(data: bytes) -> tuple[bytes, bytes]:
     return data[: len(data) - 48 - length], data[len(data) - 48 - length : len(data) - 48]
 
 
-def test_a_right_checksum_is_not_enough():
-    """Each byte of the state changed under a right checksum: refused, or another value of K and V."""
-    body, text = split(sample())
+@pytest.mark.parametrize(
+    "data, n_tokens, n_values",
+    # Both bytes of each value of K and V may change: signs, and the lowest byte's highest bit; all four of a state's.
+    [(sample(**rope), 5, 2 * (2 * (5 * 2 * 4 + 5 * 2 * 6) + (3 * 2 * 4 + 3 * 2 * 4))) for rope in ({}, SECTIONS)]
+    + [(hybrid(), 3, 2 * (2 * 3 * 2 * (4 + 6)) + 4 * (3 + 5 + 2))],
+    ids=["norm", "imrope", "hybrid"],
+)
+def test_a_right_checksum_is_not_enough(data, n_tokens, n_values):
+    """Each byte of the state changed under a right checksum: refused, or another value of K and V, or of a state."""
+    body, text = split(data)
     accepted = 0
     for at in range(len(body)):
         broken = bytearray(body)
@@ -153,16 +193,76 @@ def test_a_right_checksum_is_not_enough():
         else:
             accepted += 1
             if library.is_patched():
-                assert bindings.verify(data) == 5
-    # Both bytes of each value may change: signs, and the lowest byte's highest bit.
-    n_values = 2 * (5 * 2 * 4 + 5 * 2 * 6) + (3 * 2 * 4 + 3 * 2 * 4)
-    assert accepted == 2 * n_values
+                assert bindings.verify(data) == n_tokens
+    assert accepted == n_values
+
+
+NOT_FINITE = [np.float32(np.inf), np.float32(-np.inf), np.float32(np.nan)]
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize("il, side, name", [(3, 0, "convolution's state of layer 3"), (3, 1, "recurrent state of")])
+def test_states_are_finite(il, side, name, value):
+    """Where they are built, and in a file of another make, by both readers."""
+    model = describe(cache([layer(0)])) | {"recurrent": RECURRENT}
+    S = states(model)
+    good = ikv.build(model, [1, 5, 7], *rows(model, 3), ORIGIN, S)
+    at = good.index(S[il][side].tobytes())
+    body, text = split(good)
+    bad = sealed(body[:at] + value.tobytes() + body[at + 4 :], text)
+    with pytest.raises(IntactKVError, match=f"NaN or infinity in the {name}"):
+        ikv.read(bad)
+    if library.is_patched():
+        with pytest.raises(IntactKVError, match=f"NaN or infinity in the {name}"):
+            bindings.verify(bad)
+    S[il][side][0] = value
+    with pytest.raises(IntactKVError, match=f"NaN or infinity in the {name}"):
+        ikv.build(model, [1, 5, 7], *rows(model, 3), ORIGIN, S)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({}, r"state n_r of layer 3 is missing and must be float32 \(3,\)"),
+        ({3: (np.zeros(4, np.float32), np.zeros(5, np.float32))}, r"n_r of layer 3 is float32 \(4,\) and must be"),
+        ({3: (np.zeros(3, np.float32), np.zeros(5, np.float64))}, r"n_s of layer 3 is float64 \(5,\) and must be"),
+    ],
+)
+def test_states_are_those_of_the_model(changes, message):
+    model = describe(cache([layer(0)])) | {"recurrent": RECURRENT}
+    with pytest.raises(IntactKVError, match=message):
+        ikv.build(model, [1, 5, 7], *rows(model, 3), ORIGIN, (states(model) | changes) if changes else {})
 
 
 @pytest.mark.parametrize(
     "path, value, message",
     [
-        ("format", 3, "reads the formats 1 and 2"),
+        ("n_layer", 0, "n_layer is 0, not an integer from 1 to 4096"),
+        ("n_layer", 4, r"layers\[1\].il is 4, not an integer from 0 to 3"),
+        ("n_layer", 9, "number of layers of the model is 5 at byte"),
+        ("layers", [], "layers is list, not an array of 1 to 5"),
+        ("layers", RECURRENT["layers"][::-1], r"layers\[1\].il is 3, not above that of the layer before it, 4"),
+        ("layers", RECURRENT["layers"][:1], "type of a layer's state is|size of a layer's state is"),
+        ("layers", [{"il": 3, "n_r": 5, "n_s": 3}], "size of a layer's state is 12 at byte"),
+        ("layers", [{"il": 3, "n_r": 2**31, "n_s": 3}], "n_r is 2147483648, not an integer from 0 to 1073741824"),
+    ],
+)
+def test_recurrent_layers_of_a_manifest_are_checked(path, value, message):
+    body, text = split(hybrid())
+    manifest = json.loads(text)
+    manifest["model"]["recurrent"][path] = value
+    bad = sealed(body, json.dumps(manifest).encode())
+    with pytest.raises(IntactKVError, match=message):
+        ikv.read(bad)
+    if library.is_patched():
+        with pytest.raises(IntactKVError):
+            bindings.verify(bad)
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        ("format", 3, "is 3 and this version reads the formats 1 and 2"),
         ("tokens", [], "tokens is list"),
         ("tokens", [1, 5, 7, 9, 1000], r"tokens\[4\] is 1000"),
         ("tokens", [1, 5, 7, 9, True], r"tokens\[4\] is True"),
@@ -172,6 +272,15 @@ def test_a_right_checksum_is_not_enough():
         ("model.rope.scale", "1", "scale"),
         ("model.rope.scale", 10**400, "not a finite number"),
         ("format", 1.0, "reads the formats 1 and 2"),
+        ("model.rope.sections", [1, 2, 3, 4], "sections is list, not a number or a string"),
+        ("model.rope.type", "mrope", "no field manifest.model.rope.sections"),
+        ("model.rope", ROPE | SECTIONS | {"sections": [1, 2, 3]}, "sections is list, not an array of 4 to 4"),
+        ("model.rope", ROPE | SECTIONS | {"sections": [1, 2, 3, -1]}, r"sections\[3\] is -1, not an integer from 0 to"),
+        (
+            "model.rope",
+            ROPE | SECTIONS,
+            "number of sequences|x of a cell|token of a cell|sequence of a cell|state ends",
+        ),
         ("model.rope.more", [1], "more"),
         ("reference", None, "reference"),
         ("reference.sha256", "AB" * 32, "SHA-256"),

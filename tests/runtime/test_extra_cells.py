@@ -247,7 +247,7 @@ def gemma3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     made = random_models.build("gemma3", root / "gemma3")
     random_models.to_gguf([made])
     gguf, rng = root / "gemma3.gguf", np.random.default_rng(0)
-    model, K, V = llama_engine.compute(gguf, [1], n_threads=1)
+    model, K, V, _ = llama_engine.compute(gguf, [1], n_threads=1)
     for rows in (K, V):
         for il in rows:
             noise = rng.standard_normal((5, *rows[il].shape[1:]))

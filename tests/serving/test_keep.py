@@ -158,7 +158,7 @@ def test_a_prefix_longer_than_a_window_is_not_cut(tmp_path: Path) -> None:
     long = {}
     for n in (6, 1600):
         tokens = [1, *([7, 8, 9] * n)][:n]
-        description, K, V = llama_engine.compute(gguf, tokens, cache_dtype="f16", n_threads=2)
+        description, K, V, _ = llama_engine.compute(gguf, tokens, cache_dtype="f16", n_threads=2)
         (tmp_path / f"{n}.ikv").write_bytes(ikv.build(description, tokens, K, V, ORIGIN))
         settings = choose_settings(gguf, prefixes=[tmp_path / f"{n}.ikv"], port=0, kv_type="f16")
         long[n] = "--ctx-checkpoints 0 --batch-size 2112" in " ".join(settings.arguments), len(settings.notes)

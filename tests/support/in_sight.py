@@ -21,7 +21,7 @@ ORIGIN = {
 
 def write(gguf: Path, out: Path, token: int, n_extra: int = 0, in_sight: bool = True) -> ikv.Prefix:
     """A prefix file of this token, and n_extra cells that resemble it."""
-    model, K, V = llama_engine.compute(gguf, [token], n_threads=1)
+    model, K, V, _ = llama_engine.compute(gguf, [token], n_threads=1)
     rng = np.random.default_rng(0)
 
     def more(rows: np.ndarray) -> np.ndarray:

@@ -28,12 +28,13 @@ def write(
     n_layer: int = N_LAYER,
     chat_template: str | None = None,
     latent: int | None = None,
-    **extra: float | bool | str,
+    **extra: float | bool | str | list[int],
 ) -> Path:
     """Writes a model of architecture arch: llama (norm RoPE), qwen3 (neox), glm4 (norm, any n_rot), phi3 (neox, any
-    n_rot), minicpm3 (the last n_rot elements), deepseek2 (the same; with a latent or, as older files are, without),
-    granitehybrid (n_head_kv by layer, 0: a Mamba layer), gemma2 (every other layer has a sliding window of WINDOW
-    tokens; soft caps), gpt-oss (such layers, sinks, experts).
+    n_rot), minicpm3 (the last n_rot elements), deepseek2 (the same; with a latent or,
+    as older files are, without), granitehybrid (n_head_kv by layer, 0: a Mamba layer), gemma2 (every
+    other layer has a sliding window of WINDOW tokens; soft caps), gpt-oss (such layers, sinks, experts), qwen2vl and
+    qwen3vl (with rope.dimension_sections M-RoPE and IM-RoPE, as glm4 has it too).
 
     n_rot: elements of a head that are rotated, all by default. n_layer: unless n_head_kv is a list. latent: values of a
     token's latent, of which V is all and K has n_rot more. extra: more of the metadata, behind "ARCH.".
@@ -88,7 +89,7 @@ def write(
     if arch == "granitehybrid":
         for key, size in dict(SSM, inner_size=2 * n_embd).items():
             writer.add_uint32(f"{arch}.ssm.{key}", size)
-    _vocabulary(writer)
+    vocabulary(writer)
 
     writer.add_tensor("token_embd.weight", rng.standard_normal((N_VOCAB, n_embd), np.float32))
     norm("output_norm", n_embd)
@@ -127,7 +128,7 @@ def write(
         if arch == "gpt-oss":
             _experts(writer, layer, n_embd, n_kv * head_dim, rng)
             continue
-        if arch == "qwen3":
+        if arch in ("qwen3", "qwen3vl"):
             norm(f"{layer}.attn_q_norm", head_dim)
             norm(f"{layer}.attn_k_norm", head_dim)
         if arch in ("glm4", "phi3"):
@@ -144,7 +145,8 @@ def write(
     return path
 
 
-def _vocabulary(writer: gguf.GGUFWriter) -> None:
+def vocabulary(writer: gguf.GGUFWriter) -> None:
+    """N_VOCAB tokens: bytes."""
     kind = gguf.TokenType
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     writer.add_tokenizer_model("llama")

@@ -149,7 +149,7 @@ def distance(a, b):
 def with_rows(models, name, tokens, n_tokens):
     """(model, description, K, V) for a prefix of n_tokens tokens with N extra cells: rows of other tokens, moved."""
     model = torch_model.load(models[name])
-    description, K, V = llama_engine.compute(models[name].with_suffix(".gguf"), tokens[:n_tokens], n_threads=1)
+    description, K, V, _ = llama_engine.compute(models[name].with_suffix(".gguf"), tokens[:n_tokens], n_threads=1)
     cache = layers.empty_cache(model)
     with torch.no_grad():
         model.forward([tokens[-20:]], cache)

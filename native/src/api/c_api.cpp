@@ -4,6 +4,7 @@
 
 #include "api/check.h"
 #include "api/describe.h"
+#include "api/state_bytes.h"
 #include "automatic/automatic.h"
 #include "automatic/enable.h"
 #include "cells/arena.h"
@@ -13,51 +14,16 @@
 
 #include "llama-context.h"
 #include "llama-impl.h"
-#include "llama-io.h"
 #include "llama-kv-cache.h"
 #include "llama-model.h"
 
 #include <algorithm>
-#include <cstring>
 #include <exception>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
 namespace intactkv {
-
-// Hands the bytes of a KV state to llama_kv_cache::state_read(). Bounds are checked though the file was verified:
-// the two readers must agree, and this one is next to the cache.
-class state_bytes : public llama_io_read_i {
-public:
-    state_bytes(const uint8_t * data, size_t size) :
-        data(data),
-        size(size) {}
-
-    void read(void * dst, size_t n) override {
-        if (n > size - pos) {
-            throw std::runtime_error("the KV state ends too early");
-        }
-        memcpy(dst, data + pos, n);
-        pos += n;
-    }
-
-    void read_tensor(ggml_tensor * tensor, size_t offset, size_t n) override {
-        if (n > size - pos) {
-            throw std::runtime_error("the KV state ends too early");
-        }
-        ggml_backend_tensor_set(tensor, data + pos, offset, n);
-        pos += n;
-    }
-
-    size_t n_bytes() override { return pos; }
-
-private:
-    const uint8_t * data;
-    const size_t size;
-    size_t pos = 0;
-};
 
 // the largest f(arena) of the caches, 0 if none can have intact cells
 template <typename F> static int32_t most_of(const llama_context * ctx, F f) {
@@ -110,9 +76,7 @@ int32_t intactkv_load(llama_context * ctx, const void * data, size_t size, llama
     llama_synchronize(ctx);
     try {
         state_bytes io(view.state, view.state_size);
-        for (llama_kv_cache * kv : caches_of(ctx)) {
-            kv->state_read(io, seq_id, 0);
-        }
+        llama_get_memory(ctx)->state_read(io, seq_id, 0);
         keep_in_sight(ctx, seq_id, view.in_sight);
     } catch (const std::exception & err) {
         llama_memory_seq_rm(llama_get_memory(ctx), seq_id, -1, -1);

@@ -51,7 +51,7 @@ std::string check_context(const llama_context * ctx, const prefix_view & view) {
         return format("the prefix has %u tokens%s and the context only n_ctx = %u for a sequence: use a larger n_ctx",
                 view.n_tokens, n_extra ? format(", %u extra cells", n_extra).c_str() : "", llama_n_ctx_seq(ctx));
     }
-    if (!ctx->get_cparams().flash_attn) {
+    if (!ctx->get_cparams().flash_attn && !caches_of(ctx).empty()) {
         return "flash attention is off in this context, its V cache is transposed: turn flash attention on to load a prefix";
     }
     return no_room_in_sight(ctx, view);

@@ -24,6 +24,11 @@ namespace intactkv {
 
 using json = nlohmann::ordered_json;
 
+// Whether it is of a class derived from this one, which keeps more beside the KV cache and the states
+static bool keeps_more(const llama_memory_hybrid & memory) {
+    return typeid(memory) != typeid(llama_memory_hybrid);
+}
+
 std::vector<llama_kv_cache *> caches_of(llama_memory_i * memory) {
     if (auto * kv = dynamic_cast<llama_kv_cache *>(memory)) {
         return { kv };
@@ -31,11 +36,11 @@ std::vector<llama_kv_cache *> caches_of(llama_memory_i * memory) {
     if (auto * kv = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
         return { kv->get_base(), kv->get_swa() };
     }
-    if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
-        // exactly this class: one derived from it keeps more beside the KV cache
-        if (typeid(*hybrid) == typeid(llama_memory_hybrid) && keeps_nothing(*hybrid->get_mem_recr())) {
-            return { hybrid->get_mem_attn() };
-        }
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory); hybrid && !keeps_more(*hybrid)) {
+        return { hybrid->get_mem_attn() };
+    }
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
+        return { hybrid->get_mem_attn()->get_base(), hybrid->get_mem_attn()->get_swa() };
     }
     return {};
 }
@@ -44,14 +49,19 @@ std::vector<llama_kv_cache *> caches_of(const llama_context * ctx) {
     return caches_of(llama_get_memory(ctx));
 }
 
-static const llama_memory_recurrent * recurrent_part(const llama_memory_i * memory) {
-    if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid *>(memory)) {
-        return hybrid->get_mem_recr();
+llama_memory_recurrent * states_of(llama_memory_i * memory) {
+    auto * res = dynamic_cast<llama_memory_recurrent *>(memory);
+    if (const auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
+        res = hybrid->get_mem_recr();
     }
-    if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid_iswa *>(memory)) {
-        return hybrid->get_mem_recr();
+    if (const auto * hybrid = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
+        res = hybrid->get_mem_recr();
     }
-    return nullptr;
+    return res && !keeps_nothing(*res) ? res : nullptr;
+}
+
+llama_memory_recurrent * states_of(const llama_context * ctx) {
+    return states_of(llama_get_memory(ctx));
 }
 
 std::string unsupported(const llama_memory_i * memory, const llama_model & model) {
@@ -59,23 +69,21 @@ std::string unsupported(const llama_memory_i * memory, const llama_model & model
     const auto refuse = [&](const char * why) {
         return format("a model of architecture '%s' cannot carry a prefix: %s", arch, why);
     };
-    if (dynamic_cast<const llama_memory_recurrent *>(memory)) {
-        return refuse("it is recurrent, it has a state instead of a KV cache");
+    if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid *>(memory); hybrid && keeps_more(*hybrid)) {
+        return refuse("beside its KV cache and its recurrent states it has an indexer's cache");
     }
-    if (const auto * recurrent = recurrent_part(memory); recurrent && !keeps_nothing(*recurrent)) {
-        return refuse("it is a hybrid, part of its memory is a recurrent state");
+    if (llama_vocab_type(llama_model_get_vocab(&model)) == LLAMA_VOCAB_TYPE_NONE) {
+        return refuse("it has no vocabulary by which a prefix could be told to be its own");
     }
     if (llama_model_has_encoder(&model)) {
         return refuse("its encoder sees the whole prompt, so no part of it can be computed ahead");
     }
-    if (model.hparams.n_pos_per_embd() > 1) {
-        return refuse("its positions have several dimensions (M-RoPE)");
-    }
-    const bool has_caches = !caches_of(const_cast<llama_memory_i *>(memory)).empty();
-    if (!has_caches && model.hparams.indexer_top_k > 0) {
+    auto * kept = const_cast<llama_memory_i *>(memory);
+    const bool keeps = !caches_of(kept).empty() || states_of(kept) != nullptr;
+    if (!keeps && model.hparams.indexer_top_k > 0) {
         return refuse("an indexer with a cache of its own chooses the tokens that are attended (sparse attention)");
     }
-    if (!has_caches) {
+    if (!keeps) {
         return refuse("it has no plain KV cache");
     }
     return "";
@@ -109,6 +117,8 @@ static const char * rope_type_name(llama_rope_type type) {
         case LLAMA_ROPE_TYPE_NONE: return "none";
         case LLAMA_ROPE_TYPE_NORM: return "norm";
         case LLAMA_ROPE_TYPE_NEOX: return "neox";
+        case LLAMA_ROPE_TYPE_MROPE: return "mrope";
+        case LLAMA_ROPE_TYPE_IMROPE: return "imrope";
         default: return "other";
     }
 }
@@ -120,6 +130,17 @@ static const char * rope_scaling_name(llama_rope_scaling_type type) {
         case LLAMA_ROPE_SCALING_TYPE_LONGROPE: return "longrope";
         default: return "none";
     }
+}
+
+// As upstream writes the states of a sequence: n_layer of the model, and the layers that have any
+static json describe_states(const llama_memory_recurrent & states) {
+    json layers = json::array();
+    for (size_t il = 0; il < states.r_l.size(); ++il) {
+        if (states.r_l[il] != nullptr) {
+            layers.push_back({ { "il", il }, { "n_r", states.r_l[il]->ne[0] }, { "n_s", states.s_l[il]->ne[0] } });
+        }
+    }
+    return { { "n_layer", states.r_l.size() }, { "layers", std::move(layers) } };
 }
 
 std::string describe(const llama_context * ctx) {
@@ -148,7 +169,7 @@ std::string describe(const llama_context * ctx) {
         });
     }
 
-    const json res = {
+    json res = {
         { "arch", llm_arch_name(model.arch) },
         { "n_ctx_train", hparams.n_ctx_train },
         { "n_vocab", llama_vocab_n_tokens(vocab) },
@@ -169,6 +190,12 @@ std::string describe(const llama_context * ctx) {
                         { "factors", factors_sha256(model.get_rope_factors(cparams, 0)) },
                 } },
     };
+    if (hparams.n_pos_per_embd() > 1) {
+        res["rope"]["sections"] = hparams.rope_sections;
+    }
+    if (const llama_memory_recurrent * states = states_of(ctx)) {
+        res["recurrent"] = describe_states(*states);
+    }
     return res.dump();
 }
 

@@ -63,6 +63,7 @@ size_t automatic::n_bytes() const {
         for (const held_rows & rows : p.caches) {
             res += rows.n_bytes();
         }
+        res += p.states.size();
     }
     return res;
 }
@@ -129,6 +130,12 @@ int automatic::run(const llama_batch_ext & batch, std::vector<start> & starts) {
     }
     const uint64_t n_before = n_loaded;
     int status = 0;
+    for (start & s : starts) {
+        if (s.found.prefix->whole_only() && s.n_there > 0) {
+            s.before.resize(ctx.state_seq_get_size(s.seqs[0], 0));
+            ctx.state_seq_get_data(s.seqs[0], s.before.data(), s.before.size(), 0);
+        }
+    }
     for (auto s = starts.begin(); s != starts.end() && status == 0; ++s) {
         status = s->begins_anew() ? begin_anew(*s) : 0;
     }
@@ -235,7 +242,12 @@ int automatic::compute(const llama_batch_ext & batch) {
 void automatic::undo(const std::vector<start> & starts) {
     for (const start & s : starts) {
         for (const llama_seq_id seq_id : s.seqs) {
-            ctx.memory->seq_rm(seq_id, s.begins_anew() ? 0 : s.n_there, -1);
+            if (s.n_there == 0 || !s.before.empty() || !s.found.prefix->whole_only()) {
+                ctx.memory->seq_rm(seq_id, s.begins_anew() || !s.before.empty() ? 0 : s.n_there, -1);
+            }
+            if (!s.before.empty()) {
+                ctx.state_seq_set_data(seq_id, s.before.data(), s.before.size(), 0);
+            }
         }
         for (uint32_t begin = 0; s.begins_anew() && begin < s.n_there;) {
             uint32_t end = begin + 1;

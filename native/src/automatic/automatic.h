@@ -2,7 +2,8 @@
 // that prefix's cells, loaded instead of computed.
 //
 // Nothing is remembered of a sequence from one batch to the next: its cells say whether it is still a prefix's beginning
-// (prefixes::begun), whatever the program did to them meanwhile.
+// (prefixes::begun), whatever the program did to them meanwhile. With recurrent layers one cannot step back, and no part of a
+// prefix is of use: there a prefix takes the place of a sequence that is at its beginning, when its last token comes.
 
 #pragma once
 

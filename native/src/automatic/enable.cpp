@@ -130,7 +130,10 @@ std::shared_ptr<automatic> of_new(llama_context & ctx) {
     try {
         const std::vector<prefix_source> sources = sources_of(ctx.get_model());
         std::unique_ptr<keeper> kept = keeper::of_new(ctx);
-        const std::string why = sources.empty() && !kept ? "" : why_none(ctx);
+        if (sources.empty() && !kept) {
+            return nullptr;
+        }
+        const std::string why = why_none(ctx);
         const auto fill = [&](bool on) {
             for (llama_kv_cache * kv : why.empty() ? caches_of(&ctx) : std::vector<llama_kv_cache *>()) {
                 kv->intact->fill(on);

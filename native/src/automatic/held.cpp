@@ -28,12 +28,13 @@ template <typename T> static T get(const uint8_t *& at) {
 }
 
 // Item of each cell in the order of the file; first: the first token that has a cell.
-static std::vector<size_t> read_cells(const uint8_t *& at, uint32_t n_tokens, uint32_t & first) {
+// ext: cells are followed by their place in a picture, and their token.
+static std::vector<size_t> read_cells(const uint8_t *& at, uint32_t n_tokens, bool ext, uint32_t & first) {
     get<uint32_t>(at); // streams
     std::vector<int32_t> positions(get<uint32_t>(at));
     for (int32_t & pos : positions) {
         pos = get<int32_t>(at);
-        at += sizeof(uint32_t) + sizeof(int32_t); // of one sequence, 0
+        at += sizeof(uint32_t) + (ext ? 3 : 0) * sizeof(int32_t) + sizeof(int32_t); // of one sequence, 0
     }
     first = positions.empty() ? n_tokens : *std::min_element(positions.begin(), positions.end());
     std::vector<size_t> res;
@@ -46,7 +47,7 @@ static std::vector<size_t> read_cells(const uint8_t *& at, uint32_t n_tokens, ui
 }
 
 void held_rows::read(const uint8_t *& state) {
-    const std::vector<size_t> items = read_cells(state, n_tokens, first);
+    const std::vector<size_t> items = read_cells(state, n_tokens, a->cache().has_cell_ext(), first);
     std::vector<llama_pos> positions(items.size(), 0); // by item; extra cells are at position 0
     for (uint32_t token = first; token < n_tokens; ++token) {
         positions[token - first] = token;
@@ -200,6 +201,9 @@ size_t held_rows::n_bytes() const {
 }
 
 bool held_prefix::serves(uint32_t pos) const {
+    if (whole_only()) {
+        return pos == tokens.size();
+    }
     return std::all_of(caches.begin(), caches.end(), [&](const held_rows & rows) {
         return rows.first_token() == 0 || rows.of().is_out_of_sight(rows.first_token() - 1, pos);
     });
@@ -225,6 +229,7 @@ held_prefix hold(const llama_context * ctx, const prefix_view & view, const std:
         }
         throw;
     }
+    res.states.assign(at, at + view.recurrent_size);
     return res;
 }
 

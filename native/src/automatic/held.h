@@ -72,6 +72,12 @@ struct held_prefix {
     bool whole = false;            // trained together: of use to sequences that have all its tokens
     std::vector<held_rows> caches; // in the order of a saved state
 
+    // What upstream writes for the recurrent layers' states, which are those behind the last token. Where there are any, a
+    // sequence is given all of the prefix or nothing
+    std::vector<uint8_t> states;
+
+    bool whole_only() const { return !states.empty(); }
+
     // Whether the cells of the tokens before pos are enough for a token at pos: a sliding window that has left some of
     // them behind at the prefix's end has not done so in its middle
     bool serves(uint32_t pos) const;

@@ -20,7 +20,7 @@ match longest_match(const prefixes & held, const std::vector<llama_token> & toke
         const uint32_t n = n_common(tokens, p.tokens);
         const bool complete = n == p.tokens.size();
         const bool ended = !complete && (n < tokens.size() || !open);
-        if (n == 0 || (ended && p.whole)) {
+        if (n == 0 || (ended && p.whole) || (p.whole_only() && !complete)) {
             continue;
         }
         const bool began =

@@ -15,7 +15,7 @@ struct match {
     bool as_it_began = true; // the cells that the sequence has already are what this prefix would give it
 };
 
-// The longest. tokens: all of the sequence, what it has already (of) and what is coming; open: they may go on as any
+// The longest; of a model with recurrent layers, of those that match to their end. tokens: all of the sequence, what it has already (of) and what is coming; open: they may go on as any
 // prefix does, else what follows them is no token of a prefix.
 //
 // A token that differs ends a match: what matched is of use, but not of a prefix whose rows were trained together. Of two

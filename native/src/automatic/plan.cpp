@@ -52,7 +52,7 @@ static std::vector<run> runs_of(const llama_batch_ext & batch) {
     return res;
 }
 
-// From the token at n_there to the run's last.
+// From the token at n_there to the run's last. Empty: the prefix is of no use to it
 static std::vector<go> goes_of(const llama_batch_ext & batch, const start & s, bool at_once) {
     const uint32_t n = s.found.n, n_all = s.n_there + s.batch_index.size();
     const auto output = [&](uint32_t pos) {
@@ -60,6 +60,21 @@ static std::vector<go> goes_of(const llama_batch_ext & batch, const start & s, b
     };
     std::vector<go> res;
     uint32_t pos = s.n_there;
+    if (s.found.prefix->whole_only()) { // asked about its tokens, it is computed first, and then replaced
+        while (pos < n && !output(pos)) {
+            ++pos;
+        }
+        if (pos == n) {
+            return { { n, n_all } };
+        }
+        if (!at_once) {
+            res.push_back({ s.n_there, n });
+        }
+        if (!at_once && n < n_all) {
+            res.push_back({ n, n_all });
+        }
+        return res;
+    }
     while (pos < n) {
         uint32_t end = pos;
         while (end < n && !output(end)) {
@@ -85,6 +100,26 @@ static std::vector<go> goes_of(const llama_batch_ext & batch, const start & s, b
     return at_once ? std::vector<go>{ { res[0].load_end, n_all } } : res;
 }
 
+// Whether a sequence is at the beginning of a prefix, or has nothing yet, and the tokens that it has
+static bool begins(const prefixes & held, const llama_memory_i & memory, llama_seq_id seq_id, start & s,
+        std::vector<llama_token> & tokens) {
+    if (held.whole_only()) {
+        const std::vector<llama_token> first = std::exchange(tokens, {});
+        if (!held.tokens_of(seq_id, tokens) || (seq_id != s.seqs[0] && tokens != first)) {
+            return false;
+        }
+    } else {
+        if (!held.begun(seq_id, s.there)) {
+            return false;
+        }
+        tokens.clear();
+        for (uint32_t i = 0; i < s.there.size(); ++i) {
+            tokens.push_back(s.there[i]->tokens[i]);
+        }
+    }
+    return memory.seq_pos_max(seq_id) + 1 == (llama_pos) tokens.size();
+}
+
 std::vector<start> plan(
         const prefixes & held, const llama_memory_i & memory, const llama_batch_ext & batch, bool at_once) {
     const bool near = std::any_of(batch.tokens.begin(), batch.tokens.end(),
@@ -95,19 +130,16 @@ std::vector<start> plan(
     std::vector<start> res;
     for (run & r : runs_of(batch)) {
         start s;
+        s.seqs = r.seqs;
+        std::vector<llama_token> tokens;
         const auto fits = [&](llama_seq_id seq_id) {
-            return seq_id >= 0 && seq_id < batch.n_seq_max && held.begun(seq_id, s.there) &&
-                    memory.seq_pos_max(seq_id) + 1 == (llama_pos) s.there.size();
+            return seq_id >= 0 && seq_id < batch.n_seq_max && begins(held, memory, seq_id, s, tokens);
         };
         if ((uint32_t) batch.tokens[r.batch_index[0]].pos[0] >= held.longest() ||
                 !std::all_of(r.seqs.begin(), r.seqs.end(), fits)) {
             continue;
         }
-        s.n_there = s.there.size();
-        std::vector<llama_token> tokens;
-        for (uint32_t i = 0; i < s.n_there; ++i) {
-            tokens.push_back(s.there[i]->tokens[i]);
-        }
+        s.n_there = tokens.size();
         for (const uint32_t i : r.batch_index) {
             const token & t = batch.tokens[i];
             if (t.has_embd || t.id < 0 || (uint32_t) t.pos[0] != tokens.size()) {
@@ -122,9 +154,10 @@ std::vector<start> plan(
                 (s.found.n <= s.n_there && !s.begins_anew())) {
             continue;
         }
-        s.seqs = r.seqs;
         s.goes = goes_of(batch, s, at_once);
-        res.push_back(std::move(s));
+        if (!s.goes.empty()) {
+            res.push_back(std::move(s));
+        }
     }
     return res;
 }

@@ -24,7 +24,8 @@ struct start {
     std::vector<llama_seq_id> seqs;
     std::vector<uint32_t> batch_index; // of their tokens, from position n_there on
     uint32_t n_there = 0;              // tokens that they have
-    origins there;
+    origins there;                     // of them; of a model with recurrent layers, none
+    std::vector<uint8_t> before;       // their state, where a whole prefix takes its place: one cannot step back in it
     match found;
     std::vector<go> goes; // one or more; what these sequences have behind batch_index is computed with the last
 

@@ -1,9 +1,13 @@
 #include "automatic/prefixes.h"
 
+#include "api/describe.h"
+#include "api/state_bytes.h"
 #include "cells/arena.h"
 #include "cells/sharing.h"
 
+#include "llama-context.h"
 #include "llama-kv-cache.h"
+#include "llama-memory-recurrent.h"
 
 #include <algorithm>
 #include <set>
@@ -163,7 +167,59 @@ bool prefixes::give(size_t cache, const std::vector<llama_seq_id> & seqs, const 
     return true;
 }
 
+bool prefixes::tokens_of(llama_seq_id seq_id, std::vector<llama_token> & tokens) const {
+    tokens.clear();
+    const auto & caches = list.front().caches;
+    if (caches.empty()) {
+        return llama_memory_seq_pos_max(llama_get_memory(ctx), seq_id) < 0;
+    }
+    const arena & a = caches[0].of();
+    const uint32_t strm = a.stream_of(seq_id);
+    const llama_kv_cells & cells = a.cells_in(strm);
+    for (const auto & [pos, cell] : a.cells_of(strm, seq_id)) {
+        const llama_token id = cells.ext_get(cell).tok;
+        if ((size_t) pos != tokens.size() || id < 0 || cells.get_shift(cell) != 0) {
+            return false;
+        }
+        tokens.push_back(id);
+    }
+    return true;
+}
+
+bool prefixes::replace(const std::vector<llama_seq_id> & seqs, const held_prefix & prefix) const {
+    llama_memory_i * memory = llama_get_memory(ctx);
+    for (const llama_seq_id seq_id : seqs) {
+        memory->seq_rm(seq_id, -1, -1);
+    }
+    for (size_t c = 0; c < prefix.caches.size(); ++c) {
+        const held_rows & rows = prefix.caches[c];
+        std::vector<int32_t> wanted;
+        for (uint32_t token = rows.first_token(); token < prefix.tokens.size(); ++token) {
+            wanted.push_back(rows.row(token));
+        }
+        for (uint32_t i = 0; i < rows.n_extra(); ++i) {
+            wanted.push_back(rows.extra_row(i));
+        }
+        if (!give(c, seqs, rows, wanted)) {
+            return false;
+        }
+    }
+    if (ggml_backend_sched_t sched = ctx->get_sched()) {
+        ggml_backend_sched_synchronize(sched);
+    }
+    llama_memory_recurrent & states = *states_of(ctx);
+    state_bytes io(prefix.states.data(), prefix.states.size());
+    states.state_read(io, seqs[0], 0);
+    for (const llama_seq_id seq_id : seqs) {
+        states.seq_cp(seqs[0], seq_id, -1, -1);
+    }
+    return true;
+}
+
 bool prefixes::load(const std::vector<llama_seq_id> & seqs, const held_prefix & prefix, uint32_t b, uint32_t e) const {
+    if (prefix.whole_only()) {
+        return replace(seqs, prefix);
+    }
     for (size_t c = 0; c < prefix.caches.size(); ++c) {
         const held_rows & rows = prefix.caches[c];
         std::vector<int32_t> wanted;
@@ -240,6 +296,9 @@ std::vector<int32_t> prefixes::missing_extra(size_t cache, llama_seq_id seq_id, 
 
 bool prefixes::take_over(
         const std::vector<llama_seq_id> & seqs, const held_prefix & prefix, uint32_t b, uint32_t e) const {
+    if (prefix.whole_only()) {
+        return replace(seqs, prefix);
+    }
     for (size_t c = 0; c < prefix.caches.size(); ++c) {
         const held_rows & rows = prefix.caches[c];
         take_over_cells(c, seqs, rows, b, e);

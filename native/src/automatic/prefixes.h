@@ -33,13 +33,18 @@ public:
     // the cells themselves. An empty sequence begins so too
     bool begun(llama_seq_id seq_id, origins & of) const;
 
+    // Of a model with recurrent layers, whose prefixes are given whole: the tokens of a sequence that is at its beginning,
+    // as the cells of its attention layers say; false: they cannot say it. Of an empty one, none
+    bool tokens_of(llama_seq_id seq_id, std::vector<llama_token> & tokens) const;
+    bool whole_only() const { return !list.empty() && list.front().whole_only(); }
+
     // Gives sequences, which have the same cells, those of tokens b..e-1 of a prefix, which they do not have yet. They are
     // shared with other sequences of the stream that have them. false: the cache has no room, something may have been
-    // done
+    // done. Of a model with recurrent layers it is all of a prefix, and takes the place of what they have
     bool load(const std::vector<llama_seq_id> & seqs, const held_prefix & prefix, uint32_t b, uint32_t e) const;
 
     // Tokens b..e-1 of these sequences were computed: their cells get the prefix's rows. false: there is no room for its
-    // extra cells
+    // extra cells. Of a model with recurrent layers e is the prefix's end, and it takes the place of what they have
     bool take_over(const std::vector<llama_seq_id> & seqs, const held_prefix & prefix, uint32_t b, uint32_t e) const;
 
 private:
@@ -55,6 +60,7 @@ private:
 
     const owner * owner_of(size_t cache, uint32_t strm, uint32_t cell) const; // nullptr: no cell of a held prefix
     bool may_share(size_t cache) const;
+    bool replace(const std::vector<llama_seq_id> & seqs, const held_prefix & prefix) const;
     std::unordered_map<int32_t, uint32_t> cells_by_row(size_t cache, uint32_t strm) const;
     bool give(size_t cache, const std::vector<llama_seq_id> & seqs, const held_rows & rows,
             const std::vector<int32_t> & wanted) const;

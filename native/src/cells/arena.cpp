@@ -8,6 +8,7 @@
 #include "llama-hparams.h"
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
+#include "llama-memory-hybrid-iswa.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -54,13 +55,15 @@ void arena::attach(llama_kv_cache & kv, const llama_context & ctx) {
 arena::arena(llama_kv_cache & kv, const llama_context & ctx) :
     kv(kv),
     ctx(ctx),
-    kind(choose_attention(std::any_of(kv.layers.begin(), kv.layers.end(),
-            [](const auto & layer) {
-                return ggml_backend_buffer_get_type(layer.k->buffer) == ggml_backend_cpu_buffer_type();
-            }))),
+    kind(choose_attention(kv.layers.empty() ||
+            std::any_of(kv.layers.begin(), kv.layers.end(),
+                    [](const auto & layer) {
+                        return ggml_backend_buffer_get_type(layer.k->buffer) == ggml_backend_cpu_buffer_type();
+                    }))),
     n_seq_max(ctx.get_cparams().n_seq_max),
     n_ubatch(ctx.get_cparams().n_ubatch),
     layers(kv.layers.size()),
+    rotates(dynamic_cast<const llama_memory_hybrid_iswa *>(llama_get_memory(&ctx)) == nullptr),
     fast(fused(ctx.get_cparams())) {
     set_tail(tail_asked());
 }
@@ -130,7 +133,7 @@ bool arena::has_latents() const {
 
 fused_rotation arena::rotation() const {
     fused_rotation res;
-    if (has_latents()) { // upstream makes the matrix, and multiplies nothing by it
+    if (!rotates || has_latents()) { // of latents upstream makes the matrix, and multiplies nothing by it
         return res;
     }
     if (kv.attn_rot_k) {

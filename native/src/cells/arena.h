@@ -198,6 +198,7 @@ private:
     restored unseen;
 
     std::vector<arena_layer> layers; // by index of the layer in the cache
+    const bool rotates;              // false: upstream's graphs of this memory leave its rotations out
     const bool fast;                 // the kernel reads them all
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
 

@@ -19,7 +19,9 @@ std::vector<uint32_t> place(const arena & a, int32_t seq_id, const std::vector<l
     llama_ubatch ubatch = balloc.ubatch_reserve(positions.size(), 1);
     ubatch.seq_id_unq[0] = seq_id;
     for (size_t i = 0; i < positions.size(); ++i) {
-        ubatch.pos[i] = positions[i];
+        for (uint32_t dim = 0; dim < ubatch.n_pos; ++dim) { // that of text is the same in all
+            ubatch.pos[dim * positions.size() + i] = positions[i];
+        }
         ubatch.token[i] = tokens[i];
         ubatch.n_seq_id[i] = 1;
         ubatch.seq_id[i] = &seq_id;

@@ -106,22 +106,24 @@ void keeper::prompt(const llama_batch_ext & batch, int32_t seq_id, size_t last, 
 
 // From the sequence's first on, as long as there is one at each position.
 std::vector<llama_token> keeper::tokens_of(const llama_batch_ext & batch, int32_t seq_id, size_t last) const {
-    const arena & a = *caches_of(&ctx)[0]->intact;
-    const uint32_t strm = a.stream_of(seq_id);
-    const llama_kv_cells & cells = a.cells_in(strm);
     llama_pos first = batch.tokens[last].pos[0];
     for (size_t i = 0; i < last; ++i) {
         first = batch.tokens[i].seq_ids.count(seq_id) ? std::min(first, batch.tokens[i].pos[0]) : first;
     }
     std::vector<llama_token> res;
-    for (const auto & [pos, cell] : a.cells_of(strm, seq_id)) {
-        const llama_token id = cells.ext_get(cell).tok;
-        if (pos >= first || (size_t) pos > res.size()) {
-            break;
+    for (const llama_kv_cache * kv : caches_of(&ctx)) {
+        const arena & a = *kv->intact;
+        const uint32_t strm = a.stream_of(seq_id);
+        for (const auto & [pos, cell] : a.cells_of(strm, seq_id)) {
+            const llama_token id = a.cells_in(strm).ext_get(cell).tok;
+            if (pos >= first || (size_t) pos > res.size()) {
+                break;
+            }
+            if ((size_t) pos == res.size() && id >= 0) { // extra cells are no tokens
+                res.push_back(id);
+            }
         }
-        if ((size_t) pos == res.size() && id >= 0) { // extra cells are no tokens
-            res.push_back(id);
-        }
+        break; // the first of them has all tokens
     }
     for (size_t i = 0; i <= last; ++i) {
         const llama_batch_ext::token & t = batch.tokens[i];
@@ -166,7 +168,8 @@ bool keeper::is_covered(const std::vector<llama_token> & tokens, const prefixes 
             return true;
         }
     }
-    const bool has_window = caches_of(&ctx).size() > 1; // it leaves behind what a shorter prefix needs
+    // it leaves behind what a shorter prefix needs
+    const bool has_window = caches_of(&ctx).size() > 1 || states_of(&ctx) != nullptr;
     return std::any_of(written.begin(), written.end(), [&](const std::vector<llama_token> & w) {
         const size_t n = n_common(tokens, w);
         return enough(n) && (n == w.size() || !has_window);

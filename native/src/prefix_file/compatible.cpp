@@ -87,6 +87,27 @@ static void check_caches(const json & prefix, const json & model) {
     }
 }
 
+// Of two models, either of which may have none: what the recurrent layers keep of a sequence
+static void check_recurrent(const json & prefix, const json & model) {
+    const json none = 0;
+    const auto n_states = [](const json & x) {
+        return json(x.contains("recurrent") ? x.at("recurrent").at("layers").size() : 0);
+    };
+    const json counts[] = { n_states(prefix), n_states(model) };
+    check_same("the number of recurrent layers", &counts[0], &counts[1], OTHER_MODEL);
+    if (counts[1] == none) {
+        return;
+    }
+    const json &a = prefix.at("recurrent"), &b = model.at("recurrent");
+    check_same("n_layer", &a.at("n_layer"), &b.at("n_layer"), OTHER_MODEL);
+    for (size_t i = 0; i < b.at("layers").size(); ++i) {
+        const json &x = a.at("layers")[i], &y = b.at("layers")[i];
+        for (const char * key : { "il", "n_r", "n_s" }) {
+            check_same("recurrent layer " + shown(y.at("il")) + " " + key, &x.at(key), &y.at(key), OTHER_MODEL);
+        }
+    }
+}
+
 bool compatible(const std::string & manifest_json, const std::string & describe_json,
         const std::string & gguf_reference_sha256, std::string & error) {
     try {
@@ -99,8 +120,16 @@ bool compatible(const std::string & manifest_json, const std::string & describe_
         }
         check_caches(prefix.at("caches"), model.at("caches"));
         check_layers(prefix.at("caches"), model.at("caches"), true);
+        check_recurrent(prefix, model);
         check_layers(prefix.at("caches"), model.at("caches"), false);
         check_same("rope ", prefix.at("rope"), model.at("rope"), { "type", "n_rot", "scaling", "scale" }, OTHER_ROPE);
+        if (model.at("rope").contains("sections")) { // then the prefix has them too: its type is the same
+            const json & a = prefix.at("rope").at("sections");
+            const json & b = model.at("rope").at("sections");
+            for (size_t i = 0; i < b.size(); ++i) {
+                check_same("rope sections[" + std::to_string(i) + "]", &a.at(i), &b[i], OTHER_ROPE);
+            }
+        }
 
         if (!gguf_reference_sha256.empty()) {
             const json reference = gguf_reference_sha256;

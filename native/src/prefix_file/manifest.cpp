@@ -21,6 +21,8 @@ static constexpr size_t MAX_LAYERS = 4096;
 static constexpr uint64_t MAX_HEADS = 1 << 16;
 static constexpr uint64_t MAX_HEAD_DIM = 1 << 16;
 static constexpr uint64_t MAX_EXTRA = 1 << 16; // cells
+static constexpr size_t N_SECTIONS = 4;        // GGML_MROPE_SECTIONS
+static constexpr uint64_t MAX_STATE = 1 << 30; // values
 static constexpr int64_t FORMAT = 1;
 static constexpr int64_t FORMAT_NEW_KINDS = 2; // of models that readers of format 1 refused
 
@@ -174,18 +176,39 @@ static cache_shape read_cache(const field & cache, int64_t format) {
     return res;
 }
 
-static std::vector<cache_shape> read_caches(const field & caches, int64_t format) {
+static recurrent_shape read_recurrent(const field & recurrent) {
+    recurrent_shape res;
+    res.n_layer = recurrent.object()["n_layer"].integer(1, MAX_LAYERS);
+    const field layers = recurrent["layers"];
+    const size_t n = layers.array(1, res.n_layer);
+    for (size_t i = 0; i < n; ++i) {
+        const field layer = layers[i].object();
+        res.layers.push_back({ (uint32_t) layer["il"].integer(0, res.n_layer - 1), layer["n_r"].integer(0, MAX_STATE),
+                layer["n_s"].integer(0, MAX_STATE) });
+        if (i > 0 && res.layers[i].il <= res.layers[i - 1].il) {
+            layer["il"].expected("above that of the layer before it, " + std::to_string(res.layers[i - 1].il));
+        }
+    }
+    return res;
+}
+
+// alone: there is nothing beside them
+static std::vector<cache_shape> read_caches(const field & caches, int64_t format, bool alone) {
     std::vector<cache_shape> res;
-    const size_t n = caches.array(1, MAX_CACHES);
+    const size_t n = caches.array(alone ? 1 : 0, MAX_CACHES);
     size_t n_layer = 0;
     for (size_t i = 0; i < n; ++i) {
         res.push_back(read_cache(caches[i], format));
         n_layer += res.back().layers.size();
     }
-    if (n_layer == 0) {
+    if (n_layer == 0 && alone) {
         refuse("the manifest's field %s has no layers in any cache: %s", caches.name.c_str(), REMAKE);
     }
     return res;
+}
+
+bool has_cell_ext(const std::string & rope_type) {
+    return rope_type == "mrope" || rope_type == "imrope";
 }
 
 static void check_rope(const field & rope) {
@@ -197,8 +220,17 @@ static void check_rope(const field & rope) {
     for (const char * key : { "scale", "ext_factor", "attn_factor", "beta_fast", "beta_slow" }) {
         rope[key].number();
     }
+    const bool cell_ext = has_cell_ext(rope["type"].value.get<std::string>());
+    if (cell_ext) {
+        const field sections = rope["sections"];
+        sections.array(N_SECTIONS, N_SECTIONS);
+        for (size_t i = 0; i < N_SECTIONS; ++i) {
+            sections[i].integer(0, MAX_HEAD_DIM);
+        }
+    }
     for (const auto & item : rope.value.items()) {
-        if (item.value().is_structured()) { // what later versions add must be as easy to compare
+        if (item.value().is_structured() &&
+                !(cell_ext && item.key() == "sections")) { // what later versions add must be as easy to compare
             rope[item.key().c_str()].expected("a number or a string");
         }
     }
@@ -280,8 +312,13 @@ manifest read_manifest(const char * text, size_t size) {
     model["n_ctx_train"].integer(0, UINT32_MAX);
     model["vocab_sha256"].sha256();
     res.n_vocab = model["n_vocab"].integer(1, INT32_MAX);
-    res.caches = read_caches(model["caches"], root["format"].value.get<int64_t>());
+    const bool has_states = model.value.contains("recurrent");
+    if (has_states) {
+        res.recurrent = read_recurrent(model["recurrent"]);
+    }
+    res.caches = read_caches(model["caches"], root["format"].value.get<int64_t>(), !has_states);
     check_rope(model["rope"]);
+    res.cell_ext = has_cell_ext(model["rope"]["type"].value.get<std::string>());
 
     const field tokens = root["tokens"];
     const size_t n_tokens = tokens.array(1, INT32_MAX);

@@ -24,13 +24,31 @@ struct cache_shape {
     std::vector<layer_shape> layers;
 };
 
+// Whether positions have several dimensions in a model with this type of RoPE: the cells of its state say where they are
+// in a picture, and which token they are of.
+bool has_cell_ext(const std::string & rope_type);
+
+// A layer's state of a sequence beside the KV caches, F32: of its convolution (or token shift), and of the recurrence
+struct state_shape {
+    uint32_t il;
+    uint64_t n_r;
+    uint64_t n_s;
+};
+
+struct recurrent_shape {
+    uint32_t n_layer = 0;            // of the model
+    std::vector<state_shape> layers; // empty: the model has none
+};
+
 struct manifest {
     uint32_t n_vocab;
     std::vector<int32_t> tokens;
     uint32_t n_extra;                // cells that stand for no token
     bool calibrated;                 // the rows were trained, together
     bool in_sight;                   // so that no sliding window hides them
+    bool cell_ext;                   // has_cell_ext()
     std::vector<cache_shape> caches; // in the order of the state
+    recurrent_shape recurrent;       // behind them
 };
 
 // Throws refused, naming the field, unless every field is there with its type and range.

@@ -12,7 +12,9 @@ namespace intactkv {
 
 static constexpr uint32_t STATE_MAGIC = 0x67677371; // LLAMA_STATE_SEQ_MAGIC, 'ggsq'
 static constexpr uint32_t STATE_VERSION = 3;        // LLAMA_STATE_SEQ_VERSION
+static constexpr int32_t TYPE_F32 = 0;              // GGML_TYPE_F32
 static constexpr int32_t TYPE_F16 = 1;              // GGML_TYPE_F16
+static constexpr int32_t NO_TOKEN = -1;             // LLAMA_TOKEN_NULL
 static constexpr size_t SHA256_SIZE = 32;
 static constexpr size_t TRAILER_SIZE = sizeof(uint64_t) + SHA256_SIZE + TRAILER_MAGIC_SIZE;
 
@@ -68,7 +70,8 @@ static std::string cell_name(uint32_t cell, uint32_t n_tokens) {
 // Reads the cells of a cache: each position that must be there, in any order, once; position 0 for each of the n_extra
 // cells too, which a sliding window leaves with the first token. Returns what each cell is: a token's position, or
 // n_tokens and on for the extra cells.
-static std::vector<uint32_t> read_cells(reader & in, const cache_shape & cache, uint32_t n_tokens, uint32_t n_extra) {
+static std::vector<uint32_t> read_cells(reader & in, const cache_shape & cache, const manifest & said) {
+    const uint32_t n_tokens = said.tokens.size(), n_extra = said.n_extra;
     std::vector<bool> missing(n_tokens);
     uint32_t n_cells = 0;
     for (uint32_t pos = 0; pos < n_tokens; ++pos) {
@@ -98,6 +101,11 @@ static std::vector<uint32_t> read_cells(reader & in, const cache_shape & cache, 
                     i, pos, at, n_cells, n_tokens, extra.c_str(), REMAKE);
         }
         in.expect<uint32_t>(1, "number of sequences of a cell");
+        if (said.cell_ext) { // a token of text is at the same position in all dimensions
+            in.expect<int32_t>(pos, "x of a cell");
+            in.expect<int32_t>(pos, "y of a cell");
+            in.expect<int32_t>(res.back() < n_tokens ? said.tokens[res.back()] : NO_TOKEN, "token of a cell");
+        }
         in.expect<int32_t>(0, "sequence of a cell");
     }
     return res;
@@ -136,8 +144,9 @@ static void read_rows(reader & in, const char * name, size_t cache, uint32_t il,
     }
 }
 
-static void read_cache(reader & in, size_t index, const cache_shape & cache, uint32_t n_tokens, uint32_t n_extra) {
-    const std::vector<uint32_t> cells = read_cells(in, cache, n_tokens, n_extra);
+static void read_cache(reader & in, size_t index, const cache_shape & cache, const manifest & said) {
+    const std::vector<uint32_t> cells = read_cells(in, cache, said);
+    const uint32_t n_tokens = said.tokens.size();
     in.expect<uint32_t>(0, "flag for a transposed V");
     in.expect<uint32_t>(cache.layers.size(), "number of layers");
     for (const layer_shape & layer : cache.layers) {
@@ -148,6 +157,40 @@ static void read_cache(reader & in, size_t index, const cache_shape & cache, uin
             read_rows(in, "V", index, layer.il, layer.v_row_bytes, cells, n_tokens);
         }
     }
+}
+
+// One side of the recurrent layers' states. what: for messages
+static void read_states(
+        reader & in, const recurrent_shape & shape, uint64_t state_shape::*n_values, const char * what) {
+    for (const state_shape & layer : shape.layers) {
+        const uint64_t n = layer.*n_values;
+        in.expect<int32_t>(TYPE_F32, "type of a layer's state");
+        in.expect<uint64_t>(n * sizeof(float), "size of a layer's state");
+        const size_t at = in.pos;
+        const uint8_t * values = in.take(n * sizeof(float), "the state of a layer");
+        uint32_t found = 0;
+        for (uint64_t i = 0; i < n; ++i) {
+            uint32_t value;
+            memcpy(&value, values + i * sizeof(float), sizeof(value));
+            found |= (value & 0x7fffffff) + 0x00800000; // the exponent's lowest bit: carries where all are ones
+        }
+        if (found & 0x80000000) {
+            refuse("the prefix has NaN or infinity in the %s state of layer %" PRIu32
+                   " (at byte %zu), where all values "
+                   "must be finite: compute it again with the engine in F32",
+                    what, layer.il, at);
+        }
+    }
+}
+
+static void read_recurrent(reader & in, const recurrent_shape & shape, uint32_t n_tokens) {
+    in.expect<uint32_t>(1, "number of recurrent states");
+    in.expect<int32_t>(n_tokens - 1, "position of the recurrent state");
+    in.expect<uint32_t>(0, "number of sequences of the recurrent state");
+    in.expect<uint32_t>(0, "flag for a transposed state");
+    in.expect<uint32_t>(shape.n_layer, "number of layers of the model");
+    read_states(in, shape, &state_shape::n_r, "convolution's");
+    read_states(in, shape, &state_shape::n_s, "recurrent");
 }
 
 static prefix_view read_state(const uint8_t * data, size_t size, const manifest & said) {
@@ -169,8 +212,13 @@ static prefix_view read_state(const uint8_t * data, size_t size, const manifest 
     res.state = in.data + in.pos;
     res.state_size = size - in.pos;
     for (size_t i = 0; i < said.caches.size(); ++i) {
-        read_cache(in, i, said.caches[i], res.n_tokens, said.n_extra);
+        read_cache(in, i, said.caches[i], said);
     }
+    const size_t recurrent = in.pos;
+    if (!said.recurrent.layers.empty()) {
+        read_recurrent(in, said.recurrent, res.n_tokens);
+    }
+    res.recurrent_size = in.pos - recurrent;
     if (in.pos != size) {
         refuse("the prefix file's state ends at byte %zu and its manifest begins at byte %zu: %s", in.pos, size,
                 REMAKE);

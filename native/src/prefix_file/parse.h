@@ -6,6 +6,9 @@
 //                  u32 v_trans = 0, u32 n_layer,
 //                  per layer { i32 type = F16, u64 row_bytes, n_cells rows of K }, the same for V of those
 //                  layers that have it (not MLA)
+//   of a model with recurrent layers, one state for the sequence:
+//                  u32 n_cells = 1, i32 pos = n_tokens - 1, u32 n_seq_id = 0, u32 s_trans = 0, u32 n_layer of the model,
+//                  per recurrent layer { i32 type = F32, u64 bytes, its convolution's state }, the same for its own
 //   manifest: UTF-8 JSON
 //   u64 manifest length, SHA-256 of all bytes before that length, 8 bytes "INTACTKV"
 //
@@ -30,6 +33,7 @@ struct prefix_view {
     const uint8_t * tokens = nullptr; // n_tokens times i32, maybe unaligned
     const uint8_t * state = nullptr;  // the KV state: the bytes right after the tokens
     size_t state_size = 0;            // up to the manifest, which is not part of it
+    size_t recurrent_size = 0;        // of it, its last bytes: the recurrent states, 0: it has none
     bool calibrated = false;          // its rows were trained, together
     bool in_sight = false;            // so that no sliding window hides them
 };
