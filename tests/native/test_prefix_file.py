@@ -234,9 +234,11 @@ def hybrid(*caches: tuple[int, int]) -> dict[str, Any]:
 def written(model: dict[str, Any], tokens: list[int]) -> bytes:
     """A prefix file by the Python writer, of random values."""
     rng = np.random.default_rng(len(tokens))
-    layers = [layer["il"] for cache in model["caches"] for layer in cache["layers"]]
-    dims = (model["caches"][0]["layers"][0][f"head_dim_{side}"] for side in "kv")
-    K, V = ({il: rng.normal(size=(len(tokens), 2, dim)).astype(np.float16) for il in layers} for dim in dims)
+    layers = [layer for cache in model["caches"] for layer in cache["layers"]]
+    K, V = (
+        {x["il"]: rng.normal(size=(len(tokens), 2, x[dim])).astype(np.float16) for x in layers}
+        for dim in ("head_dim_k", "head_dim_v")
+    )
     origin = {k: v for k, v in manifest_of(tokens, model).items() if k not in ("format", "tokens", "model")}
     recurrent = model.get("recurrent", {"layers": []})["layers"]
     S = {x["il"]: tuple(rng.normal(size=x[n]).astype(np.float32) for n in ("n_r", "n_s")) for x in recurrent}
