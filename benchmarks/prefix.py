@@ -1,12 +1,14 @@
 """What a prefix costs and saves, in a whole model: decoding behind it, and the time to the first token.
 
     python -m benchmarks.prefix MODEL.gguf [--kv-type q8_0] [--prefixes 24 512 2048] [--depth 2048] [--threads 2]
+    python -m benchmarks.prefix HYBRID.gguf --prefixes 2000 --first-token     of a model with recurrent layers
 
 Decoding: contexts whose caches hold the same number of cells, none, 24, 512, ... of them intact; seconds for the same
 tokens, in turn; the ratio to the context without intact cells. First token: a message of 16 tokens behind a prefix
 that is loaded (verified first, as every program does), against stock attention computing prefix and message, and
 against stock attention with an F16 cache that takes the prefix as a state. Medians and quartiles of rounds in which
-all take turns. Writes prefix.json.
+all take turns. Writes prefix.json. Decoding takes tokens back, which a recurrent state cannot: there only the time to
+the first token is measured.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ MESSAGE = 16  # tokens
 def make_prefix(model: Path, n: int, n_threads: int) -> bytes:
     """A prefix file of n random tokens, computed by the model itself."""
     tokens = np.random.default_rng(n).integers(1000, 20000, n).tolist()
-    description, K, V = engine.compute(model, tokens, cache_dtype="f16", n_threads=n_threads)
+    description, K, V, states = engine.compute(model, tokens, cache_dtype="f16", n_threads=n_threads)
     manifest = {
         "text": "",
         "messages": None,
@@ -45,7 +47,7 @@ def make_prefix(model: Path, n: int, n_threads: int) -> bytes:
         "calibrated": None,
         "created_by": "benchmarks.prefix",
     }
-    return ikv.build(description, tokens, K, V, manifest)
+    return ikv.build(description, tokens, K, V, manifest, states)
 
 
 def in_turn(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:
@@ -120,6 +122,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=4096, help="cells behind which tokens are decoded")
     parser.add_argument("--decode", type=int, default=16, help="tokens decoded per measurement")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--first-token", action="store_true", help="the time to the first token alone")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "benchmarks")
     args = parser.parse_args()
@@ -128,10 +131,13 @@ def main() -> None:
     files = {n: make_prefix(args.model, n, args.threads) for n in args.prefixes}
     silence(api)  # the engine has put back llama.cpp's own log
     result: dict = {"machine": machine.describe(), "model": args.model.name, "threads": args.threads, "rows": []}
-    result["rows"] += decoding(api, model, files, args)
+    if not args.first_token:
+        result["rows"] += decoding(api, model, files, args)
     for n, file in files.items():
         result["rows"] += first_token(api, model, n, file, args)
     args.out.mkdir(parents=True, exist_ok=True)
+    for n, file in files.items():
+        print(f"{n} tokens: a file of {len(file) / 1e6:.1f} MB")
     (args.out / "prefix.json").write_text(json.dumps(result, indent=1))
     print(f"written: {args.out / 'prefix.json'}")
 

@@ -56,6 +56,7 @@ SLOW_MODULES = {
     "test_automatic_changes", "test_automatic_windows", "test_before_work", "test_build",
     "test_calibrate", "test_cells", "test_chat", "test_cli", "test_convert", "test_depths", "test_escapes",
     "test_evaluate", "test_evaluated_cells", "test_extra_cells", "test_first_token", "test_fused", "test_huggingface",
+    "test_latents", "test_more_families", "test_recurrent",
     "test_hybrid", "test_keep", "test_keeping", "test_llama_engine", "test_model", "test_neon", "test_off_grid",
     "test_plots", "test_possible", "test_prefix_file", "test_process", "test_remake", "test_rope_settings", "test_rpc",
     "test_sampled", "test_server_renders", "test_shift", "test_sizes", "test_stored_rows", "test_system_prompt",

@@ -50,7 +50,7 @@ class Participants:
         factors = torch_model.prefix_factors(self.prefix)
         model = torch_model.load(path, device=self.device, dtype=dtype, rope_factors=factors)
         text = model.net.config.get_text_config(decoder=True)
-        torch_model.from_huggingface.check(text, self.prefix.manifest["model"], len(self.prefix.tokens), str(path))
+        torch_model.from_huggingface.check(text, self.prefix.manifest["model"], str(path))
         return model
 
     @contextmanager

@@ -13,6 +13,7 @@ from intactkv_export.cli.options import (
     AsJson,
     BosOnly,
     Context,
+    Date,
     Device,
     Dtype,
     Encoding,
@@ -50,6 +51,7 @@ def convert(
     system_prompt: SystemPrompt = None,
     tools: Tools = None,
     template_args: TemplateArgs = None,
+    date: Date = None,
     bos_only: BosOnly = False,
     prefix_tokens: PrefixTokens = None,
     imatrix: Annotated[Path | None, typer.Option("--imatrix", help="Importance matrix (llama-imatrix).")] = None,
@@ -77,9 +79,9 @@ def convert(
 ) -> None:
     """Quantize a model and compute its prefix: NAME.gguf, ready to chat with, and NAME.ikv.
 
-    The system prompt is rendered by the model's own chat template as llama-server renders it, with --tools and
-    --template-args if they are given; the prefix is what every conversation with the same ones begins with. With
-    several types, NAME-TYPE.gguf share one NAME.ikv; calibrated, each has its own NAME-TYPE.ikv.
+    The system prompt is rendered by the model's own chat template as llama-server renders it, with --tools,
+    --template-args and --date if they are given; the prefix is what every conversation with the same ones begins with.
+    With several types, NAME-TYPE.gguf share one NAME.ikv; calibrated, each has its own NAME-TYPE.ikv.
     Files of these names are replaced if a conversion made them. A prefix made with --rope-... or --yarn-... options is
     for programs that are given the same ones.
 
@@ -102,6 +104,7 @@ def convert(
             bos_only=bos_only,
             tools=given_tools,
             template_args=given_args,
+            date=date,
             prefix_tokens=number_or_word(prefix_tokens),
             imatrix=imatrix,
             calibrate=calibrate,
@@ -131,6 +134,7 @@ def prefix(
     system_prompt: SystemPrompt = None,
     tools: Tools = None,
     template_args: TemplateArgs = None,
+    date: Date = None,
     bos_only: BosOnly = False,
     prefix_tokens: PrefixTokens = None,
     like: Annotated[
@@ -164,12 +168,14 @@ def prefix(
 
     Agents give their tools with every request, and most chat templates put them before or behind the system prompt: a
     prefix for an agent is made with the same --tools and --template-args. They are noted in the file, and chat renders
-    with them.
+    with them. A template that writes today's date before the system prompt needs --date: chat and serve then render
+    with that day.
 
     \b
     intactkv-export prefix ./SmolLM2 -m smol.gguf -s @agent.txt --tools tools.json -o agent.ikv
     intactkv-export prefix ./SmolLM2 -m smol.gguf --system-prompt "You are a poet." -o poet.ikv
     intactkv-export chat smol.gguf --prefix poet.ikv
+    intactkv-export prefix ./Llama-3.2 -m llama.gguf -s @agent.txt --date $(date +%F)
     intactkv-export prefix ./SmolLM2 --like prompts/kept-0123456789abcdef.ikv -o prompts/agent.ikv
     """
     from intactkv_export.conversion import prefix as run
@@ -189,6 +195,7 @@ def prefix(
             "--system-prompt": system_prompt,
             "--tools": tools,
             "--template-args": template_args,
+            "--date": date,
             "--bos-only": bos_only or None,
             "--prefix-tokens": prefix_tokens,
             "--embed": embed,
@@ -222,6 +229,7 @@ def prefix(
             bos_only=bos_only,
             tools=given_tools,
             template_args=given_args,
+            date=date,
             prefix_tokens=number_or_word(prefix_tokens),
             embed=embed,
             rope=rope,

@@ -106,6 +106,16 @@ TemplateArgs = Annotated[
         show_default=False,
     ),
 ]
+Date = Annotated[
+    str | None,
+    typer.Option(
+        "--date",
+        metavar="YYYY-MM-DD",
+        help="The day that the chat template writes, in every conversation behind the prefix; chat and serve keep to "
+        "it. Default: today's, and the prefix ends before it.",
+        show_default=False,
+    ),
+]
 BosOnly = Annotated[bool, typer.Option("--bos-only", help="Keep only the first token intact; for base models.")]
 PrefixTokens = Annotated[
     str | None,

@@ -264,6 +264,8 @@ def serve(
         for note in settings.notes:
             remark(note)
         server.wait_until_ready()
+        for note in server.never_used():
+            remark(note)
         if directory is not None:
             from intactkv_export import keeping
 

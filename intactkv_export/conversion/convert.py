@@ -9,6 +9,7 @@ renamed to their names at the very end: they are whole or absent.
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ def convert(
     bos_only: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
     template_args: Mapping[str, Any] | None = None,
+    date: str | datetime.date | None = None,
     prefix_tokens: int | str | None = None,
     imatrix: str | os.PathLike[str] | None = None,
     calibrate: bool | Mapping[str, Any] = False,
@@ -70,9 +72,10 @@ def convert(
         and name.ikv. A GGUF that is there already is replaced if a conversion made it.
     quant: types upstream quantizes to (weights.TYPES), a sequence or comma-separated. They share one prefix.
     system_prompt: the text; None: the chat template's own. bos_only: keep only the first token intact, as calibrate
-        does without system_prompt, tools, template_args and prefix_tokens: trained, it serves every prompt.
+        does without system_prompt, tools, template_args, date and prefix_tokens: trained, it serves every prompt.
     tools, template_args: what else conversations are rendered with: definitions in OpenAI's format, and variables of
         the chat template, as llama-server's chat_template_kwargs. The prefix is of use where the same are given.
+    date: the day, YYYY-MM-DD, that the chat template is told it is; None: today, and a prefix ends before a date.
     prefix_tokens: keep the first so many tokens of the prefix; None: all; "auto": the fewest after which the layers'
         error no longer falls for any of the types (intact_tokens.smallest_flat; needs torch), behind a q8_0 cache.
     imatrix: importance matrix of upstream's llama-imatrix, GGUF or .dat.
@@ -96,7 +99,7 @@ def convert(
     settings = Engine(engine, dtype, device, offload_dir, n_threads, n_ctx, rope or Rope())
     plan = _plan(reference, out, quant, imatrix, bool(calibrate), keep_reference, allow_requantize)
     computed_by = settings.chosen(plan.reference)
-    rendering = Rendering.checked(tools, template_args)
+    rendering = Rendering.checked(tools, template_args, date)
     bos_only = bos_only or bool(calibrate and system_prompt is prefix_tokens is rendering is None)
     check_prefix_tokens(prefix_tokens, bos_only)
     check_prompt(plan.reference.chat_template, system_prompt, bos_only, rendering)
@@ -113,8 +116,6 @@ def convert(
         check_space(directory, plan.reference, list(plan.ggufs), widen=widens)
         header = _header(work, plan.reference)
         prompt = prompt_for(header, system_prompt, bos_only, prefix_tokens, settings.rope, rendering)
-        if settings.chosen(plan.reference, len(prompt.tokens)) != computed_by:  # the prompt is too long for torch
-            check_space(directory, plan.reference, list(plan.ggufs), widen=settings.widens(plan.reference))
         if calibrate or prefix_tokens == "auto":
             check_in_torch(plan.reference, header, "cpu", "--calibrate" if calibrate else "--prefix-tokens auto")
         gguf = weights.reference_gguf(work, plan.reference)

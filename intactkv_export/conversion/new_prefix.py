@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ def prefix(
     bos_only: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
     template_args: Mapping[str, Any] | None = None,
+    date: str | datetime.date | None = None,
     prefix_tokens: int | str | None = None,
     embed: bool | None = None,
     allow_requantize: bool = False,
@@ -67,15 +69,14 @@ def prefix(
     if embed is None:
         embed = out is None and embedding.has(header)
     found = locate(reference, allow_requantize)
-    settings.chosen(found)
+    computed_by = settings.chosen(found)
     check_targets([target], found, [model])
     check_prefix_tokens(prefix_tokens, bos_only)
-    rendering = Rendering.checked(tools, template_args)
+    rendering = Rendering.checked(tools, template_args, date)
     check_prompt(header.values.get("tokenizer.chat_template"), system_prompt, bos_only, rendering)
     if prefix_tokens == "auto":
         check_in_torch(found, model, device, "--prefix-tokens auto")
     prompt = prompt_for(model, system_prompt, bos_only, prefix_tokens, settings.rope, rendering)
-    computed_by = settings.chosen(found, len(prompt.tokens))
     if computed_by == "llama":
         check_convertible(found)
     with atomic.work_directory(target) as directory:

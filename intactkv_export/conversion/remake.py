@@ -62,7 +62,7 @@ def remake(
     reader = None if model is None else gguf_file.first_part(model)
     found = locate(reference, allow_requantize)
     check_targets([target], found, [Path(like), *([reader] if reader else [])])
-    computed_by = settings.chosen(found, len(old.tokens))
+    computed_by = settings.chosen(found)
     needs_gguf = computed_by == "llama" or reader is None
     if needs_gguf:
         check_convertible(found)

@@ -14,19 +14,18 @@ from intactkv_export.models import Reference, supports
 NAMES = ("auto", "llama", "torch")
 
 
-def choose(name: str, reference: Reference, rope: Rope | None = None, n_tokens: int = 0) -> str:
+def choose(name: str, reference: Reference, rope: Rope | None = None) -> str:
     """The engine for a reference model: "llama" or "torch".
 
     auto: torch for a Hugging Face directory whose K/V layout is proven (models/proven.py) when torch is installed,
-    llama for all others, for RoPE settings other than the model's own, and for a prefix of n_tokens tokens that is
-    longer than a sliding window which the two engines do not share. Raises UsageError if the engine asked for cannot
-    do it.
+    llama for all others, and for RoPE settings other than the model's own. Raises UsageError if the engine asked for
+    cannot do it.
     """
     if name not in NAMES:
         raise UsageError(f"unknown engine {name!r}: give one of {', '.join(NAMES)}")
     if name == "llama":
         return name
-    why_not = _why_not_torch(reference, rope, n_tokens)
+    why_not = _why_not_torch(reference, rope)
     if name == "torch" and why_not:
         raise UsageError(f"the torch engine cannot be used: {why_not}: use the llama engine")
     return "llama" if why_not else "torch"
@@ -59,10 +58,10 @@ def check_in_torch(reference: Reference, gguf: Path, device: str, for_: str) -> 
 
     from_gguf.check_header(gguf, reference.path)
     if not reference.is_gguf and choose("auto", reference) != "torch":
-        raise IntactKVError(f"{for_} needs the reference in torch, and {_why_not_torch(reference, None, 0)}")
+        raise IntactKVError(f"{for_} needs the reference in torch, and {_why_not_torch(reference, None)}")
 
 
-def _why_not_torch(reference: Reference, rope: Rope | None, n_tokens: int) -> str:
+def _why_not_torch(reference: Reference, rope: Rope | None) -> str:
     if reference.is_gguf:
         return f"{reference.path} is a GGUF, and it reads Hugging Face directories"
     if rope:
@@ -72,21 +71,8 @@ def _why_not_torch(reference: Reference, rope: Rope | None, n_tokens: int) -> st
     config = _config(reference)
     if not supports(config):
         return f"the K/V layout of {reference.path} (model type {config.get('model_type')!r}) is not proven for it"
-    return _window(reference, n_tokens) if n_tokens > 1 else ""
+    return ""
 
 
 def _config(reference: Reference) -> dict[str, Any]:
     return json.loads(Path(reference.path, "config.json").read_text(encoding="utf-8"))
-
-
-def _window(reference: Reference, n_tokens: int) -> str:
-    """Why a prefix of n_tokens tokens is too long for it, as from_huggingface.check() finds with the GGUF at hand."""
-    from intactkv_export.torch_model import from_huggingface
-
-    window = from_huggingface.window_of_its_own(reference.path)
-    if window and n_tokens > window:
-        return (
-            f"{reference.path} has a sliding window of {window} tokens that llama.cpp does not use, and the prefix has "
-            f"{n_tokens} tokens"
-        )
-    return ""

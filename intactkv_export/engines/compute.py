@@ -43,12 +43,12 @@ class Engine:
         """Whether the llama engine computes with a copy of the weights at F32 (engines/llama_engine.py: why)."""
         return self.dtype != "auto" and reference.dtype != "F32"
 
-    def chosen(self, reference: Reference, n_tokens: int = 0) -> str:
-        """The engine for this reference, "llama" or "torch", and a prefix of n_tokens tokens; 0: not known yet.
+    def chosen(self, reference: Reference) -> str:
+        """The engine for this reference, "llama" or "torch".
 
         Raises UsageError if it cannot be, or torch has not the device.
         """
-        name = choose(self.engine, reference, self.rope, n_tokens)
+        name = choose(self.engine, reference, self.rope)
         if name == "torch" and self.offload_dir is None:
             check_device(self.device)
         if name == "llama" and self.dtype in ("float16", "bfloat16"):
@@ -71,7 +71,7 @@ def compute(
     read the prefix; None: gguf. identity: the reference's (reference.identity). Raises IntactKVError if the engine
     fails, or the reader is no quantization of the reference.
     """
-    name = engine.chosen(reference, len(prompt.tokens))
+    name = engine.chosen(reference)
     with_engine = _with_torch if name == "torch" else _with_llama
     model, K, V, states, dtype, versions = with_engine(work, engine, reference, gguf, prompt, reader)
     manifest = {
@@ -111,7 +111,7 @@ def _with_torch(
     work: Stages, engine: Engine, reference: Reference, gguf: Path | None, prompt: Prompt, reader: Path | None
 ) -> _Computed:
     model = work.run("describe model", llama_engine.describe, reader or gguf, _n_ctx(engine, prompt))
-    K, V, versions = work.run(
+    K, V, states, versions = work.run(
         "compute prefix",
         _torch_compute,
         reference.path,
@@ -122,10 +122,10 @@ def _with_torch(
         dtype=engine.dtype,
         offload_dir=engine.offload_dir,
     )
-    return model, K, V, {}, _SHORT.get(engine.dtype or "float32", "auto"), versions
+    return model, K, V, states, _SHORT.get(engine.dtype or "float32", "auto"), versions
 
 
-def _torch_compute(*args: Any, **kwargs: Any) -> tuple[KV, KV, dict[str, str]]:
+def _torch_compute(*args: Any, **kwargs: Any) -> tuple[KV, KV, States, dict[str, str]]:
     return *torch_engine.compute(*args, **kwargs), torch_engine.versions()
 
 

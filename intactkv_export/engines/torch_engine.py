@@ -1,11 +1,15 @@
 """The torch engine: IntactKV of a Hugging Face model, computed by transformers, in llama.cpp's layout.
 
-The rows llama.cpp keeps in its cache are K after RoPE and V, per KV head. Two things differ from transformers:
+The rows llama.cpp keeps in its cache are K after RoPE and V, per KV head; of recurrent layers it keeps what
+engines/recurrent.py lays out. Four things differ from transformers:
 
 - The order of K's values in models of RoPE type "norm": torch_model/rope_pairs.py.
 - A context of llama.cpp uses one set of LongRoPE factors for all positions (`llama_model::get_rope_factors`);
   transformers changes from the short to the long set with the length of the text. Which set the context uses is in the
   model description, and transformers is made to use it.
+- YaRN's bounds are whole numbers in llama.cpp, and gpt-oss's checkpoints say that they are not: from_huggingface too.
+- llama.cpp runs Mistral, Qwen and Phi-3 without the sliding window that some of their checkpoints have: so does
+  transformers here (from_huggingface.read_config).
 
 Everything is computed in float32 (or the dtype asked for) and rounded to float16 once, at the end.
 """
@@ -18,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from intactkv_export.engines import recurrent
 from intactkv_export.engines.rows import to_float16
 from intactkv_export.errors import IntactKVError
-from intactkv_export.libllama import KV
-from intactkv_export.models import PROVEN, check_dtype
+from intactkv_export.libllama import KV, States
+from intactkv_export.models import LATENT, RECURRENT, check_dtype, is_reordered
 from intactkv_export.work import Steps
 
 _CHUNK = 512  # tokens a forward pass: bounds the attention matrix, [heads, _CHUNK, n_tokens]
@@ -45,8 +50,9 @@ def compute(
     offload_dir: str | Path | None = None,
     max_memory: Mapping[int | str, int | str] | None = None,
     progress: Steps | None = None,
-) -> tuple[KV, KV]:
-    """K and V of `tokens` at positions 0.., each {layer: float16 array [n_tokens, n_head_kv, head_dim]}.
+) -> tuple[KV, KV, States]:
+    """K and V of `tokens` at positions 0.., each {layer: float16 array [n_tokens, n_head_kv, head_dim]}, and the states
+    of recurrent layers after the last token, {layer: (r, s)} in float32 (engines/recurrent.py).
 
     `model` is the description of the model that will read them (its GGUF in llama.cpp): heads, RoPE and LongRoPE
     factors must agree with the checkpoint; None skips the comparison. All positions are returned for all layers, also
@@ -60,7 +66,7 @@ def compute(
     Raises IntactKVError: checkpoint not proven, incomplete, unreadable or different from `model`; token out of the
     vocabulary; K or V beyond float16. UsageError: an unknown dtype.
     """
-    K, V = compute_float32(
+    K, V, states = compute_float32(
         hf_dir,
         tokens,
         model,
@@ -70,7 +76,7 @@ def compute(
         max_memory=max_memory,
         progress=progress,
     )
-    return to_float16(K, "K"), to_float16(V, "V")
+    return to_float16(K, "K"), to_float16(V, "V"), states
 
 
 def compute_float32(
@@ -83,7 +89,7 @@ def compute_float32(
     offload_dir: str | Path | None = None,
     max_memory: Mapping[int | str, int | str] | None = None,
     progress: Steps | None = None,
-) -> tuple[KV, KV]:
+) -> tuple[KV, KV, States]:
     """As compute(), before the rounding: float32 arrays. What engines are compared with."""
     import torch
     from transformers import DynamicCache
@@ -103,34 +109,43 @@ def compute_float32(
             "tokenize the prefix with this model's tokenizer"
         )
     if model is not None:
-        from_huggingface.check(text, model, len(tokens), str(hf_dir))
+        from_huggingface.check(text, model, str(hf_dir))
     from_huggingface.fix_longrope(text, _longrope(text, model, len(tokens)), hf_dir)
 
     with from_huggingface.quiet():
         net = from_huggingface.load(hf_dir, config, device, dtype, offload_dir, max_memory)
-    # Without a config this cache keeps every position of every layer; with one, sliding layers would crop theirs.
-    cache = DynamicCache()
+    # Without a config this cache keeps every position of every layer; with one, which recurrent layers need, sliding
+    # layers would crop theirs. No model has both.
+    cache = DynamicCache(config=text) if text.model_type in RECURRENT else DynamicCache()
+    step = len(tokens) if recurrent.in_one_pass(text) else _CHUNK
     with torch.inference_mode():
-        for start in range(0, len(tokens), _CHUNK):
-            part = list(tokens[start : start + _CHUNK])
+        for start in range(0, len(tokens), step):
+            part = torch.tensor([list(tokens[start : start + step])]).to(net.device)
             # base_model: no output matrix is needed, K and V are all that is kept
-            net.base_model(input_ids=torch.tensor([part]).to(net.device), past_key_values=cache, use_cache=True)
+            base = net.base_model
+            base(input_ids=part, use_cache=True, **{from_huggingface.cache_argument(base): cache})
             if progress is not None:
-                progress(start + len(part), len(tokens))
+                progress(start + part.shape[1], len(tokens))
 
     K: KV = {}
     V: KV = {}
-    for il in range(text.num_hidden_layers):
+    for il in from_huggingface.attention_layers(text):
         k, v = (x[0].transpose(0, 1).float().cpu().numpy() for x in (cache.layers[il].keys, cache.layers[il].values))
-        if PROVEN[text.model_type] == "norm":
+        if text.model_type in LATENT:  # transformers caches both parts of llama.cpp's row: the latent, and K's RoPE
+            turned = rope_pairs.halves_to_neighbours(v) if is_reordered(text.model_type) else v
+            k, v = np.concatenate([k, turned], -1), v[..., :0]
+        elif is_reordered(text.model_type):
             k = np.ascontiguousarray(rope_pairs.halves_to_neighbours(k))
         K[il], V[il] = k, v
-    return K, V
+    states = recurrent.states(cache, text)
+    if model is not None:
+        recurrent.check(states, model, str(hf_dir))
+    return K, V, states
 
 
 def _longrope(text: Any, model: Mapping[str, Any] | None, n_tokens: int) -> str | None:
     """The LongRoPE factors that llama.cpp uses (no `model`: in a context of n_tokens); None: it has none."""
-    rope = text.rope_parameters
+    rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") != "longrope":
         return None
     if model is not None:

@@ -8,6 +8,7 @@ from intactkv_export.errors import UsageError
 KV_TYPES = {"f16": 1, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2, "bf16": 30, "iq4_nl": 20, "f32": 0}
 QUANTIZED = KV_TYPES.keys() - {"f16", "bf16", "f32"}
 EXACT = {"f16", "f32"}  # hold a prefix exactly: its cells are ordinary ones
+WITHOUT_FLASH = {"grok"}  # architectures: llama_init_from_model turns it off; no prefix, no quantized V without
 TAIL = 128  # tokens; see default_tail()
 TAIL_MAX = 2**31 - 1  # of the C API's int32_t
 

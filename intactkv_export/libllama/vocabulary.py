@@ -9,6 +9,7 @@ from typing import Any
 
 from intactkv_export import library
 from intactkv_export.errors import IntactKVError
+from intactkv_export.libllama.kv_types import WITHOUT_FLASH
 from intactkv_export.libllama.log import errors_logged
 from intactkv_export.libllama.reason import reason
 
@@ -63,9 +64,13 @@ class Vocabulary:
 
     def tokenize(self, text: str, special: bool) -> list[int]:
         """Tokens of a text without an added BOS. special: text of control tokens becomes these tokens."""
-        raw = text.encode()
-        out = (self._llama_cpp.llama_token * (len(raw) + 8))()  # a token is one byte at least; SPM adds a space
-        n = self._llama_cpp.llama_tokenize(self._vocab, raw, len(raw), out, len(out), False, special)
+        raw, size = text.encode(), len(text.encode()) + 8  # enough for nearly all
+        for _ in range(2):
+            out = (self._llama_cpp.llama_token * size)()
+            n = self._llama_cpp.llama_tokenize(self._vocab, raw, len(raw), out, size, False, special)
+            size = max(size, -n)  # what it needs: where SPM's mark of a blank is no token, it becomes three bytes'
+            if n >= 0:
+                break
         if n < 0:
             raise IntactKVError(f"llama.cpp cannot tokenize a text of {len(raw)} bytes with {self.path}")
         return list(out[:n])
@@ -109,6 +114,8 @@ class Vocabulary:
             return "beside its KV cache and its recurrent states it has an indexer's cache"
         if self.header(f"{arch}.attention.indexer.top_k") not in ("", "0"):
             return "an indexer with a cache of its own chooses the tokens that are attended (sparse attention)"
+        if arch in WITHOUT_FLASH:
+            return "llama.cpp computes it without flash attention only, which a prefix needs"
         return ""
 
     def header(self, key: str) -> str:

@@ -151,6 +151,8 @@ def _rendering(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     lines = []
     if tools := manifest.get("tools"):
         lines.append(("tools", f"{len(tools)}: {', '.join(tool['function']['name'] for tool in tools)}"))
+    if "date" in manifest:
+        lines.append(("date", f"{manifest['date']}, in every conversation behind it"))
     if "template_args" in manifest:
         args = manifest["template_args"]
         given = f" with {json.dumps(args, ensure_ascii=False)}" if args else ""

@@ -14,6 +14,7 @@ from typing import Any
 
 from intactkv_export.errors import IntactKVError, UsageError, first_line
 from intactkv_export.libllama import rope_of, state
+from intactkv_export.prefix.chat_template import checked_date
 
 FORMAT = 1
 FORMAT_NEW_KINDS = 2  # of models that versions which read 1 alone refuse: the state has more, or other sections
@@ -120,6 +121,13 @@ class _Field:
     def truth(self) -> None:
         self.expect(isinstance(self.value, bool), "true or false")
 
+    def day(self) -> None:
+        try:
+            ok = isinstance(self.value, str) and checked_date(self.value) is not None
+        except UsageError:
+            ok = False
+        self.expect(ok, "a day as 2026-11-26")
+
     def sha256(self) -> None:
         ok = isinstance(self.value, str) and re.fullmatch("[0-9a-f]{64}", self.value) is not None
         self.expect(ok, "a SHA-256 of 64 hexadecimal digits")
@@ -197,6 +205,8 @@ def _check_rendering(root: _Field) -> None:
     if "template_args" in root.value:
         args = root["template_args"]
         args.expect(isinstance(args.value, dict), "an object")
+    if "date" in root.value:
+        root["date"].day()
     for tool in root["tools"].items(1, 1 << 16) if "tools" in root.value else ():
         function = tool["function"]
         function["name"].text()

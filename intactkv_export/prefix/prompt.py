@@ -3,7 +3,8 @@
 The model's own chat template is rendered as llama.cpp's server and the runtime do it (chat_template.py) and tokenized
 whole by llama.cpp, for several conversations that begin with the same system prompt, tools and template switches. Their
 longest common token prefix is the prefix. Tokens at its end that merge with what follows, or that depend on the date,
-fall out by themselves.
+fall out by themselves. It ends where conversations with tools, or asked to think otherwise, go another way, if that
+costs it no word of the prompt and a few tokens at most: then it serves these too.
 """
 
 from __future__ import annotations
@@ -28,9 +29,12 @@ from intactkv_export.prefix.chat_template import (
     Template,
     chat_template_of,
     system_messages,
+    with_date,
 )
 
 Messages = list[dict[str, str]]
+
+_DATE = "--date YYYY-MM-DD"
 
 # First user messages that begin with every class of character that tokenizers tell apart, and an empty one. None
 # begins with a line break or with several blanks: these would merge with the line break that most templates put
@@ -62,6 +66,17 @@ _FIRST_MESSAGES = (
 )
 # Every part of a date differs.
 _DATES = (DATE, datetime(2031, 12, 5, 21, 45, 30), datetime(1999, 2, 13, 14, 36, 59))
+# What requests may bring where none is said, and what it may cost a prefix to serve them too: so many tokens, or a
+# quarter of all, if it holds a prompt and goes on holding it; else fewer.
+_OTHER_TOOLS: list[list[dict[str, Any]]] = [
+    [{"type": "function", "function": {"name": name, "description": text, "parameters": parameters}} for name in names]
+    for names, text, parameters in (
+        (["get_weather", "now"], "Tells it.", {"type": "object", "properties": {"x": {"type": "string"}}}),
+        (["add"], "", {}),
+    )
+]
+_OTHER_ARGS = {"enable_thinking": (True, False), "reasoning_effort": ("low", "medium", "high")}
+_FEW, _VERY_FEW = 16, 4
 _REASONING: list[dict[str, Any]] = [
     {"role": "user", "content": "2 + 2?"},
     {"role": "assistant", "content": "4", "reasoning_content": "Two and two."},
@@ -101,32 +116,33 @@ def make_prompt(
 ) -> Prompt:
     """The prefix of a system prompt (None: of the template's own), or with `bos_only` of every text.
 
-    template: the model's chat template, None if it has none. rendering: tools and switches of the template; None: none.
-    Where the server renders conversations in a way that leaves no place for the prompt, as behind the date of the day,
-    and none is given, the prompt is rendered by llama-cpp-python's formatter, with a warning. Raises UsageError if
-    there is no template, it refuses the conversation or puts the system prompt where no common prefix can hold it, or
-    if the prompt's text contains control tokens of the model.
+    template: the model's chat template, None if it has none. rendering: tools, switches of the template, the date;
+    None: none. Where the prompt stands behind today's date, or in a later message, the prefix ends before it, with a
+    warning. Where the server cannot render the template, llama-cpp-python's formatter does it, with a warning.
+
+    Raises UsageError if there is no template, it refuses the conversation or shows no system prompt, if conversations
+    have nothing in common, or if the prompt's text contains control tokens of the model.
     """
     names = vocabulary.token_name(vocabulary.bos), vocabulary.token_name(vocabulary.eos)
     if bos_only:
         return _bos(vocabulary, template, names)
+    if template and rendering is not None and rendering.date is not None:
+        with_date(template, rendering.date)  # as serve will need it
     try:
         chat = Template(template, *names, rendering or Rendering(), vocabulary.adds_bos)
         return _of_conversations(vocabulary, chat, system_prompt)
     except UsageError as error:
         if not template:
             raise
-        hint = _date_hint(template, rendering)
-        refused = UsageError(f"{error}{hint}")
         if rendering is not None:
-            raise refused from None
+            raise
         try:
             made = _of_conversations(vocabulary, Template(template, *names), system_prompt)
         except UsageError:
-            raise refused from None
+            raise error from None
         warnings.warn(
-            f"as llama-server renders this chat template, {_clause(refused)}: the prefix is made for IntactLlama and "
-            f"chat alone{hint}",
+            f"as llama-server renders this chat template, {_clause(error)}: the prefix is made for IntactLlama and "
+            "chat alone",
             stacklevel=2,
         )
         return made
@@ -136,17 +152,87 @@ def _of_conversations(vocabulary: Vocabulary, chat: Template, system_prompt: str
     """What all conversations with a prompt have in common."""
     variants = [vocabulary.tokenize(text, special=True) for text in _conversations(chat, system_prompt)]
     tokens = _common(variants)
-    if system_prompt is not None:
-        other = "Z" if not system_prompt.startswith("Z") else "Q"
-        neutral = vocabulary.tokenize(chat.conversation(other, _FIRST_MESSAGES[0], date=_DATES[0]), special=True)
-        _refuse_control_tokens(vocabulary, variants[0], neutral)
-        _refuse_unreached(vocabulary, tokens, variants[0], neutral)
+    of_one_day = _common([variants[0], *variants[len(_DATES) :]])
+    prompt = None if system_prompt is None else _place(vocabulary, chat, system_prompt, variants[0])
     if not tokens:
-        raise UsageError(f"conversations of this chat template have no token in common at their beginning: {BOS_ONLY}")
+        date = f"the date is what differs, so fix it with {_DATE}, or " if of_one_day else ""
+        raise UsageError(
+            f"conversations of this chat template have no token in common at their beginning: {date}{BOS_ONLY}"
+        )
+    if chat.rendering is not None and chat.rendering.date is not None and not chat.writes_date(system_prompt):
+        warnings.warn(
+            f"the model's chat template writes no date, so {chat.rendering.date} makes no difference", stacklevel=3
+        )
+    dated = len(of_one_day) > len(tokens)
+    if chat.rendering is not None:
+        tokens = _also_for_others(vocabulary, chat, system_prompt, tokens, prompt)
+    if dated:
+        _warn_of_date(len(tokens), len(of_one_day), prompt)
+    elif prompt is not None and len(tokens) <= prompt.start:
+        plural = f"first {len(tokens)} tokens" if len(tokens) > 1 else "first token"
+        warnings.warn(
+            f"the model's chat template puts the system prompt into a later message, so the prefix is the {plural} "
+            "alone, which all conversations begin with",
+            stacklevel=3,
+        )
     if chat.rendering is not None and chat.rendering.tools:
         _warn_of_tools(vocabulary.text(tokens), chat, system_prompt)
     messages = None if system_prompt is None else system_messages(system_prompt)
     return Prompt(tokens, vocabulary.text(tokens), messages, False, chat.sha256, chat.stated)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a conversation's tokens depend on its system prompt: from the token `start` on, and where it ends."""
+
+    start: int
+    end: int
+
+
+def _place(vocabulary: Vocabulary, chat: Template, system_prompt: str, tokens: Sequence[int]) -> _Place:
+    """Raises UsageError if the prompt brings control tokens, or is nowhere in the conversation of these tokens."""
+
+    def beginning(prompt: str) -> list[int]:
+        return vocabulary.tokenize(chat.conversation(prompt, _FIRST_MESSAGES[0], now=_DATES[0]), special=True)
+
+    neutral = beginning("Z" if not system_prompt.startswith("Z") else "Q")
+    _refuse_control_tokens(vocabulary, tokens, neutral)
+    if neutral == tokens:
+        raise UsageError(f"the model's chat template does not show the system prompt at all: {BOS_ONLY}")
+    return _Place(*(len(_common([tokens, other])) for other in (neutral, beginning(f"{system_prompt} Z"))))
+
+
+def _also_for_others(
+    vocabulary: Vocabulary, chat: Template, system_prompt: str | None, tokens: list[int], prompt: _Place | None
+) -> list[int]:
+    """The tokens, without those at their end that keep requests with tools or other switches from beginning so, where
+    that costs little."""
+    holds = prompt is not None and len(tokens) > prompt.start
+    needed = max(prompt.start + 1, prompt.end - 2) if prompt is not None and holds else 1  # its last words may merge
+    few = max(_FEW if holds else _VERY_FEW, len(tokens) // 4)
+    kept = tokens
+    for texts in _other_conversations(chat, system_prompt):
+        shorter = _common([kept, *(vocabulary.tokenize(text, special=True) for text in texts)])
+        if len(shorter) >= needed and len(tokens) - len(shorter) <= few:
+            kept = shorter
+    return kept
+
+
+def _other_conversations(chat: Template, system_prompt: str | None) -> Iterator[list[str]]:
+    """Conversations of requests that bring what was not said, by kind: tools, then each switch of the template."""
+    assert chat.rendering is not None  # the caller's part of the contract
+    before = [] if system_prompt is None else system_messages(system_prompt)
+
+    def rendered(chat: Template, **given: Any) -> Iterator[str]:
+        for text in _FIRST_MESSAGES[:2]:
+            with contextlib.suppress(Exception):  # a template is a program: anything can happen
+                yield chat.render([*before, {"role": "user", "content": text}], now=_DATES[0], **given)
+
+    if not chat.rendering.tools:
+        yield [text for tools in _OTHER_TOOLS for text in rendered(chat, tools=tools)]
+    for name, values in _OTHER_ARGS.items():
+        if name not in chat.rendering.args and chat.asks_for(name):
+            yield [text for value in values for text in rendered(chat.with_args(**{name: value}))]
 
 
 def _conversations(chat: Template, system_prompt: str | None) -> Iterator[str]:
@@ -155,15 +241,15 @@ def _conversations(chat: Template, system_prompt: str | None) -> Iterator[str]:
     The first ones must be possible; of the others those that the template refuses will be refused at run time too.
     """
     for date in _DATES:
-        yield chat.conversation(system_prompt, _FIRST_MESSAGES[0], date=date)
-    yield chat.conversation(system_prompt, "Hello", "Hi! What can I do?", "2 + 2?", date=_DATES[0])
+        yield chat.conversation(system_prompt, _FIRST_MESSAGES[0], now=date)
+    yield chat.conversation(system_prompt, "Hello", "Hi! What can I do?", "2 + 2?", now=_DATES[0])
     before = [] if system_prompt is None else system_messages(system_prompt)
     others: list[list[dict[str, Any]]] = [[{"role": "user", "content": text}] for text in _FIRST_MESSAGES[1:]]
     if chat.rendering is not None:
         others += [_REASONING, *_tool_turns(chat.rendering)]
     for messages in others:
         with contextlib.suppress(Exception):  # a template is a program: anything can happen
-            yield chat.render([*before, *messages], date=_DATES[0])
+            yield chat.render([*before, *messages], now=_DATES[0])
 
 
 def _tool_turns(rendering: Rendering) -> Iterator[list[dict[str, Any]]]:
@@ -191,13 +277,6 @@ def _warn_of_tools(prefix: str, chat: Template, system_prompt: str | None) -> No
 def _clause(refused: UsageError) -> str:
     """Of a refusal, without what it says is to be done."""
     return str(refused).partition(f": {BOS_ONLY}")[0]
-
-
-def _date_hint(template: str, rendering: Rendering | None) -> str:
-    """How a template that takes the date as a variable can be given one that stays."""
-    if "date_string" not in template or (rendering is not None and "date_string" in rendering.args):
-        return ""
-    return """, or fix the date with --template-args '{"date_string": "26 Jul 2024"}', the server's requests too"""
 
 
 def first_tokens(made: Prompt, n: int, vocabulary: Vocabulary) -> Prompt:
@@ -255,7 +334,7 @@ def check_prompt(
     if bos_only and system_prompt is not None:
         raise UsageError("--bos-only keeps no system prompt: give one of both")
     if bos_only and rendering is not None:
-        raise UsageError("--bos-only keeps neither --tools nor --template-args: leave them out, or --bos-only")
+        raise UsageError("--bos-only keeps no --tools, --template-args or --date: leave them out, or --bos-only")
     if bos_only:
         return
     try:
@@ -300,16 +379,14 @@ def _refuse_control_tokens(vocabulary: Vocabulary, tokens: Sequence[int], neutra
         )
 
 
-def _refuse_unreached(
-    vocabulary: Vocabulary, prefix: Sequence[int], tokens: Sequence[int], neutral: Sequence[int]
-) -> None:
-    """The prefix must go on beyond the place where another system prompt makes a difference."""
-    if len(prefix) <= len(_common([tokens, neutral])):
-        raise UsageError(
-            f"the model's chat template does not begin every conversation with the system prompt: all that its "
-            f"conversations have in common are {len(prefix)} tokens, {vocabulary.text(list(prefix))!r}, as if it comes "
-            f"after the date, in a later message, or not at all: {BOS_ONLY}"
-        )
+def _warn_of_date(n: int, n_dated: int, prompt: _Place | None) -> None:
+    """Where a prefix ends before the date of the day."""
+    before = ", and before the system prompt" if prompt is not None and n <= prompt.start else ""
+    warnings.warn(
+        f"the prefix ends before the date that the chat template writes{before}, after {n} of {n_dated} tokens: "
+        f"{_DATE} makes it whole, for conversations of that day",
+        stacklevel=4,
+    )
 
 
 def _common(sequences: Sequence[Sequence[int]]) -> list[int]:

@@ -56,6 +56,8 @@ def open_chat(
         llama.close()
         llama = IntactLlama(model, loaded, pair, tail, **settings)
     talk = Conversation(llama, opening_messages(llama, system_prompt), sampling or Sampling(), notice)
+    if llama.prefix is not None and (day := llama.prefix.manifest.get("date")):
+        notice(f"conversations are rendered with {day} as the day, as their prefix was")
     if llama.prefix is not None and not talk.begins_with_prefix():
         notice(
             f"conversations with {model} do not begin with the tokens of the prefix {llama.prefix_path}, so it is "

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import re
 import secrets
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from os.path import commonprefix
 from typing import Any
 
 from intactkv_export.errors import IntactKVError, first_line
@@ -16,6 +19,8 @@ from intactkv_export.prefix import Rendering, Template, chat_template_of, checke
 from intactkv_export.runtime.intact_llama import IntactLlama, L
 
 Messages = Sequence[Mapping[str, str]]
+
+_BEYOND = 256  # characters behind a prefix's own, so that its last tokens are those of the whole text
 
 
 class _Names:
@@ -131,10 +136,10 @@ class ChatTokens(_Names):
 
 
 class PrefixFormatter:
-    """A chat formatter of llama_cpp that renders as the prefix was rendered: with its tools and template arguments.
+    """A chat formatter of llama_cpp that renders as the prefix was rendered: with its tools, template arguments, date.
 
     The tools are those of a request if it names some ([]: none), else the prefix's, where the conversation begins as
-    the prefix does.
+    the prefix does. Warns once of a date that is not today's, and of a conversation that begins otherwise.
     """
 
     def __init__(self, llama: IntactLlama) -> None:
@@ -142,6 +147,8 @@ class PrefixFormatter:
         self._template, self._prefix = _template(llama), llama.prefix
         self._eos = _token_name(llama, llama.token_eos())
         self.differs = self._template.differs
+        self._llama = llama
+        self._said: set[str] = set()
 
     def __call__(
         self,
@@ -157,7 +164,29 @@ class PrefixFormatter:
         if tools is None and list(messages[: len(self._prefix.messages)]) == self._prefix.messages:
             given = self._prefix.tools
         text = self._template.render(messages, given)
+        self._say_what_differs(text, bool(given))
         return L.llama_chat_format.ChatFormatterResponse(prompt=text, stop=[self._eos], added_special=True)
+
+    def _say_what_differs(self, text: str, has_tools: bool) -> None:
+        day = None if self._template.rendering is None else self._template.rendering.date
+        if day is not None and day != date.today():
+            self._say("date", f"conversations are rendered with {day} as the day, as their prefix was: it is another")
+        if "prefix" in self._said:
+            return
+        tokens, begins = self._prefix.tokens, text[: len(self._prefix.manifest["text"]) + _BEYOND]
+        same = len(commonprefix([self._llama.tokenize(begins.encode(), add_bos=False, special=True), tokens]))
+        if same < len(tokens):
+            why = ", it has tools" if has_tools and not self._prefix.tools else ""
+            self._say(
+                "prefix",
+                f"a conversation does not begin with the prefix {self._prefix.source}{why}: {same} of {len(tokens)} "
+                "tokens are the same, and all of it is computed as usual",
+            )
+
+    def _say(self, what: str, sentence: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            warnings.warn(sentence, stacklevel=2)
 
 
 def formatter_of_prefix(llama: IntactLlama) -> PrefixFormatter | None:

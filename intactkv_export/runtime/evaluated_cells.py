@@ -14,6 +14,11 @@ from intactkv_export import library
 from intactkv_export.libllama import KV_TYPES, QUANTIZED
 
 _SWA_PAD = 256  # cells: llama_kv_cache_iswa
+# architectures that have layers without RoPE: llama_kv_cache::build_graph_shift turns K of these too
+_LAYERS_WITHOUT_ROPE = {
+    "afmoe", "cohere2", "cohere2moe", "exaone-moe", "exaone4", "llama4", "maple", "muse-glimmer", "smallthinker",
+    "smollm3",
+}  # fmt: skip
 _QUANTIZED = {KV_TYPES[name] for name in QUANTIZED}
 
 
@@ -78,13 +83,16 @@ def has_room(L: Any, ctx: Any, params: Any, n_extra: int, in_sight: bool = False
 
 
 def can_shift(L: Any, ctx: Any, type_k: int, metadata: dict[str, str]) -> bool:
-    """Whether the positions of cells can be changed. Stock llama.cpp says yes in cases where it then crashes.
+    """Whether the positions of cells can be changed. Stock llama.cpp says yes in cases where it then crashes, or
+    where K of some layers is another one then.
 
     To shift a quantized K it multiplies with a rotation matrix that is there only if heads have a multiple of 64
     values, over the values that RoPE turns only, which must therefore be all of a head's. The patched one shifts every
     cache (native/src/cells/shift.cpp).
     """
     if not L.llama_memory_can_shift(L.llama_get_memory(ctx)):
+        return False
+    if metadata.get("general.architecture") in _LAYERS_WITHOUT_ROPE:
         return False
     if type_k not in _QUANTIZED or library.is_patched():
         return True

@@ -1,4 +1,4 @@
-"""Which types the KV cache of a model can have, by its head sizes."""
+"""Which types the KV cache of a model can have, by its head sizes and its attention."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from intactkv_export.errors import UsageError
-from intactkv_export.libllama import KV_TYPES, QUANTIZED
+from intactkv_export.libllama import KV_TYPES, QUANTIZED, WITHOUT_FLASH
 
 # llama_init_from_model: with flash attention the head size of every layer must be a multiple of the type's block. The
 # block of all quantized types that a cache can have is 32 (QK8_0, QK5_1, QK5_0, QK4_1, QK4_0, QK4_NL of ggml-common.h).
 _BLOCK = 32
 _BEST = ("q8_0", "f16")  # the one to have, and the one that always fits
 BEST_PAIR = (_BEST[0], _BEST[0])
+_NO_FLASH = "llama.cpp computes this model without flash attention, which a quantized V needs"
 WITH_TAIL = ("q8_0", "q4_0")  # with the default tail as near, in three quarters of the bytes (docs/results/tail.md)
 
 
@@ -29,6 +30,8 @@ def best_kv_types(header: Mapping[str, Any]) -> tuple[tuple[str, str], str]:
 
     header: the values of a GGUF's header.
     """
+    if _without_flash_attention(header):
+        return (_BEST[1], _BEST[1]), f"the KV cache is {_BEST[1]}: {_NO_FLASH}"
     sizes = head_sizes(header)
     k, v = (_BEST[0] if _fits(_BEST[0], of_one) else _BEST[1] for of_one in sizes)
     if (k, v) == BEST_PAIR:
@@ -37,8 +40,14 @@ def best_kv_types(header: Mapping[str, Any]) -> tuple[tuple[str, str], str]:
     return (k, v), f"the KV cache is {types}: {_sizes(sizes)}, and {_BEST[0]} needs a multiple of {_BLOCK}"
 
 
+def _without_flash_attention(header: Mapping[str, Any]) -> bool:
+    return header.get("general.architecture") in WITHOUT_FLASH
+
+
 def check_kv_types(pair: tuple[str, str], header: Mapping[str, Any]) -> None:
     """Raises UsageError if K or V of a model cannot have the type that is asked for; it names those that can."""
+    if pair[1] in QUANTIZED and _without_flash_attention(header):
+        raise UsageError(f"the V cache of this model cannot be {pair[1]}: {_NO_FLASH}: give f16 for V")
     sizes = head_sizes(header)
     if all(_fits(name, of_one) for name, of_one in zip(pair, sizes, strict=True)):
         return

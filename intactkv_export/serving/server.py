@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import http.client
+import json
 import re
 import signal
 import ssl
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +24,8 @@ from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama import reason
 from intactkv_export.prefix import Prefix
 from intactkv_export.serving.programs import program_path
-from intactkv_export.serving.settings import Settings
+from intactkv_export.serving.rendering import never_used
+from intactkv_export.serving.settings import KEY, Settings
 
 PROGRAM = "llama-server"
 _ASK_EVERY = 0.1  # seconds, while the model is loaded
@@ -84,6 +86,10 @@ class Server:
                 return
             time.sleep(_ASK_EVERY)
         raise IntactKVError(f"{self.settings.model} cannot be served: {self._why()}")
+
+    def never_used(self) -> list[str]:
+        """Of a server that is ready: its prefixes that no request begins with, a sentence each."""
+        return never_used(self.settings.prefixes, self._answer)
 
     def wait(self) -> None:
         """Until it ends. Raises IntactKVError unless somebody asked it to."""
@@ -166,19 +172,29 @@ class Server:
 
     def _ask(self, path: str) -> tuple[int, str]:
         """Status and content type of a GET; (0, "") if nobody answers."""
+        return self._request("GET", path, None, {"Accept-Encoding": "gzip"})[:2]  # as the page is kept
+
+    def _answer(self, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What it answers to a POST; an empty object if it does not, or refuses."""
+        key = self.settings.environment.get(KEY, "").partition(",")[0]
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        status, _, data = self._request("POST", path, json.dumps(body).encode(), headers)
+        found = json.loads(data) if status == 200 else {}
+        return found if isinstance(found, dict) else {}
+
+    def _request(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> tuple[int, str, bytes]:
+        """Status, content type and content; 0 and nothing if nobody answers."""
         url = urlsplit(self.settings.url)
         kinds: dict[str, Any] = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
         extra = {"context": ssl._create_unverified_context()} if url.scheme == "https" else {}  # our own child
         connection = kinds[url.scheme](url.hostname, url.port, timeout=5, **extra)
         with contextlib.closing(connection):
             try:
-                connection.request(
-                    "GET", f"{url.path}{path}", headers={"Accept-Encoding": "gzip"}
-                )  # as the page is kept
+                connection.request(method, f"{url.path}{path}", body, headers)
                 answer = connection.getresponse()
-                return answer.status, answer.headers.get("Content-Type", "")
+                return answer.status, answer.headers.get("Content-Type", ""), answer.read()
             except (OSError, http.client.HTTPException):
-                return 0, ""
+                return 0, "", b""
 
     def _listen(self) -> None:
         assert self.process.stdout is not None

@@ -15,6 +15,7 @@ from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import default_tail, kv_pair
 from intactkv_export.models import KEY_REFERENCE, gguf_file
 from intactkv_export.prefix import Prefix, check_reference, ikv
+from intactkv_export.serving.rendering import keep_to_date
 
 TAIL = "INTACTKV_TAIL"
 KEEP, KEEP_AFTER = "LLAMA_INTACTKV_KEEP", "LLAMA_INTACTKV_KEEP_AFTER"  # where tokens that come again are noted
@@ -151,6 +152,7 @@ def choose_settings(
     arguments += ["--cache-type-k", types[0], "--cache-type-v", types[1], "--flash-attn", "on", "--metrics"]
     arguments += ["--threads", str(threads)] if threads else []
     arguments += _prompts_whole(found, notes)
+    more = keep_to_date(found, header.values, more, environment, notes)
     arguments += ["--verbosity", "2", *more]  # errors and warnings
     return Settings(
         model, found, types, tail, parallel, ctx_size, host, port, has_key, arguments, environment, notes

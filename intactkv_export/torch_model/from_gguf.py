@@ -21,7 +21,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from intactkv_export.errors import IntactKVError
-from intactkv_export.models import NORMALIZED, PROVEN, gguf_file
+from intactkv_export.models import NORMALIZED, gguf_file, is_reordered
 from intactkv_export.torch_model import experts
 from intactkv_export.torch_model.from_huggingface import fix_longrope
 from intactkv_export.torch_model.rope_pairs import neighbours_to_halves
@@ -38,8 +38,24 @@ _MODEL_TYPES = {
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
     "phi3": "phi3",
+    "olmo2": "olmo2",
+    "arcee": "arcee",
+    "seed_oss": "seed_oss",
+    "exaone4": "exaone4",
+    "starcoder2": "starcoder2",
+    "stablelm": "stablelm",
+    "nemotron": "nemotron",
 }
-_WITH_EXPERTS = {"llama": "mixtral", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "olmoe": "olmoe"}
+_WITH_EXPERTS = {
+    "llama": "mixtral",
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+    "olmoe": "olmoe",
+    "granitemoe": "granitemoe",
+}
+# Proven as their checkpoints mostly are: RoPE that is not scaled, no sliding window, no matrices that are not there
+_PLAIN = {"olmo2", "arcee", "seed_oss", "exaone4", "starcoder2", "stablelm", "nemotron", "granitemoe"}
+_NOT_PLAIN = ("rope_freqs.weight", "blk.0.ffn_gate_shexp.weight")
 # Type of a matrix -> what activations are rounded to before it; q8_K for all others
 _ACTIVATIONS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _ACTIVATIONS |= dict.fromkeys(("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "MXFP4"), "q8_0")
@@ -117,10 +133,19 @@ class _Model:
                 f"{_INSTEAD}"
             )
         self._check_longrope()
+        self._check_plain()
         scale = self.get("expert_weights_scale", 1.0)
         if scale not in (0.0, 1.0):
             raise IntactKVError(
                 f"{path} multiplies what its experts give by {scale}, which torch cannot read from a GGUF: {_INSTEAD}"
+            )
+
+    def _check_plain(self) -> None:
+        keys = [key for key in ("attention.sliding_window", "rope.scaling.factor") if self.get(key, 0)]
+        if self.arch in _PLAIN and (found := keys + [name for name in _NOT_PLAIN if name in self.tensors]):
+            raise IntactKVError(
+                f"{self.path} of architecture {self.arch!r} has {found[0]}, with which torch cannot read a GGUF of it: "
+                f"{_INSTEAD}"
             )
 
     def _check_longrope(self) -> None:
@@ -158,7 +183,7 @@ class _Model:
             "num_key_value_heads": self.get("attention.head_count_kv", heads),
             "head_dim": head_dim,
             "max_position_embeddings": self.get("context_length"),
-            "rms_norm_eps": self.get("attention.layer_norm_rms_epsilon"),
+            **self._epsilon(),
             "tie_word_embeddings": "output.weight" not in self.tensors,
             "attention_bias": "blk.0.attn_q.bias" in self.tensors,
             "mlp_bias": "blk.0.ffn_up.bias" in self.tensors,
@@ -168,13 +193,31 @@ class _Model:
         }
         return config | self._own(head_dim, n_embd // heads)
 
+    def _epsilon(self) -> dict[str, Any]:
+        """Of the norms: those that are no RMS norms have another key, and as many names as architectures."""
+        names = {"starcoder2": "norm_epsilon", "stablelm": "layer_norm_eps", "nemotron": "norm_eps"}
+        if self.arch in names:
+            return {names[self.arch]: self.get("attention.layer_norm_epsilon")}
+        return {"rms_norm_eps": self.get("attention.layer_norm_rms_epsilon")}
+
     def _own(self, head_dim: int, embd_per_head: int) -> dict[str, Any]:
         """What only some architectures have; as llama.cpp's src/models/ARCH.cpp reads it."""
         n_layer = self.get("block_count")
-        if self.arch == "granite":
+        if self.arch in ("granite", "granitemoe"):
             keys = {"embedding_multiplier": "embedding_scale", "attention_multiplier": "attention.scale",
                     "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale"}  # fmt: skip
-            return {name: self.get(key) for name, key in keys.items()}
+            return {name: self.get(key) for name, key in keys.items()} | self._experts()
+        if self.arch in ("stablelm", "nemotron"):
+            rotary = self.get("rope.dimension_count", head_dim) / head_dim
+            return {
+                "partial_rotary_factor": rotary,
+                "rope_parameters": self.rope() | {"partial_rotary_factor": rotary},
+                "use_qkv_bias": "blk.0.attn_q.bias" in self.tensors,
+                "qk_layernorm": "blk.0.attn_q_norm.weight" in self.tensors,
+                "use_parallel_residual": "blk.0.ffn_norm.weight" not in self.tensors,
+            }
+        if self.arch in ("starcoder2", "exaone4"):
+            return {"sliding_window": None, "layer_types": ["full_attention"] * n_layer}
         if self.arch == "phi3":
             rotary = self.get("rope.dimension_count", head_dim) / head_dim
             n_ctx_orig = self.rope().get("original_max_position_embeddings", self.get("context_length"))
@@ -209,9 +252,11 @@ class _Model:
 
     def _experts(self) -> dict[str, Any]:
         """Of a mixture of experts. Whether the weights of those chosen add up to 1 is not in the header."""
+        if not self.get("expert_count", 0):
+            return {}
         n_ff, n_used = self.get("feed_forward_length"), self.get("expert_used_count")
         return {
-            "num_local_experts" if self.arch == "llama" else "num_experts": self.get("expert_count"),
+            "num_local_experts" if self.arch in ("llama", "granitemoe") else "num_experts": self.get("expert_count"),
             "num_experts_per_tok": n_used,
             "norm_topk_prob": NORMALIZED.get(str(self.model_type), True),
             "moe_intermediate_size": self.get("expert_feed_forward_length", n_ff // n_used),
@@ -292,6 +337,9 @@ class _Model:
 
     def _own_names(self, name: str) -> list[str]:
         """The GGUF's name of a tensor of transformers, several of one that holds several; "" if it has none."""
+        name = name.replace(".block_sparse_moe.", ".mlp.").replace(
+            ".mlp.router.", ".mlp.gate."
+        )  # names that gguf-py knows
         parts = experts.parts(name) if experts.is_stacked(name) else [name]
         return [self._names.get_name(part, try_suffixes=(".weight", ".bias")) or "" for part in parts]
 
@@ -302,10 +350,10 @@ class _Model:
 
     def _in_order(self, name: str, weight: np.ndarray) -> np.ndarray:
         """Undo what upstream's converter does to a tensor of transformers."""
-        if self.arch.startswith("gemma") and name.endswith("norm.weight"):
+        if (self.arch.startswith("gemma") or self.arch == "nemotron") and name.endswith("norm.weight"):
             return weight - 1
         heads = {"q_proj": "attention.head_count", "k_proj": "attention.head_count_kv"}.get(name.split(".")[-2])
-        if heads and PROVEN[str(self.model_type)] == "norm":
+        if heads and is_reordered(str(self.model_type)):
             by_head = weight.reshape(self.get(heads), -1, weight.size // len(weight)).swapaxes(1, 2)
             return neighbours_to_halves(by_head).swapaxes(1, 2).reshape(weight.shape)
         return weight.reshape(1, -1) if name.endswith("shared_expert_gate.weight") else weight

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from intactkv_export.errors import IntactKVError, first_line
-from intactkv_export.models import PROVEN, supports
+from intactkv_export.models import LATENT, PROVEN, UNEVEN, supports
 
 
 @contextmanager
@@ -32,6 +33,11 @@ def quiet() -> Iterator[None]:
 
 
 def read_config(hf_dir: str | Path) -> Any:
+    """A checkpoint's configuration, as llama.cpp computes the model: without a window that it ignores, YaRN's bounds
+    whole numbers.
+
+    Raises IntactKVError if it cannot be read, or the K/V layout is not proven.
+    """
     from transformers import AutoConfig
 
     path = Path(hf_dir) / "config.json"
@@ -49,21 +55,27 @@ def read_config(hf_dir: str | Path) -> Any:
             f"the K/V layout of {hf_dir} (model type {config.model_type!r}) is not proven for the torch "
             f"engine, which knows unquantized {', '.join(PROVEN)}: use the llama engine"
         )
+    _as_llama_cpp(config.get_text_config(decoder=True))
     return config
 
 
-# Models whose sliding windows upstream's converter writes into the GGUF; it ignores those of Mistral and Phi-3
-_WINDOW_KEPT = {"gemma2", "gemma3_text"}
+# Models whose sliding windows upstream's converter writes into the GGUF; it ignores those of Mistral, Qwen and Phi-3
+_WINDOW_KEPT = {"gemma2", "gemma3_text", "olmo3", "cohere2", "gpt_oss"} | UNEVEN
 
 
-def window_of_its_own(hf_dir: str | Path) -> int:
-    """The sliding window, in tokens, that the checkpoint has and its GGUF has not; 0: none. Raises IntactKVError."""
-    with quiet():
-        text = read_config(hf_dir).get_text_config(decoder=True)
+def _as_llama_cpp(text: Any) -> None:
+    """Change a configuration to what the code of llama.cpp computes where checkpoints say otherwise."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("truncate") is False:  # gpt-oss; ggml_rope_yarn_corr_dims rounds
+        rope["truncate"] = True
     if text.model_type in _WINDOW_KEPT:
-        return 0
-    sliding = any(layer_type(text, il) == "sliding_attention" for il in range(text.num_hidden_layers))
-    return (text.sliding_window or 0) if sliding else 0
+        return
+    if getattr(text, "sliding_window", None):
+        text.sliding_window = None
+    if getattr(text, "use_sliding_window", False):
+        text.use_sliding_window = False
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        text.layer_types = ["full_attention"] * text.num_hidden_layers
 
 
 def load(
@@ -113,7 +125,12 @@ def load(
     return net.eval()
 
 
-def check(text: Any, model: Mapping[str, Any], n_tokens: int, hf_dir: str) -> None:
+def cache_argument(module: Any) -> str:
+    """What the cache is called among a model's arguments: transformers 5.24 has another name than versions before."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+
+
+def check(text: Any, model: Mapping[str, Any], hf_dir: str) -> None:
     """The checkpoint and the description of the model that will use the prefix must mean the same rows."""
 
     def same(what: str, checkpoint: Any, described: Any) -> None:
@@ -130,28 +147,36 @@ def check(text: Any, model: Mapping[str, Any], n_tokens: int, hf_dir: str) -> No
 
     # In the description a sliding-window model has one cache for its full layers and one for the others.
     layers = {layer["il"]: (layer, cache["n_swa"]) for cache in model["caches"] for layer in cache["layers"]}
-    same("number of layers", text.num_hidden_layers, len(layers))
-    same("RoPE type", PROVEN[text.model_type], model["rope"]["type"])
-    for il in range(text.num_hidden_layers):
+    attention = attention_layers(text)
+    same("number of layers", len(attention), len(layers))
+    turns = model["rope"]["type"] != "none" and bool(getattr(text, "rope_parameters", None))
+    if turns:
+        same("RoPE type", PROVEN[text.model_type], _PAIRS.get(model["rope"]["type"], model["rope"]["type"]))
+    for il in attention:
+        if il not in layers:
+            same(f"layer {il}", "an attention layer", "none")
         layer, n_swa = layers[il]
-        kind, head_dim = layer_type(text, il), _head_dim(text)
-        rope = text.rope_parameters.get(kind, text.rope_parameters)
-        same(f"n_head_kv of layer {il}", text.num_key_value_heads, layer["n_head_kv"])
-        same(f"head_dim of K of layer {il}", head_dim, layer["head_dim_k"])
-        same(f"head_dim of V of layer {il}", head_dim, layer["head_dim_v"])
-        same(f"RoPE base of layer {il}", float(rope["rope_theta"]), layer["rope_base"])
-        same("n_rot", int(head_dim * rope.get("partial_rotary_factor", 1.0)), model["rope"]["n_rot"])
-        if kind != "sliding_attention":
-            scaled = rope["rope_type"] in ("linear", "yarn")
-            same("RoPE scale", 1.0 / rope["factor"] if scaled else 1.0, model["rope"]["scale"])
-        # Upstream ignores the window of some models (Mistral, Phi-3): the same numbers while no token is
-        # outside.
+        kind, (n_head, head_dim_k, head_dim_v) = layer_type(text, il), _shape(text, il)
+        same(f"n_head_kv of layer {il}", n_head, layer["n_head_kv"])
+        same(f"head_dim of K of layer {il}", head_dim_k, layer["head_dim_k"])
+        same(f"head_dim of V of layer {il}", head_dim_v, layer["head_dim_v"])
+        if turns:
+            _check_rope(same, text, il, layer, model["rope"])
         window = (text.sliding_window or 0) if kind == "sliding_attention" else 0
-        if window != n_swa and n_tokens > min(w for w in (window, n_swa) if w):
-            raise IntactKVError(
-                f"layer {il} has a sliding window of {window} tokens in {hf_dir} but {n_swa} in the GGUF "
-                f"(0: none), and the prefix has {n_tokens} tokens: shorten it or use the llama engine"
-            )
+        same(f"sliding window of layer {il}", window, n_swa)
+
+
+def _check_rope(same: Callable[[str, Any, Any], None], text: Any, il: int, layer: Any, described: Any) -> None:
+    """RoPE of a layer, as check() does."""
+    kind = layer_type(text, il)
+    rope = text.rope_parameters.get(kind, text.rope_parameters)
+    turned = getattr(text, "position_embedding_type", "rope") == "rope"  # Granite's hybrids are not
+    same(f"RoPE base of layer {il}", float(rope["rope_theta"]) if turned else 0.0, layer["rope_base"])
+    if rope["rope_type"] != "proportional":  # Gemma 4's, which turns all of larger heads
+        same("n_rot", int(_head_dim(_own(text, il)) * rope.get("partial_rotary_factor", 1.0)), described["n_rot"])
+    if kind != "sliding_attention":
+        scaled = rope["rope_type"] in ("linear", "yarn")
+        same("RoPE scale", 1.0 / rope["factor"] if scaled else 1.0, described["scale"])
 
 
 def fix_longrope(text: Any, factors: str | None, path: str | Path) -> None:
@@ -161,7 +186,7 @@ def fix_longrope(text: Any, factors: str | None, path: str | Path) -> None:
     before its model is made. factors: SHA-256 of those to use, as a model description has it; None: both stay, as they
     do for a model without LongRoPE. Raises IntactKVError if the model has no such factors.
     """
-    rope = text.rope_parameters
+    rope = getattr(text, "rope_parameters", None) or {}
     if factors is None or rope.get("rope_type") != "longrope":
         return
     hashes = {name: longrope_hash(rope[name]) for name in ("short_factor", "long_factor")}
@@ -179,12 +204,36 @@ def longrope_hash(factors: Sequence[float]) -> str:
     return hashlib.sha256(struct.pack(f"<{len(factors)}f", *factors)).hexdigest()
 
 
+def attention_layers(text: Any) -> list[int]:
+    """The layers that keep K and V of their own."""
+    types = getattr(text, "layer_types", None)
+    n_own = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", 0) or 0)
+    return [il for il in range(n_own) if not types or types[il] not in _NO_ROWS]
+
+
 def layer_type(text: Any, il: int) -> str:
     """'full_attention' or 'sliding_attention': models without a list of them have the window everywhere."""
     types = getattr(text, "layer_types", None)
     if types:
         return types[il]
     return "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
+
+
+_NO_ROWS = {"conv", "linear_attention", "mamba", "mlp", "moe"}  # layer types without K and V
+_PAIRS = {"imrope": "neox", "mrope": "neox"}  # of text, whose positions are equal in all dimensions
+
+
+def _shape(text: Any, il: int) -> tuple[int, int, int]:
+    """Heads of K and V of a layer, and their sizes in a cache; a latent has no V."""
+    if text.model_type in LATENT:
+        return 1, text.kv_lora_rank + text.qk_rope_head_dim, 0
+    own = _own(text, il)
+    return own.num_key_value_heads, _head_dim(own), _head_dim(own)
+
+
+def _own(text: Any, il: int) -> Any:
+    """The configuration of a layer."""
+    return text.per_layer_config[il] if text.model_type in UNEVEN else text
 
 
 def _head_dim(text: Any) -> int:

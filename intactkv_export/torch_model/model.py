@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from intactkv_export.errors import UsageError
-from intactkv_export.models import FLOATS, PROVEN, check_dtype, gguf_file
+from intactkv_export.errors import IntactKVError, UsageError
+from intactkv_export.models import FLOATS, LATENT, RECURRENT, UNEVEN, check_dtype, gguf_file, is_reordered
 from intactkv_export.prefix import Prefix
 from intactkv_export.torch_model import attention, experts, from_gguf, from_huggingface
 from intactkv_export.torch_model.caches import Layout, MixedCache, RoomyLayer
@@ -55,8 +55,7 @@ class TorchModel:
 
     @property
     def _cache_argument(self) -> str:
-        """transformers 5.24 calls it otherwise than the versions before."""
-        return "cache" if "cache" in inspect.signature(self.net.forward).parameters else "past_key_values"
+        return from_huggingface.cache_argument(self.net)
 
     @property
     def decoder_layers(self) -> Sequence[torch.nn.Module]:
@@ -197,6 +196,7 @@ def load(
             net = from_gguf.load(path, device, dtype, attention, round_activations, rope_factors)
         else:
             config = from_huggingface.read_config(path)
+            _check_plain(config.get_text_config(decoder=True).model_type, path)
             if config.get_text_config(decoder=True).model_type in _EAGER_ONLY:
                 attention = "eager"
             from_huggingface.fix_longrope(config.get_text_config(decoder=True), rope_factors, path)
@@ -205,8 +205,19 @@ def load(
     net.requires_grad_(False)
     text = net.config.get_text_config(decoder=True)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    layout = Layout(text.num_key_value_heads, head_dim, PROVEN[text.model_type] == "norm")
+    layout = Layout(text.num_key_value_heads, head_dim, is_reordered(text.model_type))
     return TorchModel(net.eval(), text.num_hidden_layers, text.vocab_size, layout)
+
+
+def _check_plain(model_type: str, path: str | Path) -> None:
+    """Raises IntactKVError for a model whose cache is not one of K and V alone, with the same heads in all layers."""
+    if model_type in RECURRENT | LATENT | UNEVEN:
+        kept = "states of recurrent layers" if model_type in RECURRENT else "latents (MLA)"
+        kept = "layers that share K and V, or have other heads" if model_type in UNEVEN else kept
+        raise IntactKVError(
+            f"{path} of model type {model_type!r} has {kept}, which nothing can be trained for or analyzed with yet: "
+            "use a prefix that is not trained"
+        )
 
 
 def prefix_factors(prefix: Prefix) -> str | None:

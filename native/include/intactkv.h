@@ -32,13 +32,13 @@ LLAMA_API const char * intactkv_error(void);
 
 // What a prefix must match, as JSON: architecture, vocabulary (SHA-256 over the token texts), and per KV cache
 // its layers with n_head_kv, head sizes and RoPE base, then the RoPE settings in force *in this context*.
-// Valid until the next call on this thread. NULL if the model cannot carry a prefix (recurrent, hybrid, MLA,
-// encoder-decoder, M-RoPE): intactkv_error() has the reason.
+// Valid until the next call on this thread. NULL if the model cannot carry a prefix: intactkv_error() has the reason.
 LLAMA_API const char * intactkv_describe(const struct llama_context * ctx);
 
 // Loads a prefix file (`.ikv`) held in memory into sequence seq_id, which it replaces. The file's checksum, its
 // identity (model, vocabulary, RoPE, reference weights) and its structure are verified before one byte reaches
-// the cache. In an F16 or F32 cache the cells are ordinary; in any other they are intact.
+// the cache. In an F16 or F32 cache the cells are ordinary; in any other they are intact. A model with recurrent layers
+// gets their states too, those behind the last token: no part of such a prefix is of use.
 // Returns the number of prefix tokens, or -1.
 LLAMA_API int32_t intactkv_load(struct llama_context * ctx, const void * data, size_t size, llama_seq_id seq_id);
 

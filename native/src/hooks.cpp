@@ -20,6 +20,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <limits>
+#include <stdexcept>
 #include <system_error>
 #include <vector>
 
@@ -46,6 +47,13 @@ void came_from(llama_model & model, const std::string & path) {
 
 bool decode(automatic & prefixes, const llama_batch_ext & batch, int & status) {
     return prefixes.decode(batch, status);
+}
+
+void before_saving(automatic * prefixes, int32_t seq_id, uint32_t flags) {
+    if (prefixes && !(flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) && !prefixes->finish(seq_id)) {
+        throw std::runtime_error("the tokens of a prefix that were not computed so far cannot be: there is no room, or "
+                                 "the batch failed");
+    }
 }
 
 void keep_on_cpu(ggml_backend_sched_t sched, ggml_backend_t cpu, ggml_tensor * attention) {

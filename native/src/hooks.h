@@ -31,6 +31,10 @@ void came_from(llama_model & model, const std::string & path);
 // In place of llama_context::decode(), for a context that has automatic prefixes. false: upstream goes on
 bool decode(automatic & prefixes, const llama_batch_ext & batch, int & status);
 
+// Before sequences are saved, -1: all: what automatic prefixes have left to be computed is, unless only the states that
+// cannot step back are wanted (flags), as for a server's checkpoints. Throws std::runtime_error: it cannot be
+void before_saving(automatic * prefixes, int32_t seq_id, uint32_t flags);
+
 // attention: what layer_attention::attend() has returned. Its nodes call functions of this process: a backend that takes
 // every op, as that of other machines does, must not be given them because the nodes around them are its own.
 void keep_on_cpu(ggml_backend_sched_t sched, ggml_backend_t cpu, ggml_tensor * attention);

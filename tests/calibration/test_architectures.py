@@ -13,6 +13,7 @@ from intactkv_export.calibration import calibrate
 from intactkv_export.conversion import convert
 from intactkv_export.models import gguf_file
 from intactkv_export.prefix import ikv
+from tests.support import random_families, random_models
 
 SETTINGS = {"steps": 16, "batch": 4, "seq_len": 32, "sequences": 32, "lr": 3e-2}
 
@@ -25,6 +26,18 @@ def test_a_mixture_of_experts(models, tmp_path, name, quant):
     result = calibrate(reference, made.outputs[0].path, prefix=made.prefix, out=tmp_path / "c.ikv", **SETTINGS)
     assert result.after < 0.93 * result.before and result.manifest["best_step"] > 0
     assert ikv.read(result.out).tokens == ikv.read(made.prefix).tokens
+
+
+@pytest.mark.parametrize("name", ["olmo2", "seed-oss", "starcoder2", "granitemoe"])
+def test_another_family_and_its_first_token(tmp_path, name):
+    """The first token alone, which serves every prompt."""
+    directory = random_families.build(name, tmp_path / name)
+    random_models.to_gguf([directory])
+    reference = directory.with_name(f"{name}.gguf")
+    made = convert(reference, tmp_path / "q.gguf", quant="Q4_0", bos_only=True, embed=False)
+    result = calibrate(reference, made.outputs[0].path, prefix=made.prefix, out=tmp_path / "c.ikv", **SETTINGS)
+    assert result.after < result.before and result.manifest["best_step"] > 0
+    assert len(ikv.read(result.out).tokens) == 1
 
 
 @pytest.mark.parametrize(("n_ctx", "as_gguf"), [(0, True), (1024, False)])

@@ -325,8 +325,8 @@ OTHERS += ("A" * 64, [], [0], {}, {"x": 1}, {"x": "1"})  # type: ignore[assignme
 
 
 def beyond_a_schema(manifest: dict[str, Any]) -> bool:
-    """What the page says a schema cannot say: tokens outside of the vocabulary, layers that do not ascend, or are beyond
-    the model's."""
+    """What the page says a schema cannot say: tokens outside of the vocabulary, layers that do not ascend, or are
+    beyond the model's."""
     try:
         caches = [[layer["il"] for layer in cache["layers"]] for cache in manifest["model"]["caches"]]
         recurrent = manifest["model"].get("recurrent", {"n_layer": 1, "layers": []})

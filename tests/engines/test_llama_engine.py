@@ -49,13 +49,13 @@ def errors(a, b):
 
 def test_agrees_with_torch_to_the_rounding(model, hf_dir, f32, tokens):
     """Weights at F32 leave the one rounding to float16; the other ways cost what the module's docstring says."""
-    about, K, V = engine.compute(f32, tokens, n_threads=2)
-    truth = work.run(torch_engine.compute_float32, hf_dir, tokens, about).value
+    about, K, V, _ = engine.compute(f32, tokens, n_threads=2)
+    truth = work.run(torch_engine.compute_float32, hf_dir, tokens, about).value[:2]
     for ours, theirs in zip((K, V), truth, strict=True):
         assert len(ours) == 30 and all(x.dtype == np.float16 and x.shape == (24, 3, 64) for x in ours.values())
         assert errors(ours, theirs).max() < ROUNDING
     for cache_dtype, k, v in (("f32", 5.1e-4, 1.0e-3), ("f16", 5.3e-4, 1.05e-3)):
-        other, K, V = engine.compute(model("F16"), tokens, cache_dtype=cache_dtype, n_threads=2)
+        other, K, V, _ = engine.compute(model("F16"), tokens, cache_dtype=cache_dtype, n_threads=2)
         assert other == about
         assert errors(K, truth[0]).mean() == pytest.approx(k, rel=0.15)
         assert errors(V, truth[1]).mean() == pytest.approx(v, rel=0.15)
@@ -65,9 +65,9 @@ def test_one_batch_or_many(model, tokens, monkeypatch):
     """A prefix longer than a batch is evaluated in parts: the same rows to the rounding of another order of sums."""
     seen = []
     tokens = (tokens * 4)[:80]
-    _, K, V = engine.compute(model("F16"), tokens, n_threads=2, progress=lambda *n: seen.append(n))
+    _, K, V, _ = engine.compute(model("F16"), tokens, n_threads=2, progress=lambda *n: seen.append(n))
     monkeypatch.setattr(engine, "N_BATCH", 32)
-    _, k, v = engine.compute(model("F16"), tokens, n_threads=2, progress=lambda *n: seen.append(n))
+    _, k, v, _ = engine.compute(model("F16"), tokens, n_threads=2, progress=lambda *n: seen.append(n))
     assert seen == [(80, 80), (32, 80), (64, 80), (80, 80)]
     assert errors(K, k).max() < 2e-3 and errors(V, v).max() < 2e-3
     first = {il: x[:32] for il, x in K.items()}, {il: x[:32] for il, x in k.items()}
@@ -82,11 +82,11 @@ def test_other_structures(tmp_path, name, n_tokens, n_ctx):
     gguf = tmp_path / "x.gguf"
     work.run(weights.huggingface_to_gguf, directory, gguf, "F32")
     tokens = [1, *range(100, 100 + n_tokens - 1)]
-    about, K, V = engine.compute(gguf, tokens, n_threads=2, n_ctx=n_ctx)
+    about, K, V, _ = engine.compute(gguf, tokens, n_threads=2, n_ctx=n_ctx)
     assert about == engine.describe(gguf, max(n_ctx, n_tokens + 1))
     if n_ctx:
         assert about["rope"]["factors"] != engine.describe(gguf, n_tokens + 1)["rope"]["factors"]
-    k, v = torch_engine.compute_float32(directory, tokens, about)
+    k, v, _ = torch_engine.compute_float32(directory, tokens, about)
     dropped = 0
     for cache in state.shapes(about):
         kept = cache.positions(n_tokens)

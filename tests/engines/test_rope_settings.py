@@ -104,7 +104,7 @@ def test_settings_that_make_no_sense(tiny: Path, tmp_path: Path) -> None:
 def test_long_factors_in_the_context_that_the_prompt_needs(tiny: Path, tmp_path: Path) -> None:
     """What a context of 1024 tokens gives, in one of 256: phi3-longrope's original context has 512."""
     gguf, tokens = tiny / "phi3-longrope.gguf", [1, *range(100, 120)]
-    about, K, _ = engine.compute(gguf, tokens, n_threads=2, n_ctx=1 << 20)
+    about, K, _, _ = engine.compute(gguf, tokens, n_threads=2, n_ctx=1 << 20)
     with Context(gguf, 1024, "f32", 2) as large:
         assert bindings.describe(large.ptr) == about == engine.describe(gguf, 1024)
         large.decode(tokens, 0)

@@ -24,13 +24,14 @@ import pytest
 from intactkv_export import library
 from intactkv_export.engines import torch_engine as engine
 from intactkv_export.errors import IntactKVError
-from intactkv_export.models.proven import PROVEN, supports
+from intactkv_export.models.proven import LATENT, PROVEN, RECURRENT, supports
 from intactkv_export.torch_model import from_huggingface
+from intactkv_export.torch_model import load as load_in_torch
 from intactkv_export.torch_model.rope_pairs import halves_to_neighbours
-from tests.support import random_models
+from tests.support import random_families, random_models
 from tests.support.cache_rows import Llama, random_tokens
 
-pytest.importorskip("torch", reason="the extra [convert] is not installed")
+torch = pytest.importorskip("torch", reason="the extra [convert] is not installed")
 L = library.load()
 
 TOLERANCE = 1e-5
@@ -78,7 +79,7 @@ def test_rows_of_every_structure(models, name):
     tokens = random_tokens()
     step = 8 if name.startswith(("gemma2", "gemma3")) else None
     about, K, V = gguf(models[name]).rows(tokens, step=step)
-    got_K, got_V = engine.compute_float32(models[name], tokens, about)
+    got_K, got_V, _ = engine.compute_float32(models[name], tokens, about)
     gelu = name.startswith("gemma")
     for got, want in ((got_K, K), (got_V, V)):
         for il, error in errors(got, want).items():
@@ -96,7 +97,7 @@ def test_rows_of_every_structure(models, name):
 
 def test_rounded_once(models):
     tokens = random_tokens(24)
-    exact, rounded = (f(models["qwen2"], tokens, None) for f in (engine.compute_float32, engine.compute))
+    exact, rounded = (f(models["qwen2"], tokens, None)[:2] for f in (engine.compute_float32, engine.compute))
     for a, b in zip(rounded, exact, strict=True):
         assert all(a[il].dtype == np.float16 and np.array_equal(a[il], b[il].astype(np.float16)) for il in b)
 
@@ -109,7 +110,7 @@ def test_longrope_factors_are_those_of_the_context(models, name):
     short, K_short, _ = llama.rows(tokens, n_ctx=random_models.LONGROPE_ORIG)
     long, K_long, V_long = llama.rows(tokens, n_ctx=2 * random_models.LONGROPE_ORIG)
     assert short["rope"]["factors"] != long["rope"]["factors"]
-    K, V = engine.compute_float32(models[name], tokens, long)
+    K, V, _ = engine.compute_float32(models[name], tokens, long)
     assert max(errors(K, K_long).values()) < TOLERANCE
     assert max(errors(V, V_long).values()) < TOLERANCE
     assert min(errors(K, K_short).values()) > 0.1
@@ -118,18 +119,18 @@ def test_longrope_factors_are_those_of_the_context(models, name):
 @pytest.mark.parametrize("name", ["llama-gqa", "gemma3", "phi3-longrope"])
 def test_a_long_prefix_in_chunks_is_the_same(models, name, monkeypatch):
     tokens = random_tokens(600)  # for phi3-longrope: past the original context, so the long factors from the start
-    one = engine.compute_float32(models[name], tokens, None)
+    one = engine.compute_float32(models[name], tokens, None)[:2]
     steps = []
     monkeypatch.setattr(engine, "_CHUNK", 250)
     parts = engine.compute_float32(models[name], tokens, None, progress=lambda done, total: steps.append((done, total)))
     assert steps == [(250, 600), (500, 600), (600, 600)]
-    for a, b in zip(parts, one, strict=True):
+    for a, b in zip(parts[:2], one, strict=True):
         assert max(errors(a, b).values()) < TOLERANCE
 
 
 def test_positions_before_a_chunk_longer_than_the_window(models):
     """gemma3's window is 8 tokens: transformers' own cache would return 8 rows of its sliding layers."""
-    K, V = engine.compute(models["gemma3"], random_tokens(40), None)
+    K, V, _ = engine.compute(models["gemma3"], random_tokens(40), None)
     assert {k.shape for k in K.values()} == {v.shape for v in V.values()} == {(40, 1, 64)}
 
 
@@ -141,23 +142,23 @@ def test_offloaded_to_disk_is_the_same(changed, tmp_path, monkeypatch):
         tensors=lambda t: {k: v.astype(np.float16) for k, v in t.items()},
     )
     tokens = random_tokens(24)
-    plain = engine.compute_float32(directory, tokens, None)
+    plain = engine.compute_float32(directory, tokens, None)[:2]
     placed = []
     load = from_huggingface.load
     monkeypatch.setattr(from_huggingface, "load", lambda *a: placed.append(load(*a)) or placed[0])
     disk = engine.compute_float32(directory, tokens, None, offload_dir=tmp_path / "offload", max_memory={"cpu": "4MB"})
     assert {"cpu", "disk"} == set(placed[0].hf_device_map.values())
-    for a, b in zip(disk, plain, strict=True):
+    for a, b in zip(disk[:2], plain, strict=True):
         assert all(np.array_equal(a[il], b[il]) for il in b)
 
 
 def test_dtypes(models):
     tokens = random_tokens(24)
-    exact, _ = engine.compute_float32(models["qwen3"], tokens, None)
-    auto, _ = engine.compute_float32(models["qwen3"], tokens, None, dtype="auto")
+    exact, *_ = engine.compute_float32(models["qwen3"], tokens, None)
+    auto, *_ = engine.compute_float32(models["qwen3"], tokens, None, dtype="auto")
     assert max(errors(auto, exact).values()) == 0  # the checkpoint is float32
     for dtype, low, high in (("float16", 1e-5, 1e-2), ("bfloat16", 1e-4, 1e-1)):
-        rounded, _ = engine.compute_float32(models["qwen3"], tokens, None, dtype=dtype)
+        rounded, *_ = engine.compute_float32(models["qwen3"], tokens, None, dtype=dtype)
         assert low < max(errors(rounded, exact).values()) < high
 
 
@@ -195,7 +196,7 @@ def test_smollm2_agrees_with_llama_cpp_in_float32(smollm2):
     tokens = llama.tokenize(SYSTEM)
     assert len(tokens) == 24
     about, K, V = llama.rows(tokens)
-    got_K, got_V = engine.compute_float32(smollm2 / "hf", tokens, about)
+    got_K, got_V, _ = engine.compute_float32(smollm2 / "hf", tokens, about)
     assert max(errors(got_K, K).values()) < TOLERANCE
     assert max(errors(got_V, V).values()) < TOLERANCE
     unpermuted = {il: k.reshape(24, 3, 32, 2).swapaxes(-1, -2).reshape(k.shape) for il, k in got_K.items()}
@@ -207,7 +208,7 @@ def test_smollm2_directory_and_f16_gguf_give_the_same_prefix(smollm2):
     llama = Llama(smollm2 / "F16.gguf", n_threads=2)
     tokens = llama.tokenize(SYSTEM)
     about, K, V = llama.rows(tokens)
-    got_K, got_V = engine.compute(smollm2 / "hf", tokens, about)
+    got_K, got_V, _ = engine.compute(smollm2 / "hf", tokens, about)
     assert max(errors(got_K, K).values()) < 1.5e-3
     assert max(errors(got_V, V).values()) < 3e-3
 
@@ -218,13 +219,14 @@ def test_every_proven_architecture_is_tested(models):
         config = json.loads((directory / "config.json").read_text())
         assert supports(config)
         tested.add((config.get("text_config") or config)["model_type"])
-    assert tested == set(PROVEN)
+    more = {x for x, *_ in random_families.MODELS.values()} - {"gemma4"}  # test_more_families.py
+    assert tested | more | RECURRENT | LATENT == set(PROVEN)  # test_recurrent.py, test_latents.py
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        {"model_type": "mamba"},
+        {"model_type": "xlstm"},
         {"model_type": "llava", "text_config": {"model_type": "llama"}},
         {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}},
         {"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}},
@@ -322,13 +324,32 @@ def test_refuses_longrope_factors_of_another_model(models):
     assert "LongRoPE" in refusal(models["phi3-longrope"], [1], about)
 
 
-def test_a_window_that_the_gguf_ignores(models, changed):
-    """Upstream runs Mistral without its sliding window: the same rows only while the prefix fits in it."""
-    about, K, _ = gguf(models["mistral"]).rows(random_tokens(16))
-    windowed = changed("mistral", config={"sliding_window": 16})
-    got, _ = engine.compute_float32(windowed, random_tokens(16), about)
-    assert max(errors(got, K).values()) < TOLERANCE
-    assert "sliding window of 16" in refusal(windowed, random_tokens(17), about)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("mistral", {}),
+        ("mixtral", {}),
+        ("phi3", {}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2, "layer_types": None}),
+        ("qwen3-moe", {"use_sliding_window": True}),
+    ],
+)
+def test_a_window_that_the_gguf_ignores(models, changed, name, settings):
+    """Upstream runs these without their sliding windows: so does the engine, and the reference of a calibration."""
+    tokens = random_tokens(48)
+    about, K, _ = gguf(models[name]).rows(tokens)
+    windowed = changed(name, config={"sliding_window": 16, **settings})
+    for description in (about, None):
+        got, *_ = engine.compute_float32(windowed, tokens, description)
+        assert max(errors(got, K).values()) < TOLERANCE
+    with torch.no_grad():
+        whole, ours = (load_in_torch(directory).forward([tokens]) for directory in (models[name], windowed))
+    assert torch.allclose(whole, ours, atol=1e-4)
+
+
+def test_a_window_of_another_size(models, changed):
+    about, _, _ = gguf(models["gemma2"]).rows([1])
+    assert refusal(changed("gemma2", config={"sliding_window": 16}), [1], about).startswith("sliding window of layer 0")
 
 
 def test_says_nothing(models, capfd):

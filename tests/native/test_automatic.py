@@ -63,7 +63,7 @@ def files(smol: Smol, f16: Any, text: list[int], tmp_path_factory: pytest.TempPa
         "extra_bos": extra_cells.write(smol.bos, smol.reference, root / "extra-bos.ikv", N_EXTRA),
     }
     tokens = whole.tokens + text[:16]
-    description, K, V = engine.compute(smol.reference, tokens, n_threads=2)
+    description, K, V, _ = engine.compute(smol.reference, tokens, n_threads=2)
     rest = {k: v for k, v in whole.manifest.items() if k not in ("format", "tokens", "model")}
     (root / "long.ikv").write_bytes(ikv.build(description, tokens, K, V, rest))
     made["long"] = ikv.read(root / "long.ikv")

@@ -179,7 +179,7 @@ def test_many_cells_move_at_once(f16: Any, smol: Smol, text: list[int], tmp_path
 
     whole = ikv.read(smol.ikv)
     tokens = whole.tokens + lowlevel.tokenize(f16, topics["assert"] + topics["class"], special=False)[:576]
-    description, K, V = engine.compute(smol.reference, tokens, n_threads=2)
+    description, K, V, _ = engine.compute(smol.reference, tokens, n_threads=2)
     rest = {k: v for k, v in whole.manifest.items() if k not in ("format", "tokens", "model")}
     path = tmp_path / "long.ikv"
     path.write_bytes(ikv.build(description, tokens, K, V, rest))

@@ -183,7 +183,7 @@ def test_what_is_held_is_used_and_not_noted(f16: Any, prompt: Prompt, directory:
     from intactkv_export.libllama import bindings
 
     tokens = tokenize(f16, SYSTEM + "<|im_start|>")
-    description, K, V = engine.compute(smol.reference, tokens, n_threads=2)
+    description, K, V, _ = engine.compute(smol.reference, tokens, n_threads=2)
     rest = {k: v for k, v in ikv.read(smol.ikv).manifest.items() if k not in ("format", "tokens", "model")}
     path = directory / "porter.ikv"
     path.write_bytes(ikv.build(description, tokens, K, V, rest))
@@ -215,7 +215,7 @@ def test_a_kept_file_that_is_wrong_is_left_out(f16: Any, smol: Smol, directory: 
         "torn": good[:-100],
         "empty": b"",
         "other": good.replace(b'"n_vocab":49152', b'"n_vocab":49153'),
-        "version": good.replace(b'"format":1', b'"format":2'),
+        "version": good.replace(b'"format":1', b'"format":3'),
     }[kind]
     if kind in ("other", "version"):
         import hashlib

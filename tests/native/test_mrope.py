@@ -54,7 +54,7 @@ def weights(path: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def prefix(path: Path) -> ikv.Prefix:
-    model, K, V = llama_engine.compute(path, TOKENS[:N], cache_dtype="f16", n_threads=2)
+    model, K, V, *_ = llama_engine.compute(path, TOKENS[:N], cache_dtype="f16", n_threads=2)
     return ikv.read(ikv.build(model, TOKENS[:N], K, V, {**ORIGIN, "calibrated": None, "bos_only": False}))
 
 
@@ -208,7 +208,7 @@ def damaged(prefix: ikv.Prefix, at: int, value: int) -> bytes:
     return bytes(body) + structure.trailer(bytes(body), length)
 
 
-@pytest.mark.parametrize("field, name", enumerate(["x of a cell", "y of a cell", "token of a cell"]))
+@pytest.mark.parametrize("field, name", [*enumerate(["x of a cell", "y of a cell", "token of a cell"])])
 def test_a_cell_that_is_elsewhere_is_refused_by_both_readers(
     weights: Any, prefix: ikv.Prefix, field: int, name: str
 ) -> None:

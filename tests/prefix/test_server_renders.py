@@ -1,137 +1,114 @@
-"""A prefix is a beginning of what llama.cpp's own server makes of chat requests: for all templates of upstream's."""
+"""A prefix is a beginning of what llama.cpp's own server makes of chat requests, and IntactLlama too: for all templates
+of upstream's."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from intactkv_export import library
-from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import Vocabulary
 from intactkv_export.models import gguf_file
-from intactkv_export.prefix import Prompt, Rendering, Template, ikv, make_prompt, prompt_for
+from intactkv_export.prefix import Rendering, ikv, prompt_for
+from tests.support import shorter
+from tests.support.chat_templates import (
+    DATED,
+    LATER,
+    SYSTEM,
+    THREE,
+    TOOLS,
+    USER,
+    WHOLE,
+    Row,
+    markdown,
+    rows,
+    templates,
+)  # fmt: skip
 from tests.support.llama_server import Server, program
 
-SYSTEM = "You are a helpful pirate. Answer in one sentence."
-TOOLS: list[dict[str, Any]] = [
-    {
-        "type": "function",
-        "function": {
-            "name": "get_weather",
-            "description": 'Weather in a city, in °C – "now".',
-            "strict": True,
-            "parameters": {
-                "type": "object",
-                "properties": {
-                    "city": {"type": "string", "description": "Its name"},
-                    "unit": {"type": "string", "enum": ["C", "F"], "default": "C"},
-                    "days": {"type": "integer", "minimum": 1},
-                    "share": {"type": "number", "default": 1.0, "maximum": 3.14159265},
-                },
-                "required": ["city"],
-                "additionalProperties": False,
-            },
-        },
-    },
-    {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}},
-    {"type": "function", "function": {"name": "bare_one", "description": "No parameters <b>&'"}},
-]
-USER = {"role": "user", "content": "What is 2 + 2?"}
-THREE = [USER, {"role": "assistant", "content": "4"}, {"role": "user", "content": " and 3 + 3?"}]
-THINKING = [USER, {"role": "assistant", "content": "4", "reasoning_content": "Two and two."}, THREE[2]]
-CALL = {"id": "call00001", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Bonn"}'}}
-CALLING = [
-    {"role": "user", "content": "How warm is it in Bonn?"},
-    {"role": "assistant", "content": "", "tool_calls": [CALL]},
-    {"role": "tool", "tool_call_id": "call00001", "name": "get_weather", "content": "21"},
-]
-# What the requests of one user always have: system prompt, tools, arguments of the template.
-ALWAYS: list[tuple[str, list[dict[str, Any]] | None, dict[str, Any] | None]] = [
-    (SYSTEM, None, None),
-    (SYSTEM, TOOLS, None),
-    (SYSTEM, TOOLS, {"enable_thinking": False, "reasoning_effort": "high"}),
-]
-# Why a template has no prefix of a system prompt: the date of the day is before it, or it is in the last message.
+# Where the prompt has no place in the prefix of a request that says nothing: behind the day's date, in the last message
 BEHIND_THE_DATE = {
     "meta-llama-Llama-3.1-8B-Instruct", "meta-llama-Llama-3.2-3B-Instruct", "meta-llama-Llama-3.3-70B-Instruct",
     "openai-gpt-oss-120b", "upstage-Solar-Open-100B",
 }  # fmt: skip
 IN_THE_LAST_MESSAGE = {"mistralai-Mistral-Nemo-Instruct-2407"}
+# Tools come before the prompt, or so much behind it depends on them that it would be lost: a prefix for them is another
+TOOLS_FIRST = {
+    "Bielik-11B-v3.0-Instruct", "Cohere2MoE", "CohereForAI-c4ai-command-r7b-12-2024-tool_use", "GLM-4.6",
+    "GLM-4.7-Flash", "Kimi-K2-Instruct", "Kimi-K2-Thinking", "Kimi-K3", "Qwen3.5-4B", "Spark2.5",
+    "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use", "NousResearch-Hermes-3-Llama-3.1-8B-tool_use",
+    "ibm-granite-granite-4.0", "ibm-granite-granite-4.1", "inclusionai-ling-3.0-flash", "llama-cpp-deepseek-r1",
+    "meetkai-functionary-medium-v3.1", "meetkai-functionary-medium-v3.2", "meta-llama-Llama-3.1-8B-Instruct",
+    "meta-llama-Llama-3.2-3B-Instruct", "meta-llama-Llama-3.3-70B-Instruct", "moonshotai-Kimi-K2", "muse-glimmer",
+    "tencent-Hy3",
+}  # fmt: skip
+# What comes of calls is put into lists, which our sandbox refuses, and the server does not
+CHANGES_LISTS = {"Kimi-K2-Instruct", "Kimi-K2-Thinking"}
+# Whether to think stands before the prompt, or costs as much
+THINKING_FIRST = {
+    "Apertus-8B-Instruct", "Bielik-11B-v3.0-Instruct", "HuggingFaceTB-SmolLM3-3B", "google-gemma-4-31B-it",
+    "google-gemma-4-31B-it-interleaved",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def templates(converter: str | Path) -> dict[str, Path]:
-    """Upstream's, by name: beside its converter."""
-    found = {path.stem: path for path in Path(converter).parent.glob("models/templates/*.jinja")}
-    if not found:
-        pytest.skip("upstream's chat templates are not beside its converter")
-    return found
-
-
-@pytest.fixture(scope="module")
-def small(model: Callable[[str], Path]) -> Path:
+def small(model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     program()  # or there is nothing to compare with
-    return model("Q2_K")
+    return shorter.write(model("Q2_K"), tmp_path_factory.mktemp("small") / "small.gguf", 1)
 
 
-def names() -> Iterator[str]:
-    """Of templates, before any fixture: those of the installed converter."""
-    try:
-        yield from sorted(path.stem for path in Path(library.converter_path()).parent.glob("models/templates/*.jinja"))
-    except IntactKVError:
-        yield "none"
+@pytest.fixture(scope="module")
+def vocabulary(small: Path) -> Iterator[Vocabulary]:
+    with Vocabulary(small) as opened:
+        yield opened
 
 
-def made_for(
-    vocabulary: Vocabulary, template: str, system: str | None, tools: Any, args: dict[str, Any] | None
-) -> Prompt | str:
-    """The prefix, or why there is none; a prefix for our programs alone counts as none."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            made = make_prompt(vocabulary, template, system, rendering=Rendering.checked(tools, args))
-        except UsageError as error:
-            return str(error)
-    return made if made.rendering is not None else str(caught[0].message)
+@pytest.fixture(scope="module")
+def row_of(small: Path, vocabulary: Vocabulary) -> Iterator[Callable[[str], Row]]:
+    with rows(small, vocabulary, templates()) as found:
+        yield found
 
 
-@pytest.mark.parametrize("name", names())
-def test_a_true_prefix_or_a_reason(name: str, templates: dict[str, Path], small: Path, vocabulary: Vocabulary) -> None:
-    text = templates[name].read_text()
-    bos, eos = vocabulary.token_name(vocabulary.bos), vocabulary.token_name(vocabulary.eos)
-    with Server(small, templates[name]) as server:
-        for system, tools, args in ALWAYS:
-            made = made_for(vocabulary, text, system, tools, args)
-            before = [{"role": "system", "content": system}]
-            if isinstance(made, str):
-                assert name in BEHIND_THE_DATE | IN_THE_LAST_MESSAGE and "as if it comes" in made
-                continue
-            assert name not in BEHIND_THE_DATE | IN_THE_LAST_MESSAGE
-            chat = Template(text, bos, eos, made.rendering)
-            for turns in ([USER], THREE, THINKING, *([CALLING] if tools else [])):
-                try:
-                    wanted = server.rendered([*before, *turns], tools, args)
-                except ValueError:
-                    assert turns is CALLING, "of a template that has no calls"
-                    continue
-                assert server.tokens(wanted)[: len(made.tokens)] == made.tokens
-                if turns in ([USER], THREE):
-                    assert chat.render([*before, *turns]) == wanted
+NONE = "none"
+NAMES = [path.stem for path in templates()] or [NONE]
 
 
-@pytest.mark.parametrize("name", sorted(x for x in BEHIND_THE_DATE if "Llama" in x))
-def test_a_date_that_is_given_stays(name: str, templates: dict[str, Path], small: Path, vocabulary: Vocabulary) -> None:
-    args = {"date_string": "26 Jul 2024"}
-    for tools in (None, TOOLS):
-        made = made_for(vocabulary, templates[name].read_text(), SYSTEM, tools, args)
-        assert isinstance(made, Prompt) and SYSTEM in made.text and "Today Date: 26 Jul 2024" in made.text
-        with Server(small, templates[name]) as server:
-            text = server.rendered([{"role": "system", "content": SYSTEM}, USER], tools, args)
-            assert server.tokens(text)[: len(made.tokens)] == made.tokens
+@pytest.mark.parametrize("name", NAMES)
+def test_a_true_prefix_or_a_reason(name: str, row_of: Callable[[str], Row]) -> None:
+    """Of turns, tools, reasoning; made with nothing, with tools, with switches, for a day."""
+    if name == NONE:
+        pytest.skip("upstream's chat templates are not beside its converter")
+    row = row_of(name)
+    assert not row.false and not row.other_text
+    assert {talk for _, talk in row.refused} <= {"calls"}  # of templates that have none
+    assert {talk for _, talk in row.ours_refused} <= ({"calls"} if name in CHANGES_LISTS else set())
+    plain = DATED if name in BEHIND_THE_DATE else LATER if name in IN_THE_LAST_MESSAGE else WHOLE
+    assert {made: row.kind(made) for made in row.prefix} == {
+        made: WHOLE if made == "day" and plain == DATED else plain for made in row.prefix
+    }
+    assert set(row.prefix) >= {"plain", "tools"}
+    for prompt in row.prefix.values():
+        assert (SYSTEM[:-1] in prompt.text) == (row.kind(made_as(row, prompt)) == WHOLE)
+    if plain == DATED:
+        assert "--date YYYY-MM-DD makes it whole, for conversations of that day" in row.why["plain"]
+        assert len(row.prefix["day"].tokens) > len(row.prefix["plain"].tokens)
+    assert row.serves["tools"] == (name not in TOOLS_FIRST)
+    assert (row.serves["thinking"] and row.serves["no thinking"]) == (name not in THINKING_FIRST)
+
+
+def made_as(row: Row, prompt: object) -> str:
+    return next(made for made, other in row.prefix.items() if other is prompt)
+
+
+def test_the_table_counts_them(row_of: Callable[[str], Row]) -> None:
+    """What the documents say is what was found."""
+    if NAMES == [NONE]:
+        pytest.skip("upstream's chat templates are not beside its converter")
+    lines = list(markdown([row_of(name) for name in NAMES]))
+    dated, later = len(BEHIND_THE_DATE), len(IN_THE_LAST_MESSAGE)
+    assert len(lines) == 2 + len(NAMES) + 2
+    assert lines[-1] == f"{dated} {DATED}; {later} {LATER}; {len(NAMES) - dated - later} {WHOLE}; of {len(NAMES)}"
 
 
 def test_the_models_own_template(model: Callable[[str], Path], small: Path) -> None:

@@ -117,6 +117,11 @@ def test_k_and_v_of_different_sizes() -> None:
     assert best_kv_types(header(64, 64, **{"attention.key_length_swa": 80}))[0] == ("f16", "q8_0")
     silent = {"general.architecture": "llama", "llama.attention.head_count": None}
     assert best_kv_types(silent) == (("q8_0", "q8_0"), ""), "then llama.cpp decides"
+    grok = {**header(64, 64), "general.architecture": "grok"}
+    pair, why = best_kv_types(grok)
+    assert pair == ("f16", "f16") and "without flash attention" in why
+    with pytest.raises(UsageError, match="the V cache of this model cannot be q4_0: .* give f16 for V"):
+        check_kv_types(("q8_0", "q4_0"), grok)
 
 
 def test_a_context_that_holds_the_prefix_and_room_to_talk(smol: Smol, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import pytest
 from intactkv_export.errors import IntactKVError
 from intactkv_export.runtime.evaluated_cells import Batches, held
 from intactkv_export.runtime.intact_llama import IntactLlama, L
-from tests.support import random_models
+from tests.support import random_models, tiny_ggufs
 from tests.support.smol import Smol
 
 SUBJECTS = ("a dog who finds a key", "a cat and the moon", "a boat that is late", "an old clock")
@@ -167,3 +167,18 @@ def test_shift_context_in_a_cache_that_stock_cannot_shift(
     assert done.returncode == 0, done.stderr
     again = stock and kv_type == "q8_0" and name != "head-64"
     assert float(done.stdout) > (0.9999 if again else 0.1)
+
+
+@pytest.mark.parametrize("arch, n_layer, shifted", [("smollm3", 4, False), ("llama", 2, True)])
+def test_layers_without_rope_are_not_turned(tmp_path: Path, arch: str, n_layer: int, shifted: bool) -> None:
+    """llama.cpp would turn K of every layer: the tokens are evaluated again instead."""
+    gguf = tiny_ggufs.write(tmp_path / "x.gguf", arch, n_layer=n_layer)
+    text = [int(t) for t in np.random.default_rng(1).integers(3, tiny_ggufs.N_VOCAB, 60)]
+    moved, fresh = (IntactLlama(gguf, None, "f16", n_ctx=256, n_threads=2, n_threads_batch=2) for _ in range(2))
+    moved.eval(text[:50])
+    assert moved.shift_context(20) == 20
+    fresh.eval(text[20:50])
+    for llama in (moved, fresh):
+        llama.eval(text[50:])
+    a, b = logits(moved), logits(fresh)
+    assert (np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(b)) == (not shifted)  # shifted K has seen what is gone

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -29,16 +31,24 @@ def program() -> str:
     return found
 
 
+def _free_port() -> int:
+    """Below those that the system gives to whoever connects: nobody gets it before the server has it."""
+    while True:
+        port = random.randrange(20000, 30000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 class Server:
     """A server of a model, with a chat template of its own if a file is given. A context manager."""
 
     def __init__(self, model: Path, template: Path | None = None) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._address = f"http://127.0.0.1:{free.getsockname()[1]}"
-            port = str(free.getsockname()[1])
-        command = [program(), "-m", str(model), "--host", "127.0.0.1", "--port", port, "-c", "512", "-np", "1"]
-        command += ["--no-warmup", "-t", "2", *(["--chat-template-file", str(template)] if template else [])]
+        port = _free_port()
+        self._address = f"http://127.0.0.1:{port}"
+        command = [program(), "-m", str(model), "--host", "127.0.0.1", "--port", str(port), "-c", "512", "-np", "1"]
+        command += ["--no-warmup", "-t", "1", "-b", "32", "-ub", "32", "--fit", "off", "--cache-ram", "0"]
+        command += ["--chat-template-file", str(template)] if template else []
         environment = {**os.environ, "LLAMA_INTACTKV": "off"}
         self._child = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment

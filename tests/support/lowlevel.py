@@ -12,6 +12,7 @@ from intactkv_export import library
 
 L = library.load()
 
+PARTIAL = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
 
 SYSTEM = (
@@ -109,6 +110,15 @@ class Context:
         if seq is None:
             return bool(L.llama_state_set_data(self.ptr, data, len(data)) == len(data))
         return bool(L.llama_state_seq_set_data(self.ptr, data, len(data), seq))
+
+    def save_partial(self, seq: int) -> bytes:
+        """What of a sequence's state cannot step back: a server's checkpoint."""
+        data = (ctypes.c_uint8 * L.llama_state_seq_get_size_ext(self.ptr, seq, PARTIAL))()
+        return bytes(data[: L.llama_state_seq_get_data_ext(self.ptr, data, len(data), seq, PARTIAL)])
+
+    def restore_partial(self, state: bytes, seq: int) -> bool:
+        data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        return bool(L.llama_state_seq_set_data_ext(self.ptr, data, len(data), seq, PARTIAL))
 
     def n_intact(self, seq: int = -1) -> int:
         return int(_lib.intactkv_n_cells(self.ptr, seq))

@@ -207,17 +207,22 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def build(name: str, directory: Path | str, *, seed: int = 0, **changes: Any) -> Path:
     """Write random model `name` (a key of MODELS or OTHERS), with changed settings, into `directory` and return it."""
+    model_type, differs = {**MODELS, **OTHERS}[name]
+    settings = {**({} if "text_config" in differs else _BASE), **differs, **changes}
+    settings = {k: v for k, v in settings.items() if v is not None}
+    for key in differs.keys() & {"sliding_window", "q_lora_rank"}:
+        settings[key] = differs[key]  # None is not the class's default
+    return write(directory, model_type, settings, seed)
+
+
+def write(directory: Path | str, model_type: str, settings: dict[str, Any], seed: int = 0) -> Path:
+    """A random model of a class of transformers, with settings of its configuration, in `directory`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     directory = Path(directory)
-    model_type, differs = {**MODELS, **OTHERS}[name]
     # Copied through JSON: a config class changes the dictionaries that it is given.
-    base = {} if "text_config" in differs else _BASE
-    settings = json.loads(json.dumps({k: v for k, v in {**base, **differs, **changes}.items() if v is not None}))
-    for key in differs.keys() & {"sliding_window", "q_lora_rank"}:
-        settings[key] = differs[key]  # None is not the class's default
-    config = AutoConfig.for_model(model_type, **settings)
+    config = AutoConfig.for_model(model_type, **json.loads(json.dumps(settings)))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _fill(model, model_type, seed)
     model.save_pretrained(directory)
@@ -284,23 +289,37 @@ def _tokenizer(directory: Path) -> None:
     )
 
 
-def to_gguf(directories: Iterable[Path]) -> None:
+def to_gguf(directories: Iterable[Path], *arguments: str) -> None:
     """Write NAME.gguf beside each: upstream's converter, F32, in one process, as most of its time goes into imports.
 
-    Architectures whose tokenizer it looks for as BPE alone get ours as well.
+    Architectures whose tokenizer it looks for as BPE alone get ours as well. Nemotron-H's config.json is read as it is
+    written: upstream reads what transformers makes of it, where all of them have experts. arguments: further ones.
     """
     code = (
-        "import runpy, sys\n"
-        "converter, *dirs = sys.argv[1:]\n"
+        "import json, runpy, sys\n"
+        "converter, arguments, *dirs = sys.argv[1:]\n"
         "sys.path.insert(0, converter.rpartition('/')[0])\n"
-        "from conversion.base import TextModel\n"
+        "from conversion.base import ModelBase, TextModel\n"
+        "from conversion.chatglm import ChatGLMModel\n"
+        "from conversion.exaone import Exaone4Model\n"
+        "from conversion.gemma import Gemma4Model\n"
+        "from conversion.glm import Glm4Model\n"
+        "from conversion.nemotron import NemotronHModel\n"
+        "from conversion.stablelm import StableLMModel\n"
         "TextModel._set_vocab_gpt2 = TextModel._set_vocab_glm = TextModel._set_vocab_sentencepiece\n"
+        "for own in (ChatGLMModel, Exaone4Model, Gemma4Model, Glm4Model, NemotronHModel, StableLMModel):\n"
+        "    own.set_vocab = TextModel._set_vocab_sentencepiece\n"
+        "found = ModelBase.load_hparams\n"
+        "def load(directory, is_mistral_format):\n"
+        "    written = json.load(open(directory / 'config.json'))\n"
+        "    return written if written['model_type'] == 'nemotron_h' else found(directory, is_mistral_format)\n"
+        "ModelBase.load_hparams = staticmethod(load)\n"
         "for d in dirs:\n"
-        "    sys.argv = [converter, d, '--outtype', 'f32', '--outfile', d + '.gguf']\n"
+        "    sys.argv = [converter, d, '--outtype', 'f32', '--outfile', d + '.gguf', *json.loads(arguments)]\n"
         "    runpy.run_path(converter, run_name='__main__')\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(library.converter_path()), *map(str, directories)],
+        [sys.executable, "-c", code, str(library.converter_path()), json.dumps(arguments), *map(str, directories)],
         capture_output=True,
         text=True,
     )

@@ -43,7 +43,7 @@ def smol(models_dir: Path, model: Callable[[str], Path]) -> Smol:
             for path, bos_only in ((made.bos, True), (made.ikv, False)):
                 system = None if bos_only else SYSTEM_PROMPT
                 made_of = make_prompt(vocabulary, found.chat_template, system, bos_only)
-                description, K, V = engine.compute(made.reference, made_of.tokens, n_threads=2)
+                description, K, V, _ = engine.compute(made.reference, made_of.tokens, n_threads=2)
                 manifest = {
                     "text": made_of.text,
                     "messages": made_of.messages,

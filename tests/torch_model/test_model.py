@@ -244,7 +244,7 @@ def test_rows_of_the_prefix_are_those_of_the_engine(models):
     """The torch engine's rows and the cache's agree, for both RoPE types."""
     for name in ("llama-gqa", "qwen2"):
         tokens = random_tokens(12)
-        K, _ = engine.compute_float32(models[name], tokens, None)
+        K, *_ = engine.compute_float32(models[name], tokens, None)
         model = torch_model.load(models[name])
         empty = [torch.zeros(0, model.n_head_kv, model.head_dim)] * model.n_layer
         cache = model.cache(empty, empty, "f32")

@@ -78,6 +78,9 @@ std::string unsupported(const llama_memory_i * memory, const llama_model & model
     if (llama_model_has_encoder(&model)) {
         return refuse("its encoder sees the whole prompt, so no part of it can be computed ahead");
     }
+    if (model.arch == LLM_ARCH_GROK) { // llama_init_from_model() turns it off, whatever is asked for
+        return refuse("llama.cpp computes it without flash attention only, which a prefix needs");
+    }
     auto * kept = const_cast<llama_memory_i *>(memory);
     const bool keeps = !caches_of(kept).empty() || states_of(kept) != nullptr;
     if (!keeps && model.hparams.indexer_top_k > 0) {

@@ -13,6 +13,8 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
+#include <iterator>
+#include <set>
 #include <utility>
 
 namespace intactkv {
@@ -87,21 +89,34 @@ bool automatic::is_plain(const llama_batch_ext & batch) const {
 }
 
 bool automatic::decode(const llama_batch_ext & batch, int & status) {
-    if (is_plain(batch)) {
+    const bool plain = is_plain(batch);
+    const bool wait = waits && !inside && // of the sequences that do, some may be in this batch
+            std::any_of(batch.tokens.begin(), batch.tokens.end(),
+                    [&](const auto & t) { return (uint32_t) t.pos[0] < held.longest(); });
+    if (plain && !wait) {
         return false;
     }
-    if (kept) {
+    if (kept && !plain) {
         kept->see(batch, held);
     }
     inside = true;
     outputs.clear();
     std::vector<start> starts;
+    status = 0;
     try {
-        if (held.any_restored()) {
+        if (held.any_restored() || wait) {
             settle();
             held.know_restored();
         }
-        starts = plan(held, *ctx.memory, batch, !ctx.sampling.samplers.empty());
+        const bool at_once = !ctx.sampling.samplers.empty();
+        const auto planned = [&] {
+            return plain ? std::vector<start>() : plan(held, *ctx.memory, batch, at_once);
+        };
+        starts = planned();
+        if (const auto seqs = wait ? left_waiting(batch, starts) : std::vector<llama_seq_id>(); !seqs.empty()) {
+            status = finish(seqs);
+            starts = status == 0 ? planned() : std::vector<start>();
+        }
         if (!starts.empty()) {
             status = run(batch, starts);
         }
@@ -112,7 +127,80 @@ bool automatic::decode(const llama_batch_ext & batch, int & status) {
     }
     inside = false;
     outputs.clear();
-    return !starts.empty();
+    return !starts.empty() || (wait && status != 0);
+}
+
+// Sequences of a batch whose deferred tokens must be computed now: it does not go on as they wait for.
+std::vector<llama_seq_id> automatic::left_waiting(
+        const llama_batch_ext & batch, const std::vector<start> & starts) const {
+    std::set<llama_seq_id> res;
+    for (const llama_batch_ext::token & t : batch.tokens) {
+        res.insert(t.seq_ids.begin(), t.seq_ids.end());
+    }
+    for (const start & s : starts) {
+        for (const llama_seq_id seq_id : s.seqs) {
+            res.erase(seq_id);
+        }
+    }
+    std::vector<llama_seq_id> waiting;
+    uint32_t n = 0;
+    std::copy_if(res.begin(), res.end(), std::back_inserter(waiting),
+            [&](llama_seq_id seq_id) { return seq_id >= 0 && held.deferred(seq_id, n); });
+    return waiting;
+}
+
+// Computes deferred tokens, in batches of the program's size. As ctx.decode()
+int automatic::finish(const std::vector<llama_seq_id> & seqs) {
+    for (const llama_seq_id seq_id : seqs) {
+        uint32_t n = 0;
+        const held_prefix & prefix = *held.deferred(seq_id, n);
+        ctx.memory->seq_rm(seq_id, -1, -1);
+        int status = 0;
+        for (uint32_t begin = 0; begin < n && status == 0; begin += ctx.cparams.n_batch) {
+            llama_batch_ext again(&ctx);
+            for (uint32_t i = begin; i < std::min(begin + ctx.cparams.n_batch, n); ++i) {
+                llama_batch_ext::token t;
+                t.id = prefix.tokens[i];
+                t.pos[0] = i;
+                t.seq_ids.insert(seq_id);
+                again.tokens.push_back(t);
+            }
+            std::vector<start> starts = plan(held, *ctx.memory, again, true, false);
+            status = starts.empty() ? compute(again) : run(again, starts);
+        }
+        if (status != 0) {
+            ctx.memory->seq_rm(seq_id, -1, -1);
+            held.defer({ seq_id }, prefix, n);
+            return status;
+        }
+        ctx.synchronize();
+        n_loaded -= std::min<uint64_t>(n_loaded, n);
+    }
+    return 0;
+}
+
+bool automatic::finish(llama_seq_id seq_id) {
+    if (!waits || inside) {
+        return true;
+    }
+    inside = true;
+    int status = -2;
+    try {
+        settle();
+        std::vector<llama_seq_id> waiting;
+        uint32_t n = 0;
+        for (llama_seq_id i = 0; i < (llama_seq_id) ctx.n_seq_max(); ++i) {
+            if ((seq_id < 0 || i == seq_id) && held.deferred(i, n)) {
+                waiting.push_back(i);
+            }
+        }
+        status = finish(waiting);
+    } catch (const std::exception & err) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+    }
+    inside = false;
+    outputs.clear();
+    return status == 0;
 }
 
 // A copy between streams that is pending would come over what is loaded now, or looked at.
@@ -131,7 +219,7 @@ int automatic::run(const llama_batch_ext & batch, std::vector<start> & starts) {
     const uint64_t n_before = n_loaded;
     int status = 0;
     for (start & s : starts) {
-        if (s.found.prefix->whole_only() && s.n_there > 0) {
+        if (held.whole_only() && s.n_there > 0) {
             s.before.resize(ctx.state_seq_get_size(s.seqs[0], 0));
             ctx.state_seq_get_data(s.seqs[0], s.before.data(), s.before.size(), 0);
         }
@@ -192,9 +280,12 @@ int automatic::go_on(const llama_batch_ext & batch, const std::vector<start> & s
         }
         const go & g = s.goes[round - wait];
         const uint32_t begin = round > wait ? s.goes[round - wait - 1].compute_end : s.n_there;
-        if (begin < g.load_end && !held.load(s.seqs, *s.found.prefix, begin, g.load_end)) {
+        if (begin < g.load_end &&
+                !(s.waits ? held.defer(s.seqs, *s.found.prefix, g.load_end)
+                          : held.load(s.seqs, *s.found.prefix, begin, g.load_end))) {
             return 1;
         }
+        waits |= s.waits;
         n_loaded += g.load_end - begin;
         for (uint32_t pos = g.load_end; pos < g.compute_end; ++pos) {
             now[s.batch_index[pos - s.n_there]] = true;
@@ -242,7 +333,7 @@ int automatic::compute(const llama_batch_ext & batch) {
 void automatic::undo(const std::vector<start> & starts) {
     for (const start & s : starts) {
         for (const llama_seq_id seq_id : s.seqs) {
-            if (s.n_there == 0 || !s.before.empty() || !s.found.prefix->whole_only()) {
+            if (s.n_there == 0 || !s.before.empty() || !held.whole_only()) {
                 ctx.memory->seq_rm(seq_id, s.begins_anew() || !s.before.empty() ? 0 : s.n_there, -1);
             }
             if (!s.before.empty()) {

@@ -50,6 +50,9 @@ public:
 
     bool on = true; // false: decode() leaves all to upstream
 
+    // Computes what a sequence (-1: each) has that was deferred: it is about to be saved. false: it cannot be
+    bool finish(llama_seq_id seq_id);
+
     // Into a sequence, which it replaces; "" or why not
     std::string load(int32_t i, llama_seq_id seq_id);
 
@@ -64,12 +67,15 @@ private:
     uint64_t n_loaded = 0;
     std::unique_ptr<keeper> kept;
     bool inside = false; // decode() computes what is left of a batch
+    bool waits = false;  // tokens of some sequence were deferred (deferred.h)
 
     // outputs of the goes before the last, by index in the caller's batch
     std::vector<std::pair<uint32_t, std::vector<float>>> outputs;
 
     bool is_plain(const llama_batch_ext & batch) const;
     void settle();
+    int finish(const std::vector<llama_seq_id> & seqs);
+    std::vector<llama_seq_id> left_waiting(const llama_batch_ext & batch, const std::vector<start> & starts) const;
     int run(const llama_batch_ext & batch, std::vector<start> & starts);
     int begin_anew(const start & s);
     int go_on(const llama_batch_ext & batch, const std::vector<start> & starts, size_t round, size_t n_rounds);

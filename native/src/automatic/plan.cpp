@@ -60,7 +60,8 @@ static std::vector<go> goes_of(const llama_batch_ext & batch, const start & s, b
     };
     std::vector<go> res;
     uint32_t pos = s.n_there;
-    if (s.found.prefix->whole_only()) { // asked about its tokens, it is computed first, and then replaced
+    if (s.found.prefix &&
+            s.found.prefix->whole_only()) { // asked about its tokens, it is computed first, and then replaced
         while (pos < n && !output(pos)) {
             ++pos;
         }
@@ -120,8 +121,29 @@ static bool begins(const prefixes & held, const llama_memory_i & memory, llama_s
     return memory.seq_pos_max(seq_id) + 1 == (llama_pos) tokens.size();
 }
 
-std::vector<start> plan(
-        const prefixes & held, const llama_memory_i & memory, const llama_batch_ext & batch, bool at_once) {
+// Whether all tokens of a sequence in this batch are deferred. tokens: and those that it has
+static bool can_wait(
+        const prefixes & held, const llama_batch_ext & batch, const std::vector<llama_token> & tokens, start & s) {
+    const held_prefix * prefix = held.to_wait_for(tokens);
+    if (prefix == nullptr) {
+        return false;
+    }
+    uint32_t n = 0;
+    const bool none_computed = s.n_there == 0 || held.deferred(s.seqs[0], n);
+    const bool asked =
+            std::any_of(s.batch_index.begin(), s.batch_index.end(), [&](uint32_t i) { return batch.tokens[i].output; });
+    if (!none_computed || asked) {
+        return false;
+    }
+    const uint32_t n_all = tokens.size();
+    s.found = { prefix, n_all, true };
+    s.goes = { { n_all, n_all } };
+    s.waits = true;
+    return true;
+}
+
+std::vector<start> plan(const prefixes & held, const llama_memory_i & memory, const llama_batch_ext & batch,
+        bool at_once, bool may_wait) {
     const bool near = std::any_of(batch.tokens.begin(), batch.tokens.end(),
             [&](const token & t) { return (uint32_t) t.pos[0] < held.longest(); });
     if (!near) {
@@ -149,13 +171,21 @@ std::vector<start> plan(
             tokens.push_back(t.id);
             s.batch_index.push_back(i);
         }
+        if (batch.tokens[r.batch_index[0]].pos[0] != (llama_pos) s.n_there) {
+            continue;
+        }
+        if (may_wait && r.open && can_wait(held, batch, tokens, s)) {
+            res.push_back(std::move(s));
+            continue;
+        }
         s.found = longest_match(held, tokens, r.open, s.there);
-        if (batch.tokens[r.batch_index[0]].pos[0] != (llama_pos) s.n_there ||
-                (s.found.n <= s.n_there && !s.begins_anew())) {
+        if (s.found.n <= s.n_there && !s.begins_anew()) {
             continue;
         }
         s.goes = goes_of(batch, s, at_once);
-        if (!s.goes.empty()) {
+        uint32_t n_deferred = 0; // of which nothing can be computed as it is
+        const bool waits = held.whole_only() && s.n_there > 0 && held.deferred(s.seqs[0], n_deferred);
+        if (!s.goes.empty() && !(waits && s.goes[0].load_end < s.found.n)) {
             res.push_back(std::move(s));
         }
     }

@@ -27,13 +27,15 @@ struct start {
     origins there;                     // of them; of a model with recurrent layers, none
     std::vector<uint8_t> before;       // their state, where a whole prefix takes its place: one cannot step back in it
     match found;
+    bool waits = false;   // found is not complete: its tokens are deferred (deferred.h)
     std::vector<go> goes; // one or more; what these sequences have behind batch_index is computed with the last
 
     bool begins_anew() const { return n_there > 0 && !found.as_it_began; }
 };
 
-// Empty: the batch is upstream's as it is. at_once: no batch may be computed in more than one go
-std::vector<start> plan(
-        const prefixes & held, const llama_memory_i & memory, const llama_batch_ext & batch, bool at_once);
+// Empty: the batch is upstream's as it is. at_once: no batch may be computed in more than one go; may_wait: tokens may be
+// deferred
+std::vector<start> plan(const prefixes & held, const llama_memory_i & memory, const llama_batch_ext & batch,
+        bool at_once, bool may_wait = true);
 
 } // namespace intactkv

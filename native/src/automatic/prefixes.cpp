@@ -2,15 +2,18 @@
 
 #include "api/describe.h"
 #include "api/state_bytes.h"
+#include "automatic/deferred.h"
 #include "cells/arena.h"
 #include "cells/sharing.h"
 
 #include "llama-context.h"
+#include "llama-impl.h"
 #include "llama-kv-cache.h"
 #include "llama-memory-recurrent.h"
 
 #include <algorithm>
 #include <set>
+#include <stdexcept>
 #include <utility>
 
 namespace intactkv {
@@ -170,6 +173,11 @@ bool prefixes::give(size_t cache, const std::vector<llama_seq_id> & seqs, const 
 bool prefixes::tokens_of(llama_seq_id seq_id, std::vector<llama_token> & tokens) const {
     tokens.clear();
     const auto & caches = list.front().caches;
+    uint32_t n = 0;
+    if (const held_prefix * waiting = deferred(seq_id, n)) {
+        tokens.assign(waiting->tokens.begin(), waiting->tokens.begin() + n);
+        return true;
+    }
     if (caches.empty()) {
         return llama_memory_seq_pos_max(llama_get_memory(ctx), seq_id) < 0;
     }
@@ -186,7 +194,8 @@ bool prefixes::tokens_of(llama_seq_id seq_id, std::vector<llama_token> & tokens)
     return true;
 }
 
-bool prefixes::replace(const std::vector<llama_seq_id> & seqs, const held_prefix & prefix) const {
+bool prefixes::replace(const std::vector<llama_seq_id> & seqs, const held_prefix & prefix, uint32_t n,
+        const std::vector<uint8_t> & bytes) const {
     llama_memory_i * memory = llama_get_memory(ctx);
     for (const llama_seq_id seq_id : seqs) {
         memory->seq_rm(seq_id, -1, -1);
@@ -194,7 +203,7 @@ bool prefixes::replace(const std::vector<llama_seq_id> & seqs, const held_prefix
     for (size_t c = 0; c < prefix.caches.size(); ++c) {
         const held_rows & rows = prefix.caches[c];
         std::vector<int32_t> wanted;
-        for (uint32_t token = rows.first_token(); token < prefix.tokens.size(); ++token) {
+        for (uint32_t token = rows.first_token(); token < n; ++token) {
             wanted.push_back(rows.row(token));
         }
         for (uint32_t i = 0; i < rows.n_extra(); ++i) {
@@ -208,7 +217,7 @@ bool prefixes::replace(const std::vector<llama_seq_id> & seqs, const held_prefix
         ggml_backend_sched_synchronize(sched);
     }
     llama_memory_recurrent & states = *states_of(ctx);
-    state_bytes io(prefix.states.data(), prefix.states.size());
+    state_bytes io(bytes.data(), bytes.size());
     states.state_read(io, seqs[0], 0);
     for (const llama_seq_id seq_id : seqs) {
         states.seq_cp(seqs[0], seq_id, -1, -1);
@@ -216,9 +225,43 @@ bool prefixes::replace(const std::vector<llama_seq_id> & seqs, const held_prefix
     return true;
 }
 
+const held_prefix * prefixes::deferred(llama_seq_id seq_id, uint32_t & n) const {
+    const deferred_note note = deferred_of(*states_of(ctx), seq_id);
+    if (!note.there) {
+        return nullptr;
+    }
+    n = note.n;
+    for (const held_prefix & p : list) {
+        if (p.tokens.size() > n && hash_of(p.tokens) == note.hash) {
+            return &p;
+        }
+    }
+    throw std::runtime_error(format("sequence %d waits behind %u tokens of a prefix that this context does not hold: "
+                                    "evaluate its tokens again",
+            seq_id, n));
+}
+
+// Not where a sliding window has left cells behind that it needs until then, and not where one can step back a little in the
+// state: into what was not computed.
+const held_prefix * prefixes::to_wait_for(const std::vector<llama_token> & tokens) const {
+    if (!whole_only() || states_of(ctx)->n_rs_seq > 0) {
+        return nullptr;
+    }
+    const auto found = std::find_if(list.begin(), list.end(), [&](const held_prefix & p) {
+        return p.tokens.size() > tokens.size() && std::equal(tokens.begin(), tokens.end(), p.tokens.begin()) &&
+                std::all_of(
+                        p.caches.begin(), p.caches.end(), [](const auto & rows) { return rows.first_token() == 0; });
+    });
+    return found == list.end() ? nullptr : &*found;
+}
+
+bool prefixes::defer(const std::vector<llama_seq_id> & seqs, const held_prefix & prefix, uint32_t n) const {
+    return replace(seqs, prefix, n, deferred_state(prefix, n));
+}
+
 bool prefixes::load(const std::vector<llama_seq_id> & seqs, const held_prefix & prefix, uint32_t b, uint32_t e) const {
     if (prefix.whole_only()) {
-        return replace(seqs, prefix);
+        return replace(seqs, prefix, prefix.tokens.size(), prefix.states);
     }
     for (size_t c = 0; c < prefix.caches.size(); ++c) {
         const held_rows & rows = prefix.caches[c];
@@ -297,7 +340,7 @@ std::vector<int32_t> prefixes::missing_extra(size_t cache, llama_seq_id seq_id, 
 bool prefixes::take_over(
         const std::vector<llama_seq_id> & seqs, const held_prefix & prefix, uint32_t b, uint32_t e) const {
     if (prefix.whole_only()) {
-        return replace(seqs, prefix);
+        return replace(seqs, prefix, prefix.tokens.size(), prefix.states);
     }
     for (size_t c = 0; c < prefix.caches.size(); ++c) {
         const held_rows & rows = prefix.caches[c];

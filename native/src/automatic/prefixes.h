@@ -36,6 +36,14 @@ public:
     // Of a model with recurrent layers, whose prefixes are given whole: the tokens of a sequence that is at its beginning,
     // as the cells of its attention layers say; false: they cannot say it. Of an empty one, none
     bool tokens_of(llama_seq_id seq_id, std::vector<llama_token> & tokens) const;
+    // The prefix whose first n tokens a sequence has without anything computed (deferred.h), nullptr: it does not. Throws
+    // std::runtime_error if it is held no more
+    const held_prefix * deferred(llama_seq_id seq_id, uint32_t & n) const;
+    // One of which sequences can wait for the last token, that begins with these tokens and goes on; nullptr: none
+    const held_prefix * to_wait_for(const std::vector<llama_token> & tokens) const;
+    // Gives sequences the first n tokens of a prefix so, in place of what they have. As load()
+    bool defer(const std::vector<llama_seq_id> & seqs, const held_prefix & prefix, uint32_t n) const;
+
     bool whole_only() const { return !list.empty() && list.front().whole_only(); }
 
     // Gives sequences, which have the same cells, those of tokens b..e-1 of a prefix, which they do not have yet. They are
@@ -60,7 +68,8 @@ private:
 
     const owner * owner_of(size_t cache, uint32_t strm, uint32_t cell) const; // nullptr: no cell of a held prefix
     bool may_share(size_t cache) const;
-    bool replace(const std::vector<llama_seq_id> & seqs, const held_prefix & prefix) const;
+    bool replace(const std::vector<llama_seq_id> & seqs, const held_prefix & prefix, uint32_t n,
+            const std::vector<uint8_t> & states) const;
     std::unordered_map<int32_t, uint32_t> cells_by_row(size_t cache, uint32_t strm) const;
     bool give(size_t cache, const std::vector<llama_seq_id> & seqs, const held_rows & rows,
             const std::vector<int32_t> & wanted) const;

@@ -1,5 +1,6 @@
 #include "cells/arena.h"
 
+#include "cells/graph.h"
 #include "cells/tail.h"
 #include "attention/store.h"
 
@@ -50,6 +51,18 @@ void arena::attach(llama_kv_cache & kv, const llama_context & ctx) {
     if (kv.other == nullptr) {
         kv.intact = std::make_shared<arena>(kv, ctx);
     }
+}
+
+cells_view arena::view(const llama_kv_cache & kv, uint32_t s0, uint32_t s1, uint32_t n_kv,
+        const std::vector<llama_seq_id> & strm, const std::vector<std::vector<uint32_t>> & idxs) {
+    arena * a = kv.other ? kv.other->intact.get() : kv.intact.get();
+    return { a, s0, s1, n_kv, &strm, &idxs, kv.other ? &kv : nullptr };
+}
+
+int32_t arena::own_layer(const llama_kv_cache & borrower, int32_t il) const {
+    const ggml_tensor * k = borrower.layers[borrower.map_layer_ids.at(il)].k;
+    const auto found = std::find_if(kv.layers.begin(), kv.layers.end(), [&](const auto & own) { return own.k == k; });
+    return found == kv.layers.end() ? -1 : (int32_t) found->il;
 }
 
 arena::arena(llama_kv_cache & kv, const llama_context & ctx) :

@@ -31,6 +31,7 @@ class llama_kv_cells;
 
 namespace intactkv {
 
+struct cells_view;
 struct fused_rotation;
 
 enum class attention_kind { stock, portable, fused };
@@ -49,8 +50,16 @@ bool is_exact(ggml_type type);
 
 class arena {
 public:
-    // gives a cache its arena; the cache owns it. A cache that borrows another's cells (drafting) gets none
+    // gives a cache its arena; the cache owns it. A cache that borrows another's cells (drafting) gets none: its graphs
+    // read that one's
     static void attach(llama_kv_cache & kv, const llama_context & ctx);
+
+    // what a graph sees of a cache
+    static cells_view view(const llama_kv_cache & kv, uint32_t s0, uint32_t s1, uint32_t n_kv,
+            const std::vector<llama_seq_id> & strm, const std::vector<std::vector<uint32_t>> & idxs);
+
+    // the layer of this cache that layer il of a cache which borrows its cells has; -1: that one has its own
+    int32_t own_layer(const llama_kv_cache & borrower, int32_t il) const;
 
     // Throws std::runtime_error if INTACTKV_ATTN or INTACTKV_TAIL cannot be had
     arena(llama_kv_cache & kv, const llama_context & ctx);

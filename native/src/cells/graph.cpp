@@ -24,6 +24,7 @@ static int64_t n_listed(const arena & a, uint32_t n_intact) {
 void graph_cells::build(
         ggml_context * ctx, const cells_view & view, ggml_tensor * mask, ggml_tensor * k_cells, ggml_tensor * v_cells) {
     a = view.a;
+    borrower = view.borrower;
     this->mask = mask;
     this->k_cells = k_cells;
     this->v_cells = v_cells;
@@ -43,7 +44,7 @@ void graph_cells::build(
         cells = input(GGML_TYPE_I64, n, 1, "intact_cells");
         row_of_cell = input(GGML_TYPE_I32, view.n_kv, view.s1 - view.s0 + 1, "intact_row_of_cell");
     }
-    if (a->tail() > 0) {
+    if (a->tail() > 0 && borrower == nullptr) {
         new_rows = input(GGML_TYPE_I64, k_cells->ne[0], 1, "intact_new_rows");
     }
 }
@@ -135,7 +136,10 @@ static ggml_tensor permuted(const ggml_tensor & t, int64_t n_stream) {
 
 layer_attention graph_cells::layer(int32_t il, const llama_cparams & cparams, const ggml_tensor * bias,
         const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * sinks) const {
-    if (a == nullptr || cparams.training) {
+    if (borrower && a) {
+        il = a->own_layer(*borrower, il);
+    }
+    if (a == nullptr || il < 0 || cparams.training) {
         return {};
     }
     layer_attention res(*this, il, bias == nullptr && a->fused(il, cparams));

@@ -8,6 +8,7 @@
 #include <vector>
 
 struct llama_cparams;
+class llama_kv_cache;
 
 namespace intactkv {
 
@@ -21,6 +22,7 @@ struct cells_view {
     uint32_t n_kv = 0;
     const std::vector<int32_t> * strm = nullptr;               // streams of the tokens
     const std::vector<std::vector<uint32_t>> * idxs = nullptr; // their cells, by stream
+    const llama_kv_cache * borrower = nullptr;                 // reads the cells of another, whose arena it is
 };
 
 class graph_cells;
@@ -84,6 +86,7 @@ private:
     friend class layer_attention;
 
     const arena * a = nullptr;
+    const llama_kv_cache * borrower = nullptr;
 
     ggml_tensor * mask = nullptr;
     ggml_tensor * k_cells = nullptr;

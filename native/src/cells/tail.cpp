@@ -73,7 +73,7 @@ static std::vector<std::vector<bool>> newest_cells(const arena & a, const cells_
 }
 
 void new_cells(const cells_view & view) {
-    if (view.a == nullptr || (view.a->tail() == 0 && !view.a->has_tail_cells())) {
+    if (view.a == nullptr || view.borrower || (view.a->tail() == 0 && !view.a->has_tail_cells())) {
         return;
     }
     arena & a = *view.a;

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from contextlib import suppress
+from copy import copy
+from dataclasses import replace
+from datetime import date, datetime
 from functools import cached_property
 from os.path import commonprefix
 from typing import Any
@@ -22,15 +23,14 @@ from typing import Any
 from intactkv_export import library
 from intactkv_export.errors import UsageError, first_line
 from intactkv_export.libllama import Vocabulary
-from intactkv_export.prefix.server_jinja import compile_template, numbers
+from intactkv_export.prefix.chat_template.day import beginning, date_variables
+from intactkv_export.prefix.chat_template.rendering import Rendering
+from intactkv_export.prefix.chat_template.server_jinja import compile_template, numbers
 
 Messages = Sequence[Mapping[str, Any]]
 
 DATE = datetime(2024, 7, 26, 9, 8, 7)  # of texts that must not differ from day to day
 BOS_ONLY = "use --bos-only"
-_DEEPEST = 31  # arrays and objects in one another that readers of a prefix file take below the manifest itself
-_OURS = {"messages", "tools", "bos_token", "eos_token", "add_generation_prompt", "raise_exception", "strftime_now"}
-_TOOL_FORMAT = 'give a list as OpenAI has it, [{"type": "function", "function": {"name": ..., "parameters": {...}}}]'
 _PROBE = "PROBE-7-EBORP"  # stands for a message, to find what a template does with it
 # Texts by which the server knows templates that it treats in a way of its own.
 _MINISTRAL = ("[SYSTEM_PROMPT]", "[TOOL_CALLS]", "[ARGS]")
@@ -45,38 +45,6 @@ _TOOL = {
     },
 }
 _STEPFUN = "You have access to the following functions in JSONSchema format"
-
-
-@dataclass(frozen=True)
-class Rendering:
-    """What conversations are rendered with besides their messages, as `llama-server` takes it with a request.
-
-    tools: definitions in OpenAI's format, as the server passes them on (checked()); none: (). args: of the template,
-    the server's chat_template_kwargs: enable_thinking, reasoning_effort, ...
-    """
-
-    tools: Sequence[Mapping[str, Any]] = ()
-    args: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, manifest: Mapping[str, Any]) -> Rendering | None:
-        """Of a prefix file's manifest; None: one that was rendered by llama-cpp-python's formatter."""
-        if "template_args" not in manifest:
-            return None
-        return cls(manifest.get("tools") or (), manifest["template_args"])
-
-    @classmethod
-    def checked(cls, tools: object = None, args: object = None) -> Rendering | None:
-        """What a user gives; None: neither. Raises UsageError if the server would not take it."""
-        if tools is None and args is None:
-            return None
-        return cls([] if tools is None else checked_tools(tools), {} if args is None else _checked_args(args))
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """Of the manifest."""
-        tools = {"tools": [dict(tool) for tool in self.tools]} if self.tools else {}
-        return {**tools, "template_args": dict(self.args)}
 
 
 class Template:
@@ -104,13 +72,14 @@ class Template:
             raise UsageError(f"the model's chat template cannot be compiled ({reason}): {BOS_ONLY}") from error
 
     def render(
-        self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None, date: datetime | None = None
+        self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None, now: datetime | None = None
     ) -> str:
         """The text of a conversation that goes on with the assistant's reply, whatever the template raises.
 
-        tools: instead of the rendering's. date: None: now.
+        tools: instead of the rendering's. now: where the rendering has no date; None: the clock's.
         """
-        now = date or datetime.now()
+        given = None if self.rendering is None else self.rendering.date
+        now = now or datetime.now() if given is None else beginning(given)
         if self.rendering is None:
             self._formatter.strftime_now = now.strftime
             text: str = self._formatter(messages=messages, tools=tools).prompt
@@ -119,12 +88,12 @@ class Template:
             text = self._as_the_server(self._for_the_template(messages), tools, now)
         return text if not self._adds_bos or text.startswith(self._bos) else self._bos + text
 
-    def conversation(self, system_prompt: str | None, *turns: str, date: datetime = DATE) -> str:
+    def conversation(self, system_prompt: str | None, *turns: str, now: datetime = DATE) -> str:
         """The text of a conversation: system prompt, then user and assistant in turns. UsageError if refused."""
         messages = [] if system_prompt is None else system_messages(system_prompt)
         messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
         try:
-            return self.render(messages, date=date)
+            return self.render(messages, now=now)
         except Exception as error:
             without = "" if system_prompt is None else "leave out the system prompt, or "
             raise UsageError(
@@ -135,6 +104,27 @@ class Template:
     def differs(self) -> bool:
         """Whether what it renders is not what llama-cpp-python's formatter renders."""
         return self.rendering is not None or self._adds_bos
+
+    def with_args(self, **args: Any) -> Template:
+        """The same with other arguments beside those it has, as a request can bring them."""
+        assert self.rendering is not None
+        other = copy(self)
+        other.rendering = replace(self.rendering, args={**self.rendering.args, **args})
+        return other
+
+    def writes_date(self, system_prompt: str | None) -> bool:
+        """Whether a conversation shows which day it is."""
+        assert self.rendering is not None
+        other = copy(self)
+        texts = set()
+        for day in (DATE.date(), date(1999, 2, 13)):
+            other.rendering = replace(self.rendering, date=day)
+            texts.add(other.conversation(system_prompt, "Hello"))
+        return len(texts) > 1
+
+    def asks_for(self, name: str) -> bool:
+        """Whether it may look at a variable."""
+        return name in self._source
 
     @property
     def stated(self) -> Rendering | None:
@@ -153,8 +143,8 @@ class Template:
         if isinstance(keep := args.get("preserve_reasoning"), bool):
             names = ("clear_thinking", "truncate_history_thinking", "drop_thinking")
             args = {"preserve_thinking": keep, **dict.fromkeys(names, not keep), **args}
-        dates = {"datetime": now.strftime("%b %d %Y"), "date_string": now.strftime("%d %b %Y")}
-        variables = {"bos_token": self._bos, "eos_token": self._eos, "strftime_now": now.strftime, **dates, **given}
+        clock = {"strftime_now": now.strftime, **date_variables(now)}
+        variables = {"bos_token": self._bos, "eos_token": self._eos, **clock, **given}
         return self._rendered(messages, {"enable_thinking": self.thinks, **variables, **args})
 
     def _rendered(self, messages: Messages, variables: Mapping[str, Any]) -> str:
@@ -164,6 +154,8 @@ class Template:
     def _for_the_template(self, messages: Messages) -> list[dict[str, Any]]:
         """Messages as the server gives them to a template that cannot take them as they are."""
         made = [dict(message) for message in messages]
+        if any(message.get("tool_calls") for message in made) and self._takes_objects:
+            made = [_with_objects(message) for message in made]
         if _STEPFUN in self._source:
             made = [_with_content(message, str.strip) for message in made]
         if not self._knows_system and made and made[0].get("role") == "system":
@@ -186,6 +178,22 @@ class Template:
             other = self._tried([parts, {"role": "user", "content": _parts("Hi")}])
             return _PROBE in (other or "") or (text is None and system.looked_at)
         return True
+
+    @cached_property
+    def _takes_objects(self) -> bool:
+        """Whether it shows a call's arguments that are an object: then the server makes one of a text."""
+        call = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": {"a": _PROBE}}}
+        text = self._tried(
+            [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                {"role": "tool", "content": "4", "tool_call_id": "call00001"},
+                {"role": "assistant", "content": "It is 4."},
+                {"role": "user", "content": "Hi"},
+            ],
+            tools=[_TOOL],
+        )
+        return _PROBE in (text or "")
 
     @cached_property
     def _only_parts(self) -> bool:
@@ -247,75 +255,6 @@ def of_prefix(
     return Template(template, bos, eos, Rendering.of(manifest), vocabulary.adds_bos and tokens[0] == vocabulary.bos)
 
 
-def from_json(text: str, name: str) -> Any:
-    """What a user wrote as JSON. Raises UsageError, which says where it comes from, if it is none."""
-    try:
-        return json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{name} is not JSON ({first_line(error)}): correct it") from error
-
-
-def _no_constant(word: str) -> None:
-    raise ValueError(f"{word} is not of JSON")
-
-
-def checked_tools(tools: object) -> list[dict[str, Any]]:
-    """As the server passes them on to a template: type, name, description and parameters, and nothing else. Raises
-    UsageError if they are not in OpenAI's format."""
-    if not isinstance(tools, list) or not tools:
-        raise UsageError(f"the tools are {_kind(tools)}: {_TOOL_FORMAT}")
-    made = []
-    for i, tool in enumerate(tools):
-        function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
-        if not isinstance(function, dict):
-            raise UsageError(f"tool {i} is no function: {_TOOL_FORMAT}")
-        name, description = function.get("name"), function.get("description", "")
-        if not isinstance(name, str) or not name:
-            raise UsageError(f"tool {i} has no name: {_TOOL_FORMAT}")
-        if not isinstance(description, str):
-            raise UsageError(f"the description of the tool {name!r} is {_kind(description)}: give a text")
-        parameters = function.get("parameters", {})
-        if not isinstance(parameters, dict):
-            raise UsageError(
-                f"the parameters of the tool {name!r} are {_kind(parameters)}: give a JSON schema, an object"
-            )
-        described = {"name": name, "description": description, "parameters": parameters}
-        _check_storable(described, f"the tool {name!r}", _DEEPEST - 3)
-        made.append({"type": "function", "function": described})
-    return made
-
-
-def _checked_args(args: object) -> dict[str, Any]:
-    if not isinstance(args, dict):
-        raise UsageError(
-            f"""the template's arguments are {_kind(args)}: give an object, {{"enable_thinking": false}}"""
-        )
-    if taken := sorted(_OURS & args.keys()):
-        raise UsageError(f"{taken[0]} is no argument of the template's own, every conversation has it: leave it out")
-    if isinstance(args.get("enable_thinking"), str):
-        raise UsageError(f"enable_thinking is {args['enable_thinking']!r}: give true or false, without quotes")
-    _check_storable(args, "the template's argument", _DEEPEST - 1)
-    return args
-
-
-def _check_storable(value: object, name: str, levels: int) -> None:
-    """Raises UsageError if a prefix file cannot hold it. levels: of arrays and objects that it may have within."""
-    if levels < 0:
-        raise UsageError(f"{name} is nested deeper than a prefix file can hold: make it flatter")
-    if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
-        raise UsageError(f"{name} has a number that no double can hold: give a smaller one")
-    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-        raise UsageError(f"{name} has half of a surrogate pair, {value[:50]!r}, which is no character: write it whole")
-    within = value if isinstance(value, list) else [*value, *value.values()] if isinstance(value, dict) else []
-    for item in within:
-        _check_storable(item, name, levels - isinstance(item, dict | list))
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list" if value else "an empty list", str: "a text", type(None): "null"}
-    return names.get(type(value), ascii(value)[:50])
-
-
 def system_messages(system_prompt: str) -> list[dict[str, Any]]:
     """What a conversation with a system prompt begins with."""
     return [{"role": "system", "content": system_prompt}]
@@ -334,6 +273,18 @@ class _Watched(dict[str, Any]):
 def _with_content(message: dict[str, Any], change: Any) -> dict[str, Any]:
     content = message.get("content")
     return {**message, "content": change(content)} if isinstance(content, str) else message
+
+
+def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose calls have their arguments as objects; what is no JSON stays a text."""
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = dict(call.get("function") or {})
+        if isinstance(function.get("arguments"), str):
+            with suppress(ValueError):
+                function["arguments"] = json.loads(function["arguments"])
+        calls.append({**call, "function": function})
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _parts(text: str) -> list[dict[str, str]]:

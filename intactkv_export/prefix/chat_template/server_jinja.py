@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -21,6 +22,7 @@ _ESCAPES = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r
 _ESCAPES = {**{chr(i): f"\\u{i:04x}" for i in range(32)}, **_ESCAPES}
 
 
+@lru_cache(maxsize=4)  # one command renders one template, for several prefixes
 def compile_template(template: str) -> jinja2.Template:
     """Raises whatever Jinja raises for a template that is none."""
     library.load()

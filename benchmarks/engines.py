@@ -1,0 +1,89 @@
+"""How near the torch engine's K, V and recurrent states are to llama.cpp's, for every family that it is proven for.
+
+    python -m benchmarks.engines [NAME ...] [--tokens 96]
+
+Tiny models with random weights (tests/support), as a Hugging Face directory and as an F32 GGUF that upstream's
+converter made of it. Both engines compute in float32; llama.cpp's cache is F32, without flash attention, which works in
+F16 inside. Of each layer and side the relative error ||a - b|| / ||b||: the worst and the median over the layers. A
+table in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from intactkv_export.engines import torch_engine
+from intactkv_export.libllama import Context, bindings, state
+from tests.support import random_families, random_hybrids, random_latents, random_models
+
+SIDES = ("K", "V", "r", "s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="of tests/support/random_*.py; default: all")
+    parser.add_argument("--tokens", type=int, default=96)
+    args = parser.parse_args()
+    print("| model | layers | " + " | ".join(f"{side}: worst, median" for side in SIDES) + " |")
+    print("| --- | --- |" + " --- |" * len(SIDES))
+    with tempfile.TemporaryDirectory() as root:
+        for name, directory in built(Path(root), args.names).items():
+            found = errors(directory, directory.with_name(f"{name}.gguf"), args.tokens)
+            n_layer = len({il for side in found.values() for il in side})
+            cells = " | ".join(_cell(list(found[side].values())) for side in SIDES)
+            print(f"| {name} | {n_layer} | {cells} |", flush=True)
+
+
+def built(root: Path, names: list[str]) -> dict[str, Path]:
+    """{name: Hugging Face directory}, each with its GGUF beside it."""
+    makers: dict[str, Callable[[str, Path], Path]] = {name: random_models.build for name in random_models.MODELS}
+    makers |= {name: random_families.build for name in random_families.MODELS}
+    makers |= {name: random_latents.build for name in random_latents.MODELS}
+    makers |= {name: random_hybrids.build for name in random_hybrids.MODELS}
+    made = {name: make(name, root / name) for name, make in makers.items() if name in (names or makers)}
+    qwen = {name for name in made if name in random_hybrids.MODELS and "qwen" in name}  # without drafting heads
+    random_models.to_gguf(path for name, path in made.items() if name not in qwen)
+    random_models.to_gguf((path for name, path in made.items() if name in qwen), "--no-mtp")
+    return made
+
+
+def errors(directory: Path, gguf: Path, n_tokens: int) -> dict[str, dict[int, float]]:
+    """{side: {layer: relative error}} of what llama.cpp still holds after the tokens."""
+    tokens = [1, *np.random.default_rng(0).integers(6, random_models.VOCAB - 16, n_tokens - 1).tolist()]
+    with Context(gguf, n_tokens + 1, "f32", 1) as context:
+        about = bindings.describe(context.ptr)
+        context.decode(tokens, 0)
+        data = context.state()
+    K, V = state.rows_by_layer(data, about, n_tokens)
+    states = state.states_by_layer(data, about, n_tokens)
+    got_K, got_V, got = torch_engine.compute_float32(directory, tokens, about)
+    found: dict[str, dict[int, float]] = {side: {} for side in SIDES}
+    for cache in state.shapes(about):
+        held = cache.positions(n_tokens)
+        for layer in cache.layers:
+            for side, got_rows, rows in (("K", got_K, K), ("V", got_V, V)):
+                if rows[layer.il].size:
+                    found[side][layer.il] = _error(got_rows[layer.il][held], rows[layer.il][held])
+    for il, both in states.items():
+        for side, ours, theirs in zip("rs", got[il], both, strict=True):
+            if len(theirs):
+                found[side][il] = _error(ours, theirs)
+    return found
+
+
+def _error(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(np.float64(a) - np.float64(b)) / np.linalg.norm(np.float64(b)))
+
+
+def _cell(values: list[float]) -> str:
+    return f"{max(values):.1e}, {median(values):.1e}" if values else ""
+
+
+if __name__ == "__main__":
+    main()
