@@ -19,24 +19,35 @@ import numpy as np
 from benchmarks import kernel as K
 from benchmarks import machine
 
-# head size, query heads, KV heads
-SHAPES = {"SmolLM2-135M": (64, 9, 3), "MHA": (64, 16, 16), "7B class": (128, 32, 8), "Gemma": (256, 8, 4)}
+# head sizes of K and of V, query heads, KV heads
+SHAPES = {
+    "SmolLM2-135M": (64, 64, 9, 3),
+    "MHA": (64, 64, 16, 16),
+    "7B class": (128, 128, 32, 8),
+    "Gemma": (256, 256, 8, 4),
+    "DeepSeek V2 Lite": (576, 512, 16, 1),
+    "GLM-4.7-Flash": (576, 512, 20, 1),
+    "DeepSeek V3": (576, 512, 128, 1),
+    "Mistral 4": (320, 256, 32, 1),
+}
+LATENTS = ("DeepSeek V2 Lite", "GLM-4.7-Flash", "DeepSeek V3", "Mistral 4")  # V is the first values of K's rows
 BEYOND_CACHES = 128 << 20  # bytes
 ROUNDS = 9  # of two kernels in turn
 
 
-def make_case(shape: tuple[int, int, int], n_tokens: int, depth: int, kv_type: str) -> K.Case:
+def make_case(name: str, n_tokens: int, depth: int, kv_type: str) -> K.Case:
     """n_tokens queries behind `depth` cells, causal, the cache padded to a multiple of 256 as llama.cpp pads it."""
-    dim, n_head, n_head_kv = shape
+    dim_k, dim_v, n_head, n_head_kv = SHAPES[name]
     used = depth + n_tokens
     n_kv = -(-used // 256) * 256
     rng = np.random.default_rng(0)
-    q = rng.standard_normal((1, n_tokens, n_head, dim), np.float32)
-    k = rng.standard_normal((1, n_kv, n_head_kv, dim), np.float32)
-    v = rng.standard_normal((1, n_kv, n_head_kv, dim), np.float32)
+    q = rng.standard_normal((1, n_tokens, n_head, dim_k), np.float32)
+    k = rng.standard_normal((1, n_kv, n_head_kv, dim_k), np.float32)
+    latents = name in LATENTS
+    v = k[..., :dim_v] if latents else rng.standard_normal((1, n_kv, n_head_kv, dim_v), np.float32)
     seen = np.arange(n_kv)[None] <= depth + np.arange(n_tokens)[:, None]
     mask = np.where(seen, np.float16(0), np.float16(-np.inf))[None, None]
-    return K.Case(q, k, v, kv_type, kv_type, mask=mask, scale=dim**-0.5)
+    return K.Case(q, k, v, kv_type, kv_type, mask=mask, scale=dim_k**-0.5, latents=latents)
 
 
 def in_turn(
@@ -60,9 +71,10 @@ def measure(
     kv_type: str,
     args: argparse.Namespace,
 ) -> dict:
-    shape = dim, n_head, n_head_kv = SHAPES[name]
-    case = make_case(shape, n_tokens, depth, kv_type)
-    bytes_read = 2 * (depth + n_tokens) * n_head_kv * dim // 32 * K.BLOCK_BYTES[kv_type]
+    dim_k, dim_v, n_head, n_head_kv = SHAPES[name]
+    case = make_case(name, n_tokens, depth, kv_type)
+    of_a_cell = dim_k if name in LATENTS else dim_k + dim_v
+    bytes_read = (depth + n_tokens) * n_head_kv * of_a_cell // 32 * K.BLOCK_BYTES[kv_type]
     n_layer = int(np.clip(BEYOND_CACHES // bytes_read, 1, 64)) if n_tokens == 1 else 1
     once, _ = kernel.compare(case, n_threads=args.threads, repeat=1, n_layer=1)
     repeat = int(np.clip(args.seconds / 4 / once[0], 3, 400))
@@ -72,7 +84,7 @@ def measure(
         repeat = max(repeat // ROUNDS, 3)
         fused, theirs = in_turn(kernel, other, case, n_threads=args.threads, repeat=repeat, n_layer=n_layer)
     ratio = np.quantile(theirs / fused, [0.25, 0.5, 0.75])
-    mac = 2 * n_tokens * (depth + (n_tokens + 1) / 2) * n_head * dim
+    mac = n_tokens * (depth + (n_tokens + 1) / 2) * n_head * (dim_k + dim_v)
     return {
         "shape": name,
         "kv_type": kv_type,
@@ -158,7 +170,7 @@ def main() -> None:
         "rows": [],
     }
     print(
-        f"{'shape':>13} {'type':>6} {'depth':>6} {'batch':>5} {'ours ms':>9} {theirs.replace('_', ' '):>9} "
+        f"{'shape':>16} {'type':>6} {'depth':>6} {'batch':>5} {'ours ms':>9} {theirs.replace('_', ' '):>9} "
         f"{'ratio':>7}  GB/s, GMAC/s"
     )
     for name in args.shapes:
@@ -169,7 +181,7 @@ def main() -> None:
                     result["rows"].append(row)
                     text = f"{row['gb_per_s']:.1f} ({row['gb_per_s'] * 1e9 / bandwidth:.0%})" if tokens == 1 else ""
                     print(
-                        f"{name:>13} {kv_type:>6} {depth:>6} {tokens:>5} {row['fused_ms']:>9.3f} "
+                        f"{name:>16} {kv_type:>6} {depth:>6} {tokens:>5} {row['fused_ms']:>9.3f} "
                         f"{row[theirs]:>9.3f} {row['ratio']:>6.2f}x  {text or format(row['gmac_per_s'], '.1f')}",
                         flush=True,
                     )

@@ -46,6 +46,7 @@ class Case:
     q [n_stream, n_tokens, n_head, dim_k], k [n_stream, n_kv, n_head_kv, dim_k], v likewise with dim_v,
     mask float16 [mask_streams, mask_heads, >= n_tokens, n_kv], sinks [n_head],
     arena_k and arena_v [n_rows, n_head_kv, dim], row_of_cell int32 [n_stream, n_kv] (-1: ordinary).
+    latents: V is the first values of K's rows, and arena_v of arena_k's; of one KV head.
     rot_k, rot_v: K and V are given as a rotated cache holds them, in blocks of so many values; q is not rotated, and
     the result is turned back (fused attention only).
     """
@@ -65,6 +66,7 @@ class Case:
     softcap: float = 0.0
     rot_k: int = 0
     rot_v: int = 0
+    latents: bool = False
 
 
 def compiler() -> str | None:
@@ -203,7 +205,7 @@ class Kernel:
         """Writes the case as native/tests/attention_file.cpp reads it."""
         n_stream, n_tokens, n_head, dim_k = case.q.shape
         _, n_kv, n_head_kv, dim_v = case.v.shape
-        k, v = self.quantized(case.k, case.type_k), self.quantized(case.v, case.type_v)
+        k, v = self.quantized(case.k, case.type_k), b"" if case.latents else self.quantized(case.v, case.type_v)
         mask = (0, 0, 0) if case.mask is None else case.mask.shape
         arena = case.arena_k if case.arena_k is not None else case.arena_v
         header = struct.pack(
@@ -213,13 +215,13 @@ class Kernel:
             *(case.rot_k, case.rot_v),
             *(case.scale, case.max_bias, case.softcap),
             *(len(k) // (n_stream * n_kv), len(v) // (n_stream * n_kv)),
-            *(case.sinks is not None, case.arena_k is not None, case.arena_v is not None),
+            *(case.sinks is not None, case.arena_k is not None, case.arena_v is not None and not case.latents),
         )
         arrays = [
             (case.mask, "<f2"),
             (case.sinks, "<f4"),
             (case.arena_k, "<f2"),
-            (case.arena_v, "<f2"),
+            (None if case.latents else case.arena_v, "<f2"),
             (case.row_of_cell, "<i4"),
         ]
         rest = [np.ascontiguousarray(array, dtype).tobytes() for array, dtype in arrays if array is not None]
@@ -304,9 +306,11 @@ class Kernel:
             TYPES[case.type_k], TYPES[case.type_v],
             mask[1], mask[0], mask[2], 0 if arena is None else len(arena),
             case.rot_k, case.rot_v, case.scale, case.max_bias, case.softcap,
-            pointer(case.q, np.float32), pointer(case.k, np.float32), pointer(case.v, np.float32),
+            pointer(case.q, np.float32), pointer(case.k, np.float32),
+            pointer(None if case.latents else case.v, np.float32),
             pointer(case.mask, np.float16), pointer(case.sinks, np.float32),
-            pointer(case.arena_k, np.float32), pointer(case.arena_v, np.float32),
+            pointer(case.arena_k, np.float32),
+            pointer(None if case.latents else case.arena_v, np.float32),
             pointer(case.row_of_cell, np.int32),
         )  # fmt: skip
         out = np.full((n_stream, n_tokens, n_head, dim_v), np.nan, np.float32)

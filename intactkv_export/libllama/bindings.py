@@ -50,7 +50,7 @@ def version() -> str:
 def describe(ctx: Context) -> dict[str, Any]:
     """What a prefix must match to be loaded into this context: the "model" object of a manifest.
 
-    Raises IntactKVError if the model cannot carry a prefix (MLA, encoder-decoder).
+    Raises IntactKVError if the model cannot carry a prefix (sparse attention, encoder-decoder).
     """
     text = _call("intactkv_describe", ctx)
     if text is None:

@@ -9,7 +9,8 @@ a *buffer* of llama_state_seq_get_data with 8 bytes: u32 magic, i32 sequence. Af
 
     u32 n_stream = 1, u32 n_cells, per cell { i32 pos, u32 n_seq_id, i32 seq_id[n_seq_id] },
     u32 v_trans, u32 n_layer, its highest bit set where some cells are intact, the next where some stay in sight
-    per layer { i32 type, u64 row_bytes, n_cells rows of K }, the same for V; or for a V that is transposed
+    per layer { i32 type, u64 row_bytes, n_cells rows of K }, the same for V of those layers that
+        have it (MLA has none); or for a V that is transposed
     per layer { i32 type, u32 value_bytes, u32 n_embd, n_embd rows of n_cells values }
     intact cells, if the bit is set: u32 n, u32 index[n] into the cells, its highest bit set for a cell of the tail,
         per layer { u64 row_bytes, n F16 rows of K; u64 row_bytes, n F16 rows of V }
@@ -53,7 +54,8 @@ REMAKE = "make the prefix again with this version of intactkv-export"
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Rows of a layer: K has n_head_kv * head_dim_k values a token, V n_head_kv * head_dim_v."""
+    """Rows of a layer: K has n_head_kv * head_dim_k values a token, V n_head_kv * head_dim_v. head_dim_v 0: K's rows
+    are latents (MLA), V is a part of them, and a state has no rows of V."""
 
     il: int
     n_head_kv: int
@@ -195,18 +197,22 @@ def sections(
 ) -> Iterator[Section]:
     """The caches of a state, from byte `at` to `end`. Raises IntactKVError where the bytes end too early.
 
-    model: its description (bindings.describe); None: one whose cells say no more than where they are, and that has no
-    recurrent layers, whose states come behind the caches.
+    model: its description (bindings.describe); None: one whose cells say no more than where they are, whose layers all
+    have rows of V, and that has no recurrent layers, whose states come behind the caches.
     """
     read = _Reader(data, at, len(data) if end is None else end)
     cell_ext = model is not None and has_cell_ext(model)
+    caches = iter(shapes(model) if model is not None else ())
     left = len(model["caches"]) if model is not None and "recurrent" in model else None
     while read.at < read.end and left != 0:
-        yield _section(read, cell_ext)
+        cache = next(caches, None)
+        n_layer_v = MAX_LAYERS if cache is None else sum(x.head_dim_v > 0 for x in cache.layers)
+        yield _section(read, cell_ext, n_layer_v)
         left = None if left is None else left - 1
 
 
-def _section(read: _Reader, cell_ext: bool) -> Section:
+def _section(read: _Reader, cell_ext: bool, n_layer_v: int) -> Section:
+    """n_layer_v: how many layers at most have rows of V."""
     start = read.at
     n_stream = read.get("I", "number of streams")
     if n_stream != 1:
@@ -232,7 +238,7 @@ def _section(read: _Reader, cell_ext: bool) -> Section:
     if n_layer > MAX_LAYERS:
         raise IntactKVError(f"its number of layers is {n_layer} at byte {layers_at + 4}, over {MAX_LAYERS}: {REMAKE}")
     K = [_rows(read, n_cells, False) for _ in range(n_layer)]
-    V = [_rows(read, n_cells, bool(v_trans)) for _ in range(n_layer)]
+    V = [_rows(read, n_cells, bool(v_trans)) for _ in range(min(n_layer, n_layer_v))]
     intact = _intact(read, n_layer) if flagged & INTACT else None
     in_sight = _in_sight(read) if flagged & SIGHT else None
     return Section(start, n_stream, positions, cells, ext, v_trans, n_layer, layers_at, K, V, intact, in_sight, read.at)
@@ -313,11 +319,17 @@ def rows_by_layer(data: bytes, model: Mapping[str, Any], n_tokens: int) -> tuple
     V: KV = {}
     for cache, section in zip(shapes(model), sections(data, model=model), strict=True):
         for side, found, head_dim in ((K, section.K, "head_dim_k"), (V, section.V, "head_dim_v")):
-            for layer, rows in zip(cache.layers, found, strict=True):
-                shape = n_tokens, layer.n_head_kv, getattr(layer, head_dim)
-                side[layer.il] = np.zeros(shape, np.float32)
+            for layer in cache.layers:
+                side[layer.il] = np.zeros((n_tokens, layer.n_head_kv, getattr(layer, head_dim)), np.float32)
+            for layer, rows in zip(_with_rows(cache, head_dim), found, strict=True):
+                shape = side[layer.il].shape
                 side[layer.il][section.positions] = rows.values(section.n_cells).reshape(-1, *shape[1:])
     return K, V
+
+
+def _with_rows(cache: CacheShape, head_dim: str) -> list[LayerShape]:
+    """The layers of a cache that have rows of this side."""
+    return [layer for layer in cache.layers if getattr(layer, head_dim) > 0]
 
 
 def states_by_layer(data: bytes, model: Mapping[str, Any], n_tokens: int) -> States:
@@ -390,7 +402,7 @@ def f16_section(
         parts.append(struct.pack("<iIiiii", pos, 1, x, y, token, 0) if cell_ext else struct.pack("<iIi", pos, 1, 0))
     parts.append(struct.pack("<II", 0, len(cache.layers)))
     for name, rows, head_dim in (("K", K, "head_dim_k"), ("V", V, "head_dim_v")):
-        for layer in cache.layers:
+        for layer in _with_rows(cache, head_dim):
             shape = n_tokens + n_extra, layer.n_head_kv, getattr(layer, head_dim)
             array = rows.get(layer.il)
             if array is None or array.shape != shape or array.dtype != np.float16:

@@ -112,8 +112,8 @@ class Vocabulary:
         arch = self.header("general.architecture")
         if arch in _INDEXED:
             return "beside its KV cache and its recurrent states it has an indexer's cache"
-        if all(self.header(f"{arch}.attention.{name}_length_mla") for name in ("key", "value")):
-            return "it caches compressed latents (MLA) instead of K and V"
+        if self.header(f"{arch}.attention.indexer.top_k") not in ("", "0"):
+            return "an indexer with a cache of its own chooses the tokens that are attended (sparse attention)"
         if arch in WITHOUT_FLASH:
             return "llama.cpp computes it without flash attention only, which a prefix needs"
         return ""

@@ -188,6 +188,7 @@ def _layer_groups(prefix: Prefix) -> list[str]:
         first, last, size = layers[0].il, layers[-1].il, layers[0].K.nbytes + layers[0].V.nbytes
         which = str(first) if first == last else f"{first}-{last}"
         heads = f"{k[0]} KV heads of {k[1]}" if k == v else f"{k[0]} KV heads of {k[1]} (K) and {v[1]} (V)"
+        heads = heads if v[1] else f"a latent of {k[0] * k[1]} values"
         held = "cells" if prefix.n_extra else "tokens"
         lines.append(f"{which}: {cells} {held}, {heads}, F16, {size:,} bytes each, RoPE base {rope_base:g}")
     return lines
@@ -220,9 +221,10 @@ def _heat_map(prefix: Prefix, pieces: Sequence[str] | None, every: bool) -> list
     distance = distances(prefix)
     n_layer, side = len(prefix.layers), len(k)
     margin = " " * (index_width + name_width + 3)
-    heads = [f"{name}, layers 0-{n_layer - 1}"[: max(side, 1)] for name in ("K", "V")]
+    sides = ("K", "V") if any(layer.V.size for layer in prefix.layers) else ("K", "")  # of latents
+    heads = [f"{name}, layers 0-{n_layer - 1}"[: max(side, 1)] if name else "" for name in sides]
     lines = [
-        Text("Norms of K and V against the median of their layer:"),
+        Text(f"Norms of {' and '.join(filter(None, sides))} against the median of their layer:"),
         Text("  smaller by 1.2 ░  1.4 ▒  2 ▓  4 █    larger by 1.2 +  1.4 *  2 #  4 @"),
         Text("  * before a token: a pivot, far from the others over all layers"),
         Text(f"{margin}{heads[0]:{side}}  {heads[1]}".rstrip(), style="dim"),

@@ -30,7 +30,8 @@ IN_SIGHT = "in_sight"  # of the field calibrated
 
 def format_of(model: Mapping[str, Any]) -> int:
     """The format of a prefix of this model (bindings.describe)."""
-    return FORMAT_NEW_KINDS if state.has_cell_ext(model) or "recurrent" in model else FORMAT
+    has_latents = any(layer.head_dim_v == 0 for cache in state.shapes(model) for layer in cache.layers)
+    return FORMAT_NEW_KINDS if state.has_cell_ext(model) or "recurrent" in model or has_latents else FORMAT
 
 
 def encode(manifest: Mapping[str, Any]) -> bytes:
@@ -133,11 +134,11 @@ class _Field:
 
 
 def _check(root: _Field) -> None:
-    formats = (FORMAT, FORMAT_NEW_KINDS)
-    if type(root["format"].value) is not int or root["format"].value not in formats:  # true == 1 in Python
+    number = root["format"].value
+    if type(number) is not int or number not in (FORMAT, FORMAT_NEW_KINDS):  # true == 1 in Python
         raise IntactKVError(
-            f"the manifest's format is {ascii(root['format'].value)[:100]} and this version reads the formats "
-            f"{FORMAT} and {FORMAT_NEW_KINDS}: use the version that made the prefix, or make it again"
+            f"the manifest's format is {ascii(number)[:100]} and this version reads the formats {FORMAT} and "
+            f"{FORMAT_NEW_KINDS}: use the version that made the prefix, or make it again"
         )
     model = root["model"]
     model["arch"].text()
@@ -146,7 +147,7 @@ def _check(root: _Field) -> None:
     n_vocab = model["n_vocab"].integer(1, 2**31 - 1)
     if "recurrent" in model.object():
         _check_recurrent(model["recurrent"])
-    _check_caches(model["caches"], alone="recurrent" not in model.value)
+    _check_caches(model["caches"], number, alone="recurrent" not in model.value)
     _check_rope(model["rope"])
     for token in root["tokens"].items(1, 2**31 - 1):
         token.integer(0, n_vocab - 1)
@@ -165,8 +166,8 @@ def _check_recurrent(field: _Field) -> None:
             layer[key].integer(0, _MAX_STATE)
 
 
-def _check_caches(field: _Field, alone: bool) -> None:
-    """alone: the model has no recurrent layers beside them."""
+def _check_caches(field: _Field, number: int, alone: bool) -> None:
+    """number: the file's format. alone: the model has no recurrent layers beside them."""
     n_layer = 0
     for cache in field.items(1 if alone else 0, 2):
         swa_type = cache["swa_type"].integer(0, 3)
@@ -178,7 +179,7 @@ def _check_caches(field: _Field, alone: bool) -> None:
             last = il
             layer["n_head_kv"].integer(0, _MAX_HEADS)
             layer["head_dim_k"].integer(1, _MAX_HEAD_DIM)
-            layer["head_dim_v"].integer(1, _MAX_HEAD_DIM)
+            layer["head_dim_v"].integer(0 if number > FORMAT else 1, _MAX_HEAD_DIM)
             layer["rope_base"].number()
             n_layer += 1
     field.expect(n_layer > 0 or not alone, "caches with layers")

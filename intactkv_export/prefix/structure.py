@@ -21,7 +21,7 @@ _TRAILER = struct.Struct("<Q32s8s")
 
 @dataclass(frozen=True)
 class Layer:
-    """K and V of a layer: float16 [len(positions), n_head_kv, head_dim_k or head_dim_v].
+    """K and V of a layer: float16 [len(positions), n_head_kv, head_dim_k or head_dim_v]; of latents V has no values.
 
     positions: of the cells that are kept; in files made here the tokens' come first, ascending. A sliding window keeps
     the last ones. cells: which they are: token i is cell i, and extra cells are counted behind all tokens.
@@ -103,10 +103,12 @@ def checked_layers(section: state.Section, cache: state.CacheShape, tokens: Sequ
     if section.n_layer != len(cache.layers) or section.flags:
         flagged = section.n_layer | section.flags
         state.refuse("number of layers", flagged, section.layers_at + 4, len(cache.layers))
-    cells, layers = state.which_cells(section.positions, n_tokens), []
-    for x, k, v in zip(cache.layers, section.K, section.V, strict=True):
+    cells, layers, values = state.which_cells(section.positions, n_tokens), [], iter(section.V)
+    for x, k in zip(cache.layers, section.K, strict=True):
         K = _finite(cells, n_tokens, k, f"K of layer {x.il}", x.n_head_kv, x.head_dim_k)
-        V = _finite(cells, n_tokens, v, f"V of layer {x.il}", x.n_head_kv, x.head_dim_v)
+        V = np.empty((len(cells), x.n_head_kv, 0), np.float16)
+        if x.head_dim_v > 0:
+            V = _finite(cells, n_tokens, next(values), f"V of layer {x.il}", x.n_head_kv, x.head_dim_v)
         layers.append(Layer(x.il, section.positions, cells, K, V))
     return layers
 

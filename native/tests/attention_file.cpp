@@ -24,7 +24,7 @@ struct header {
     int32_t dim_k, dim_v, n_head, n_head_kv, n_tokens, n_kv, n_stream;
     int32_t type_k, type_v, mask_heads, mask_streams, mask_tokens, n_rows, rot_q, rot_out;
     float scale, max_bias, softcap;
-    int32_t row_bytes_k, row_bytes_v; // of one cell, all KV heads
+    int32_t row_bytes_k, row_bytes_v; // of one cell, all KV heads; of V 0: it is the first values of K's rows
     int32_t has_sinks, has_arena_k, has_arena_v;
 };
 
@@ -87,6 +87,12 @@ int main(int argc, char ** argv) {
         h.has_arena_k ? arena_k.data() : nullptr, (size_t) h.n_head_kv * h.dim_k, (ggml_type) h.type_k, h.dim_k };
     call.v = { v.data(), (size_t) h.row_bytes_v, (size_t) h.row_bytes_v / h.n_head_kv, (size_t) h.row_bytes_v * h.n_kv,
         h.has_arena_v ? arena_v.data() : nullptr, (size_t) h.n_head_kv * h.dim_v, (ggml_type) h.type_v, h.dim_v };
+    call.latents = h.row_bytes_v == 0;
+    if (call.latents) {
+        call.v = call.k;
+        call.v.dim = h.dim_v;
+        call.v.type = (ggml_type) h.type_v;
+    }
     call.mask = mask.empty() ? nullptr : (const char *) mask.data();
     call.mask_nb_token = sizeof(uint16_t) * h.n_kv;
     call.mask_nb_head = call.mask_nb_token * h.mask_tokens;
@@ -104,7 +110,8 @@ int main(int argc, char ** argv) {
     call.softcap = h.softcap;
     call.rot_q = h.rot_q;
     call.rot_out = h.rot_out;
-    call.plan = intactkv::fused_make_plan(h.dim_k, h.dim_v, h.n_kv, h.n_tokens, h.n_head, h.n_head_kv, h.n_stream);
+    call.plan = intactkv::fused_make_plan(
+            h.dim_k, h.dim_v, call.latents, h.n_kv, h.n_tokens, h.n_head, h.n_head_kv, h.n_stream);
 
     const bool whole = call.plan.n_chunk == 1;
     const size_t n = (size_t) h.n_stream * call.plan.n_chunk * h.n_tokens * h.n_head;

@@ -47,9 +47,9 @@ struct fused_case {
     int32_t n_rows;      // of the arena; 0: no intact cells
     intactkv::fused_rotation rot;
     float scale, max_bias, softcap;
-    const float * q; // [n_stream][n_tokens][n_head][dim_k]
-    const float * k; // [n_stream][n_kv][n_head_kv][dim_k]
-    const float * v;
+    const float * q;       // [n_stream][n_tokens][n_head][dim_k]
+    const float * k;       // [n_stream][n_kv][n_head_kv][dim_k]
+    const float * v;       // or NULL: V is the first dim_v values of K's rows, of one KV head; so it is in the arena
     const uint16_t * mask; // F16 [mask_streams][mask_heads][mask_tokens][n_kv]
     const float * sinks;   // [n_head] or NULL
     const float * arena_k; // [n_rows][n_head_kv][dim_k] or NULL
@@ -124,6 +124,9 @@ bool fused_test_run(const fused_case * c, int32_t which, int32_t n_threads, floa
         if (c->arena_v) {
             intact.v = cache_tensor(ctx, GGML_TYPE_F16, c->arena_v, c->dim_v, c->n_head_kv, c->n_rows, 1);
         }
+        if (!c->v) {
+            intact.v = intact.k;
+        }
         intact.row_of_cell = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, c->n_kv, c->n_stream);
         memcpy(intact.row_of_cell->data, c->row_of_cell, ggml_nbytes(intact.row_of_cell));
     }
@@ -137,15 +140,16 @@ bool fused_test_run(const fused_case * c, int32_t which, int32_t n_threads, floa
         ggml_tensor * v;
         if (i == 0) {
             k = k0 = cache_tensor(ctx, (ggml_type) c->type_k, c->k, c->dim_k, c->n_head_kv, c->n_kv, c->n_stream);
-            v = v0 = cache_tensor(ctx, (ggml_type) c->type_v, c->v, c->dim_v, c->n_head_kv, c->n_kv, c->n_stream);
+            v = v0 = c->v ? cache_tensor(ctx, (ggml_type) c->type_v, c->v, c->dim_v, c->n_head_kv, c->n_kv, c->n_stream)
+                          : k;
         } else {
             k = ggml_dup_tensor(ctx, k0);
-            v = ggml_dup_tensor(ctx, v0);
+            v = c->v ? ggml_dup_tensor(ctx, v0) : k;
             memcpy(k->data, k0->data, ggml_nbytes(k0));
             memcpy(v->data, v0->data, ggml_nbytes(v0));
         }
-        k = head_view(ctx, k, c->dim_k, c->n_head_kv);
         v = head_view(ctx, v, c->dim_v, c->n_head_kv);
+        k = head_view(ctx, k, c->dim_k, c->n_head_kv);
         for (int fused = 0; fused < 2; fused++) {
             if (which != 2 && which != fused) {
                 continue;
@@ -203,7 +207,8 @@ bool fused_test_run(const fused_case * c, int32_t which, int32_t n_threads, floa
 
 // Stores K [n_tokens][n_head_kv][dim_k] and V into the cells of a cache of n_cells that is zero. which: 0 upstream's
 // nodes, 1 fused_store(). k_out, v_out: the bytes of the whole cache. n_rows > 0: fused_store() writes to F16 rows too,
-// to those that rows [n_tokens] says; k_rows, v_rows: all of them, zero before, or NULL for a side that has none.
+// to those that rows [n_tokens] says; k_rows, v_rows: all of them, zero before, or NULL for a side that has none. dim_v 0:
+// K has latents, there is no V.
 void fused_test_store(int32_t which, int32_t n_threads, int32_t type_k, int32_t type_v, int32_t dim_k, int32_t dim_v,
         int32_t n_head_kv, int32_t n_tokens, int32_t n_cells, int32_t rot_k, int32_t rot_v, const float * k,
         const float * v, const int64_t * cells, void * k_out, void * v_out, int32_t n_rows, const int64_t * rows,
@@ -225,6 +230,9 @@ void fused_test_store(int32_t which, int32_t n_threads, int32_t type_k, int32_t 
         ggml_tensor * rows = nullptr;
     } sides[] = { { type_k, dim_k, rot_k, k, k_out, k_rows }, { type_v, dim_v, rot_v, v, v_out, v_rows } };
     for (side & s : sides) {
+        if (s.dim == 0) {
+            continue;
+        }
         s.cache = ggml_new_tensor_2d(ctx, (ggml_type) s.type, (int64_t) s.dim * n_head_kv, n_cells);
         s.cur = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, s.dim, n_head_kv, n_tokens);
         memset(s.cache->data, 0, ggml_nbytes(s.cache));
@@ -243,10 +251,13 @@ void fused_test_store(int32_t which, int32_t n_threads, int32_t type_k, int32_t 
     ggml_cgraph * graph = ggml_new_graph(ctx);
     if (which == 1) {
         ggml_build_forward_expand(graph,
-                intactkv::fused_store(ctx, sides[0].cache, sides[1].cache, sides[0].cur, sides[1].cur, cell, cell,
+                intactkv::fused_store(ctx, sides[0].cache, sides[1].cache, sides[0].cur, sides[1].cur, cell, dim_v > 0 ? cell : nullptr,
                         { rot_k, rot_v }, n_rows > 0 ? &tail : nullptr));
     } else {
         for (side & s : sides) {
+            if (s.dim == 0) {
+                continue;
+            }
             ggml_tensor * cur = s.cur;
             if (s.rot > 0) {
                 // its values do not matter, only that upstream computes by them what it takes for their product
@@ -264,6 +275,9 @@ void fused_test_store(int32_t which, int32_t n_threads, int32_t type_k, int32_t 
     plan.work_data = work.data();
     ggml_graph_compute(graph, &plan);
     for (const side & s : sides) {
+        if (s.dim == 0) {
+            continue;
+        }
         memcpy(s.out, s.cache->data, ggml_nbytes(s.cache));
         if (s.rows) {
             memcpy(s.rows_out, s.rows->data, ggml_nbytes(s.rows));

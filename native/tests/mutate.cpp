@@ -28,11 +28,13 @@ static std::vector<bytes> seeds() {
     sample extra; // in the second cache they have left the window with the first token
     extra.n_extra = 2;
     extra.caches = { { 0, 0, { 1 }, { 0, 1, 2, 0, 0 } }, { 1, 2, { 0, 2 }, { 1, 2 } } };
+    sample latents;
+    latents.head_dim_v = 0;
     sample ext = extra;
     ext.cell_ext = true;
     return { sample::hybrid().file(), sample::recurrent().file(), sample().file(), windows.file(), long_one.file(),
-        extra.file(), ext.file(), gguf_sample(sample().file(), true), gguf_sample(sample().file(), false),
-        gguf_behind().file(sample().file()) };
+        extra.file(), ext.file(), latents.file(), gguf_sample(sample().file(), true),
+        gguf_sample(sample().file(), false), gguf_behind().file(sample().file()) };
 }
 
 // One change: at random, or where it hurts (the head, the manifest, the trailer).

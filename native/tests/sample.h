@@ -36,9 +36,10 @@ struct sample {
 
     std::vector<int32_t> tokens = { 1, 7, 3 };
     std::vector<cache> caches = { { 0, 0, { 0, 1 }, { 0, 1, 2 } } };
-    uint64_t n_extra = 0;    // as the manifest has it, 0: not at all; their positions are among those of the cells
-    bool cell_ext = false;   // cells say where they are and of which token, as they do with M-RoPE
-    uint16_t value = 0x3c00; // F16 of every element: 1.0
+    uint64_t n_extra = 0;        // as the manifest has it, 0: not at all; their positions are among those of the cells
+    bool cell_ext = false;       // cells say where they are and of which token, as they do with M-RoPE
+    uint16_t value = 0x3c00;     // F16 of every element: 1.0
+    int head_dim_v = HEAD_DIM_V; // 0: K has latents, there are no rows of V
 
     struct recurrent_layer {
         int il, n_r, n_s; // index in the model, values of its two states
@@ -54,12 +55,12 @@ struct sample {
             json layers = json::array();
             for (const int il : c.layers) {
                 layers.push_back({ { "il", il }, { "n_head_kv", N_HEAD_KV }, { "head_dim_k", HEAD_DIM_K },
-                        { "head_dim_v", HEAD_DIM_V }, { "rope_base", 100000.0 } });
+                        { "head_dim_v", head_dim_v }, { "rope_base", 100000.0 } });
             }
             caches_json.push_back({ { "n_swa", c.n_swa }, { "swa_type", c.swa_type }, { "layers", layers } });
         }
         json res = {
-            { "format", 1 },
+            { "format", head_dim_v > 0 ? 1 : 2 },
             { "tokens", tokens },
             { "text", "<s>h\u00e9 INTACTKV \"[{" },
             { "messages", { { { "role", "system" }, { "content", "h\u00e9" } } } },
@@ -138,8 +139,8 @@ struct sample {
             }
             put<uint32_t>(out, 0);
             put<uint32_t>(out, c.layers.size());
-            for (const int head_dim : { HEAD_DIM_K, HEAD_DIM_V }) {
-                for (size_t i = 0; i < c.layers.size(); ++i) {
+            for (const int head_dim : { HEAD_DIM_K, head_dim_v }) {
+                for (size_t i = 0; head_dim > 0 && i < c.layers.size(); ++i) {
                     put<int32_t>(out, 1);
                     put<uint64_t>(out, 2 * N_HEAD_KV * head_dim);
                     const size_t begin = out.size();

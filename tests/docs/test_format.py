@@ -76,6 +76,8 @@ MODELS = {
     | {"recurrent": {"n_layer": 4, "layers": [{"il": 0, "n_r": 6, "n_s": 4}, {"il": 3, "n_r": 2, "n_s": 0}]}},
     "recurrent": model_of() | {"recurrent": {"n_layer": 1, "layers": [{"il": 0, "n_r": 3, "n_s": 5}]}},
     "no layer without a window": model_of((0, 0, []), (2, 1, [(0, 2, 4, 4)])),
+    "latents": model_of((0, 0, [(0, 1, 6, 0), (1, 1, 6, 0)])),
+    "latents of some layers": model_of((0, 0, [(0, 1, 6, 0), (1, 1, 6, 4), (2, 1, 6, 0)])),
 }
 
 
@@ -149,7 +151,14 @@ def read_by_the_page(
         expect("II", 0, len(cache["layers"]))
         sides = []
         for dim in ("head_dim_k", "head_dim_v"):
-            sides.append([rows(layer["n_head_kv"], layer[dim], len(positions), take) for layer in cache["layers"]])
+            sides.append(
+                [
+                    rows(layer["n_head_kv"], layer[dim], len(positions), take)
+                    if layer[dim]
+                    else np.empty((len(positions), layer["n_head_kv"], 0), np.float16)
+                    for layer in cache["layers"]
+                ]
+            )
         layers += [(x["il"], positions, k, v) for x, k, v in zip(cache["layers"], *sides, strict=True)]
     recurrent: dict[int, list[np.ndarray]] = {}
     if "recurrent" in manifest["model"]:
@@ -208,7 +217,7 @@ def test_a_reader_by_the_page_reads_the_same(name: str, n_extra: int) -> None:
 
 
 @pytest.mark.parametrize("n_extra", [0, 3])
-@pytest.mark.parametrize("name", ["standard window", "several positions, a window", "hybrid", "recurrent"])
+@pytest.mark.parametrize("name", ["standard window", "several positions, a window", "hybrid", "recurrent", "latents"])
 def test_a_reader_by_the_page_refuses_the_same(name: str, n_extra: int) -> None:
     """Each byte of the state changed under a right checksum, and each length of it."""
     data = made(MODELS[name], n_extra)
@@ -338,7 +347,7 @@ def test_the_schema_is_one_and_real_manifests_fit() -> None:
         VALIDATOR.validate(ikv.read(made(model, 3)).manifest)
 
 
-@pytest.mark.parametrize("name", ["standard window", "several positions", "hybrid", "recurrent"])
+@pytest.mark.parametrize("name", ["standard window", "several positions", "hybrid", "recurrent", "latents"])
 def test_the_schema_refuses_what_we_refuse(name: str) -> None:
     """One value after the other, everywhere in a manifest."""
     manifest = ikv.read(made(MODELS[name], 3)).manifest

@@ -98,6 +98,28 @@ def test_head_sizes(kernel: K.Kernel, kv_type: str, dim_k: int, dim_v: int, n_to
     check(kernel, random_case(3, dim_k=dim_k, dim_v=dim_v, type_k=kv_type, n_tokens=n_tokens, n_head=4, n_head_kv=1))
 
 
+@pytest.mark.parametrize("dims", [(576, 512), (320, 256), (384, 352), (96, 64)])
+@pytest.mark.parametrize("n_head, n_tokens", [(16, 1), (16, 2), (20, 40), (128, 1), (3, 1), (40, 3)])
+@pytest.mark.parametrize("kv_type", KV_TYPES)
+def test_latents(kernel: K.Kernel, kv_type: str, n_head: int, n_tokens: int, dims: tuple[int, int]):
+    """V is the first values of K's rows, in the cache and in the arena."""
+    shape = dict(dim_k=dims[0], dim_v=dims[1], n_head=n_head, n_head_kv=1, latents=True)
+    check(kernel, random_case(25, type_k=kv_type, n_tokens=n_tokens, n_kv=200, n_intact=n_head % 3 * 30, **shape))
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_1"])
+def test_latents_are_read_as_k_and_v_would_be(kernel: K.Kernel, kv_type: str):
+    """With a copy of V beside K, close to the last bit; with streams, sinks, a mask with values, several chunks."""
+    options = dict(n_head=8, n_head_kv=1, n_stream=2, n_kv=700, mask="values", type_k=kv_type, n_intact=20)
+    for n_tokens in (1, 30):
+        case = random_case(26, dim_k=320, dim_v=256, n_tokens=n_tokens, latents=True, **options)
+        case.sinks = np.linspace(-2, 2, 8, dtype=np.float32)
+        check(kernel, case)
+        for _ in each_isa(kernel):
+            mine, copied = (kernel.run(replace(case, latents=x), fused=True)[0] for x in (True, False))
+            np.testing.assert_allclose(mine, copied, atol=3e-4 * np.abs(copied).max())
+
+
 @pytest.mark.parametrize("n_head, n_head_kv", [(9, 3), (4, 4), (8, 1), (71, 1), (32, 8), (24, 2), (100, 1)])
 @pytest.mark.parametrize("n_tokens", [1, 3, 20])
 def test_groups(kernel: K.Kernel, n_head: int, n_head_kv: int, n_tokens: int):
@@ -317,6 +339,41 @@ def test_stored_as_upstream_stores(
             assert ours < 0.95 * upstreams
 
 
+@pytest.mark.parametrize("kv_type", KV_TYPES)
+@pytest.mark.parametrize("dim", [576, 320])
+def test_latents_are_stored_as_upstream_stores(kernel: K.Kernel, kv_type: str, dim: int):
+    """Without a V; and the same rows at F16, where the tail has them."""
+    rng = np.random.default_rng(27)
+    n, n_cells, n_rows = 7, 12, 9
+    cells, rows = (rng.permutation(size)[:n].astype(np.int64) for size in (n_cells, n_rows))
+    k = rng.standard_normal((n, 1, dim)).astype(np.float32) * 3
+    store = dict(types=(kv_type, kv_type), cells=cells, n_cells=n_cells, rot=(0, 0))
+    (wanted, _) = kernel.store(k, k[..., :0], fused=False, **store)
+    at_f16 = k[:, 0].astype(np.float16)
+    fitted = None
+    for isa in each_isa(kernel):
+        for n_threads in (1, 3):
+            (made, _, tail) = kernel.store(
+                k,
+                k[..., :0],
+                fused=True,
+                n_threads=n_threads,
+                rows=rows,
+                n_rows=n_rows,
+                with_rows=(True, False),
+                **store,
+            )
+            np.testing.assert_array_equal(np.frombuffer(tail, np.float16).reshape(n_rows, dim)[rows], at_f16)
+            fitted = fitted or made
+            if kv_type in FITTED:
+                assert made == fitted, isa
+            elif kv_type != "q8_0":
+                assert made == wanted, isa
+            else:
+                a, b = (np.frombuffer(x, np.int8).reshape(-1, 34) for x in (made, wanted))
+                assert np.array_equal(a[:, :2], b[:, :2]) and np.abs(a[:, 2:].astype(int) - b[:, 2:]).max() <= 1
+
+
 def read(blocks: bytes, kv_type: str) -> np.ndarray:
     """What the blocks hold, float64 [blocks, 32]."""
     raw = np.frombuffer(blocks, np.uint8).reshape(-1, K.BLOCK_BYTES[kv_type])
@@ -366,7 +423,10 @@ def test_any_number_of_threads_gives_the_same_bits(kernel: K.Kernel, n_tokens: i
             np.testing.assert_array_equal(results[0], other)
 
 
-@pytest.mark.parametrize("change", [{"type_k": "f32"}, {"dim_k": 72, "type_k": "f16"}, {"dim_k": 1024}], ids=str)
+LARGE = {"dim_k": 608, "dim_v": 512, "n_head_kv": 1, "latents": True}
+
+
+@pytest.mark.parametrize("change", [{"type_k": "f32"}, {"dim_k": 72, "type_k": "f16"}, {"dim_k": 576}, LARGE], ids=str)
 def test_unsupported(kernel: K.Kernel, change: dict):
     with pytest.raises(ValueError, match="does not support"):
         kernel.run(random_case(21, **{"n_kv": 64, **change}), fused=True)

@@ -107,6 +107,19 @@ def test_types(program: Path, kernel: K.Kernel, kv_type: str, n_tokens: int):
         {"n_kv": 1, "mask": None},
         {"dim_k": 128, "dim_v": 64, "rot_k": 128, "rot_v": 64},
         {"rot_k": 64, "rot_v": 64, "n_kv": 900, "n_tokens": 20},
+        *(
+            {
+                "dim_k": 576,
+                "dim_v": 512,
+                "n_head_kv": 1,
+                "latents": True,
+                "type_k": kv_type,
+                "n_tokens": n,
+                "n_intact": 30,
+            }
+            for kv_type in ("f16", "q8_0", "q4_1")
+            for n in (1, 7)
+        ),
     ],
     ids=str,
 )

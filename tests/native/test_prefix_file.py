@@ -14,7 +14,7 @@ import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -203,11 +203,11 @@ def test_library_refuses_what_the_parser_refuses(upstream: tuple[Any, bytes, lis
 ALL, WINDOW = (0, 0), (1, 4)  # (swa_type, n_swa)
 
 
-def described(*caches: tuple[int, int]) -> dict[str, Any]:
-    """A model of two layers for each cache."""
+def described(*caches: tuple[int, int], dim_v: int = 3) -> dict[str, Any]:
+    """A model of two layers for each cache. dim_v: 0: with latents."""
 
     def layer(il: int) -> dict[str, Any]:
-        return {"il": il, "n_head_kv": 2, "head_dim_k": 5, "head_dim_v": 3, "rope_base": 1e6 / 3}
+        return {"il": il, "n_head_kv": 2, "head_dim_k": 5, "head_dim_v": dim_v, "rope_base": 1e6 / 3}
 
     return {
         "arch": "x",
@@ -234,8 +234,11 @@ def hybrid(*caches: tuple[int, int]) -> dict[str, Any]:
 def written(model: dict[str, Any], tokens: list[int]) -> bytes:
     """A prefix file by the Python writer, of random values."""
     rng = np.random.default_rng(len(tokens))
-    layers = [layer["il"] for cache in model["caches"] for layer in cache["layers"]]
-    K, V = ({il: rng.normal(size=(len(tokens), 2, dim)).astype(np.float16) for il in layers} for dim in (5, 3))
+    layers = [layer for cache in model["caches"] for layer in cache["layers"]]
+    K, V = (
+        {x["il"]: rng.normal(size=(len(tokens), 2, x[dim])).astype(np.float16) for x in layers}
+        for dim in ("head_dim_k", "head_dim_v")
+    )
     origin = {k: v for k, v in manifest_of(tokens, model).items() if k not in ("format", "tokens", "model")}
     recurrent = model.get("recurrent", {"layers": []})["layers"]
     S = {x["il"]: tuple(rng.normal(size=x[n]).astype(np.float32) for n in ("n_r", "n_s")) for x in recurrent}
@@ -243,12 +246,13 @@ def written(model: dict[str, Any], tokens: list[int]) -> bytes:
 
 
 @pytest.mark.parametrize("n_tokens", [1, 4, 5, 23])
+@pytest.mark.parametrize("dim_v", [3, 0])
 @pytest.mark.parametrize("caches", [[ALL], [ALL, WINDOW], [ALL, (2, 4)], [ALL, (3, 5)], [WINDOW], []], ids=str)
 def test_python_writes_what_native_reads(
-    programs: Path, tmp_path: Path, caches: list[tuple[int, int]], n_tokens: int
+    programs: Path, tmp_path: Path, caches: list[tuple[int, int]], n_tokens: int, dim_v: int
 ) -> None:
     tokens = [99 - i for i in range(n_tokens)]
-    for model in [described(*caches), hybrid(*caches)] if caches else [hybrid()]:
+    for model in [described(*caches, dim_v=dim_v), hybrid(*caches)] if caches else [hybrid()]:
         path = tmp_path / "x.ikv"
         path.write_bytes(written(model, tokens))
         assert check(programs, path) == [(True, " ".join(map(str, tokens)))]
@@ -268,14 +272,20 @@ def variants(value: Any) -> Iterator[Any]:
         yield removed
 
 
+def unsealed(data: bytes) -> tuple[bytes, dict[str, Any]]:
+    """The state and the manifest of a prefix file."""
+    size = struct.unpack_from("<Q", data, len(data) - 48)[0]
+    return data[: -48 - size], json.loads(data[-48 - size : -48])
+
+
 @pytest.mark.parametrize(
-    "model", [described(ALL, WINDOW), hybrid(ALL), hybrid()], ids=["caches", "hybrid", "recurrent"]
+    "model",
+    [described(ALL, WINDOW), described(ALL, WINDOW, dim_v=0), hybrid(ALL), hybrid()],
+    ids=["caches", "latents", "hybrid", "recurrent"],
 )
 def test_python_and_native_agree(programs: Path, tmp_path: Path, model: dict[str, Any]) -> None:
     """Whatever the manifest says, both readers take it or both refuse it."""
-    data = written(model, [5, 6, 7, 8, 9, 10])
-    size = struct.unpack_from("<Q", data, len(data) - 48)[0]
-    state, good = data[: -48 - size], json.loads(data[-48 - size : -48])
+    state, good = unsealed(written(model, [5, 6, 7, 8, 9, 10]))
     good["messages"] = [{"role": "system", "content": "x"}]
     files = [seal(state, bad) for bad in variants(good)]
     paths = [tmp_path / f"{i}" for i in range(len(files))]
@@ -291,6 +301,59 @@ def test_python_and_native_agree(programs: Path, tmp_path: Path, model: dict[str
             assert ok, sentence
             accepted += 1
     assert len(files) > 600 and 50 < accepted < len(files) / 4
+
+
+def changed(value: dict[str, Any], change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    other = copy.deepcopy(value)
+    change(other)
+    return other
+
+
+def of_layers(manifest: dict[str, Any], **fields: int) -> None:
+    for layer in manifest["model"]["caches"][0]["layers"]:
+        layer.update(fields)
+
+
+def test_faults_of_latents(programs: Path, tmp_path: Path) -> None:
+    """Rows of V that are said and not there, or there and not said, other sizes, a cut, NaN, the wrong format: one
+    sentence each, by both readers."""
+    tokens = [5, 6, 7, 8]
+    latents, latents_said = unsealed(written(described(ALL, dim_v=0), tokens))
+    both, both_said = unsealed(written(described(ALL), tokens))
+    row = latents.index(struct.pack("<iQ", 1, 2 * 2 * 5)) + 12
+    faults = {
+        "V is said": (latents, changed(latents_said, lambda m: of_layers(m, head_dim_v=5)), "ends inside"),
+        "V is not said": (both, both_said | {"format": 2, "model": latents_said["model"]}, "its manifest begins at"),
+        "one layer has V": (
+            latents,
+            changed(latents_said, lambda m: m["model"]["caches"][0]["layers"][1].update(head_dim_v=3)),
+            "ends inside",
+        ),
+        "sizes swapped": (latents, changed(latents_said, lambda m: of_layers(m, head_dim_k=2, n_head_kv=5)), ""),
+        "other sizes": (latents, changed(latents_said, lambda m: of_layers(m, head_dim_k=6)), "row size of a layer"),
+        "K of nothing": (latents, changed(latents_said, lambda m: of_layers(m, head_dim_k=0)), "head_dim_k is 0"),
+        "below nothing": (latents, changed(latents_said, lambda m: of_layers(m, head_dim_v=-1)), "head_dim_v is -1"),
+        "format 1": (latents, latents_said | {"format": 1}, "head_dim_v is 0"),
+        "format 3": (latents, latents_said | {"format": 3}, "reads the formats 1 and 2"),
+        "cut": (latents[:-1], latents_said, "ends inside"),
+        "more": (latents + b"\0\0", latents_said, "its manifest begins at"),
+        "NaN": (latents[:row] + b"\xff\x7f" + latents[row + 2 :], latents_said, "NaN or infinity"),
+        "as it is": (latents, latents_said, ""),
+    }
+    good = {"as it is", "sizes swapped"}  # five heads of two have the same bytes: the model refuses them
+    paths = [tmp_path / name for name in faults]
+    for path, (state, said, _) in zip(paths, faults.values(), strict=True):
+        path.write_bytes(seal(state, said))
+    for path, (ok, sentence) in zip(paths, check(programs, *paths), strict=True):
+        expected = faults[path.name][2]
+        assert ok == (path.name in good), (path.name, sentence)
+        if ok:
+            ikv.read(path)
+            continue
+        assert expected in sentence and "\n" not in sentence, (path.name, sentence)
+        with pytest.raises(IntactKVError) as error:
+            ikv.read(path)
+        assert expected in str(error.value) and "\n" not in str(error.value), (path.name, str(error.value))
 
 
 def test_gguf_by_the_gguf_package(programs: Path, tmp_path: Path) -> None:

@@ -183,15 +183,16 @@ def test_real_templates(upstream, vocab, template, expected):
         assert made.tokens[:2].count(vocabulary.bos) == vocabulary.adds_bos  # as the server has it, never twice
 
 
-HEADERS = [("mamba", ""), ("jamba", ""), ("t5", "encoder"), ("llama", ""), ("deepseek2", "MLA")]
-HEADERS += [("qwen2vl", ""), ("grok", "flash attention")]
+HEADERS = [("mamba", ""), ("jamba", ""), ("t5", "encoder"), ("llama", ""), ("deepseek2", "")]
+HEADERS += [("qwen2vl", ""), ("grok", "flash attention"), ("deepseek32", "indexer")]
 
 
 @pytest.mark.parametrize("arch, why", HEADERS)
 def test_what_the_header_tells(tmp_path, model, arch, why):
     gguf = tmp_path / "x.gguf"
-    mla = {f"{arch}.attention.{name}_length_mla": 64 for name in ("key", "value")} if "MLA" in why else {}
-    ikv.rewrite(model("F16"), {"general.architecture": arch, **mla}, gguf)
+    more = {f"{arch}.attention.{name}_length_mla": 64 for name in ("key", "value")} if "deepseek" in arch else {}
+    more |= {f"{arch}.attention.indexer.top_k": 8} if why == "indexer" else {}
+    ikv.rewrite(model("F16"), {"general.architecture": arch, **more}, gguf)
     with Vocabulary(gguf) as vocabulary:
         assert why in vocabulary.refusal() and bool(why) == bool(vocabulary.refusal())
 

@@ -100,6 +100,7 @@ def random_case(
     type_v: str | None = None,
     mask: str | None = "causal",
     n_intact: int = 0,
+    latents: bool = False,
     **options,
 ) -> K.Case:
     rng = np.random.default_rng(seed)
@@ -130,10 +131,12 @@ def random_case(
         cell = np.arange(n_kv)[None]
         m = np.where((cell <= query) & (cell > query - n_kv // 6), np.float16(0), NEG_INF)
         m = np.broadcast_to(m, (1, 1, n_tokens, n_kv)).astype(np.float16)
-    case = K.Case(q, k, v, type_k, type_v or type_k, mask=m, scale=dim_k**-0.5, **options)
+    if latents:
+        v = k[..., :dim_v]
+    case = K.Case(q, k, v, type_k, type_v or type_k, mask=m, scale=dim_k**-0.5, latents=latents, **options)
     if n_intact:
         case.arena_k = normal(n_intact, n_head_kv, dim_k) * 3
-        case.arena_v = normal(n_intact, n_head_kv, dim_v) * 3
+        case.arena_v = case.arena_k[..., :dim_v] if latents else normal(n_intact, n_head_kv, dim_v) * 3
         case.row_of_cell = np.full((n_stream, n_kv), -1, np.int32)
         for stream in range(n_stream):
             cells = rng.permutation(n_kv // 2)[: min(n_intact, n_kv // 2)]

@@ -186,7 +186,7 @@ MLA: dict[str, tuple[str, dict[str, Any]]] = {
         dict(_LATENT_EXPERTS, num_hidden_layers=26, q_lora_rank=None, kv_lora_rank=512, rope_parameters=_LATENT_YARN),
     ),
     "deepseek2": ("deepseek_v2", _LATENT_EXPERTS),
-    "deepseek3": ("deepseek_v3", _LATENT_EXPERTS),
+    "deepseek3": ("deepseek_v3", dict(_LATENT_EXPERTS, scoring_func="sigmoid")),
     "glm4-moe-lite": ("glm4_moe_lite", dict(_LATENT_EXPERTS, kv_lora_rank=512)),
 }
 
@@ -198,6 +198,10 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-head80": ("llama", dict(head_dim=80, rope_parameters=_rope())),
     "mistral-window": ("mistral", dict(sliding_window=16, rope_parameters=_rope())),
     **MLA,
+    "deepseek32": (
+        "deepseek_v32",
+        dict(_LATENT_EXPERTS, scoring_func="sigmoid", index_n_heads=4, index_head_dim=64, index_topk=8),
+    ),
 }
 
 

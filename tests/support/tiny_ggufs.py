@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 
 N_FF, N_HEAD, N_LAYER, N_VOCAB = 256, 4, 2, 3 + 256
-LORA = 64  # MiniCPM3: the width through which Q, K and V go
+LORA = 64  # MiniCPM3, DeepSeek 2: the width through which Q goes; K and V too, where there is no latent
 WINDOW = 16
 N_EXPERT = 4
 SSM = dict(conv_kernel=4, state_size=16, time_step_rank=8, group_count=1)
@@ -27,15 +27,17 @@ def write(
     n_head_kv: int | Sequence[int] = 2,
     n_layer: int = N_LAYER,
     chat_template: str | None = None,
+    latent: int | None = None,
     **extra: float | bool | str | list[int],
 ) -> Path:
     """Writes a model of architecture arch: llama (norm RoPE), qwen3 (neox), glm4 (norm, any n_rot), phi3 (neox, any
-    n_rot), minicpm3 (the last n_rot elements), granitehybrid (n_head_kv by layer, 0: a Mamba layer), gemma2 (every
+    n_rot), minicpm3 (the last n_rot elements), deepseek2 (the same; with a latent or,
+    as older files are, without), granitehybrid (n_head_kv by layer, 0: a Mamba layer), gemma2 (every
     other layer has a sliding window of WINDOW tokens; soft caps), gpt-oss (such layers, sinks, experts), qwen2vl and
     qwen3vl (with rope.dimension_sections M-RoPE and IM-RoPE, as glm4 has it too).
 
-    n_rot: elements of a head that are rotated, all by default. n_layer: unless n_head_kv is a list. extra: more of the
-    metadata, behind "ARCH.".
+    n_rot: elements of a head that are rotated, all by default. n_layer: unless n_head_kv is a list. latent: values of a
+    token's latent, of which V is all and K has n_rot more. extra: more of the metadata, behind "ARCH.".
     """
     rng = np.random.default_rng(0)
     n_rot = head_dim if n_rot is None else n_rot
@@ -57,8 +59,8 @@ def write(
     writer.add_feed_forward_length(N_FF)
     writer.add_head_count(N_HEAD)
     writer.add_head_count_kv(n_head_kv)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
+    writer.add_key_length(latent + n_rot if latent else head_dim)
+    writer.add_value_length(latent or head_dim)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(n_rot)
     writer.add_rope_freq_base(10000.0)
@@ -74,9 +76,16 @@ def write(
         writer.add_expert_count(N_EXPERT)
         writer.add_expert_used_count(2)
         writer.add_expert_feed_forward_length(N_FF)
-    if arch == "minicpm3":
+    if arch in ("minicpm3", "deepseek2"):
         writer.add_q_lora_rank(LORA)
-        writer.add_kv_lora_rank(LORA)
+        writer.add_kv_lora_rank(latent or LORA)
+    if arch == "deepseek2":
+        writer.add_leading_dense_block_count(len(heads))
+        writer.add_expert_feed_forward_length(N_FF)
+        writer.add_expert_shared_count(0)
+    if latent:
+        writer.add_key_length_mla(head_dim)
+        writer.add_value_length_mla(head_dim)
     if arch == "granitehybrid":
         for key, size in dict(SSM, inner_size=2 * n_embd).items():
             writer.add_uint32(f"{arch}.ssm.{key}", size)
@@ -91,13 +100,17 @@ def write(
         norm(f"{layer}.attn_norm", n_embd)
         if arch != "gpt-oss":
             norm(f"{layer}.ffn_norm", n_embd)
-        if arch == "minicpm3":
+        if arch in ("minicpm3", "deepseek2"):
             matrix(f"{layer}.attn_q_a", LORA, n_embd)
             norm(f"{layer}.attn_q_a_norm", LORA)
             matrix(f"{layer}.attn_q_b", N_HEAD * head_dim, LORA)
-            matrix(f"{layer}.attn_kv_a_mqa", LORA + n_rot, n_embd)
-            norm(f"{layer}.attn_kv_a_norm", LORA)
-            matrix(f"{layer}.attn_kv_b", N_HEAD * (2 * head_dim - n_rot), LORA)
+            matrix(f"{layer}.attn_kv_a_mqa", (latent or LORA) + n_rot, n_embd)
+            norm(f"{layer}.attn_kv_a_norm", latent or LORA)
+            if latent:
+                matrix(f"{layer}.attn_k_b", N_HEAD, latent, head_dim - n_rot)
+                matrix(f"{layer}.attn_v_b", N_HEAD, head_dim, latent)
+            else:
+                matrix(f"{layer}.attn_kv_b", N_HEAD * (2 * head_dim - n_rot), LORA)
         elif arch == "phi3":
             matrix(f"{layer}.attn_qkv", (N_HEAD + 2 * n_kv) * head_dim, n_embd)
         elif n_kv:

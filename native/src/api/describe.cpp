@@ -78,14 +78,15 @@ std::string unsupported(const llama_memory_i * memory, const llama_model & model
     if (llama_model_has_encoder(&model)) {
         return refuse("its encoder sees the whole prompt, so no part of it can be computed ahead");
     }
-    if (model.hparams.is_mla()) {
-        return refuse("it caches compressed latents (MLA) instead of K and V");
-    }
     if (model.arch == LLM_ARCH_GROK) { // llama_init_from_model() turns it off, whatever is asked for
         return refuse("llama.cpp computes it without flash attention only, which a prefix needs");
     }
     auto * kept = const_cast<llama_memory_i *>(memory);
-    if (caches_of(kept).empty() && states_of(kept) == nullptr) {
+    const bool keeps = !caches_of(kept).empty() || states_of(kept) != nullptr;
+    if (!keeps && model.hparams.indexer_top_k > 0) {
+        return refuse("an indexer with a cache of its own chooses the tokens that are attended (sparse attention)");
+    }
+    if (!keeps) {
         return refuse("it has no plain KV cache");
     }
     return "";
@@ -160,7 +161,7 @@ std::string describe(const llama_context * ctx) {
                     { "il", il },
                     { "n_head_kv", hparams.n_head_kv(il) },
                     { "head_dim_k", hparams.n_embd_head_k(il) },
-                    { "head_dim_v", hparams.n_embd_head_v(il) },
+                    { "head_dim_v", hparams.is_mla() ? 0 : hparams.n_embd_head_v(il) }, // V is a part of K's row
                     { "rope_base", hparams.has_rope(il) ? (double) model.get_rope_freq_base(cparams, il) : 0.0 },
             });
         }

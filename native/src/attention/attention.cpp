@@ -45,8 +45,14 @@ struct sources {
     }
 };
 
-bool side_supported(const ggml_tensor * t) {
-    return fused_head_supported(t->type, t->ne[0]) && t->nb[0] == ggml_type_size(t->type);
+bool side_supported(const ggml_tensor * t, bool latent) {
+    return fused_head_supported(t->type, t->ne[0], latent) && t->nb[0] == ggml_type_size(t->type);
+}
+
+// Whether V is the first values of K's rows: views of one tensor, from the same byte on.
+bool latents(const ggml_tensor * k, const ggml_tensor * v) {
+    return k->view_src && v->view_src == k->view_src && v->view_offs == k->view_offs && k->ne[2] == 1 &&
+            v->ne[0] <= k->ne[0] && v->nb[1] == k->nb[1] && v->nb[3] == k->nb[3];
 }
 
 fused_side make_side(const ggml_tensor * t, const ggml_tensor * arena) {
@@ -63,8 +69,8 @@ fused_side make_side(const ggml_tensor * t, const ggml_tensor * arena) {
 }
 
 fused_plan plan_of(const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v) {
-    return fused_make_plan((int) k->ne[0], (int) v->ne[0], (int) k->ne[1], (int) q->ne[1], (int) q->ne[2],
-            (int) k->ne[2], (int) q->ne[3]);
+    return fused_make_plan((int) k->ne[0], (int) v->ne[0], latents(k, v), (int) k->ne[1], (int) q->ne[1],
+            (int) q->ne[2], (int) k->ne[2], (int) q->ne[3]);
 }
 
 node_params params_of(const ggml_tensor * node) {
@@ -103,6 +109,7 @@ void attend(ggml_tensor * dst, int ith, int nth, void *) {
     call.q_nb_stream = q->nb[3];
     call.k = make_side(k, k_arena);
     call.v = make_side(v, v_arena);
+    call.latents = latents(k, v);
     call.mask = mask ? (const char *) mask->data : nullptr;
     call.mask_nb_token = mask ? mask->nb[1] : 0;
     call.mask_nb_head = mask ? mask->nb[2] : 0;
@@ -176,9 +183,9 @@ void merge(ggml_tensor * dst, int ith, int nth, void *) {
 
 bool fused_supported(const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * mask,
         const ggml_tensor * sinks) {
-    return q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[0] == k->ne[0] && side_supported(k) &&
-            side_supported(v) && k->ne[1] == v->ne[1] && k->ne[2] == v->ne[2] && k->ne[3] == q->ne[3] &&
-            v->ne[3] == q->ne[3] && q->ne[2] % k->ne[2] == 0 &&
+    return q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[0] == k->ne[0] &&
+            side_supported(k, latents(k, v)) && side_supported(v, false) && k->ne[1] == v->ne[1] &&
+            k->ne[2] == v->ne[2] && k->ne[3] == q->ne[3] && v->ne[3] == q->ne[3] && q->ne[2] % k->ne[2] == 0 &&
             (!mask ||
                     (mask->type == GGML_TYPE_F16 && mask->nb[0] == sizeof(uint16_t) && mask->ne[1] >= q->ne[1] &&
                             q->ne[2] % mask->ne[2] == 0 && q->ne[3] % mask->ne[3] == 0)) &&
@@ -191,6 +198,7 @@ ggml_tensor * fused_attention(ggml_context * ctx, ggml_tensor * q, ggml_tensor *
         float logit_softcap) {
     GGML_ASSERT(fused_supported(q, k, v, mask, sinks));
     GGML_ASSERT(max_bias <= 0.0f || mask);
+    GGML_ASSERT(!intact || !latents(k, v) || intact->k == intact->v);
 
     const fused_plan plan = plan_of(q, k, v);
     const bool split = plan.n_chunk > 1;

@@ -15,13 +15,14 @@ namespace intactkv {
 
 // Where the F16 rows of intact cells are. nullptr instead of one of these: no cell of the cache is intact.
 struct intact_rows {
-    ggml_tensor * k;           // arena K, F16 [n_embd_k_gqa, n_rows]; nullptr: K of the cache is F16 itself
-    ggml_tensor * v;           // arena V, F16 [n_embd_v_gqa, n_rows]; nullptr: V of the cache is F16 itself
+    ggml_tensor * k; // arena K, F16 [n_embd_k_gqa, n_rows]; nullptr: K of the cache is F16 itself
+    ggml_tensor * v; // arena V, F16 [n_embd_v_gqa, n_rows]; nullptr: V of the cache is F16 itself; of latents K's
     ggml_tensor * row_of_cell; // I32 [n_kv, n_stream]: arena row, -1 = ordinary
 };
 
 // Can fused_attention() compute this call? Types F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, IQ4_NL for K and for V,
-// head sizes that are multiples of 16 up to 512, K, V and sinks in host memory where their buffers are known.
+// head sizes that are multiples of 16 up to 512, K, V and sinks in host memory where their buffers are known. Or latents, of
+// one KV head: V is a view of K's rows, their first values, and K has up to 576.
 bool fused_supported(const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * mask,
         const ggml_tensor * sinks);
 

@@ -23,9 +23,11 @@ static int div_up(int a, int b) {
     return (a + b - 1) / b;
 }
 
-fused_plan fused_make_plan(int dim_k, int dim_v, int n_kv, int n_tokens, int n_head, int n_head_kv, int n_stream) {
+fused_plan fused_make_plan(
+        int dim_k, int dim_v, bool latents, int n_kv, int n_tokens, int n_head, int n_head_kv, int n_stream) {
     const int n_group = n_head / n_head_kv;
-    const int rows_max = std::min(FUSED_ROWS_MAX, FUSED_FLOATS / std::max(dim_k, dim_v) / 16 * 16);
+    const int floats = latents ? FUSED_FLOATS_LATENT : FUSED_FLOATS;
+    const int rows_max = std::min(FUSED_ROWS_MAX, floats / std::max(dim_k, dim_v) / 16 * 16);
 
     fused_plan p;
     p.heads = std::min(n_group, rows_max);

@@ -10,11 +10,13 @@
 
 namespace intactkv {
 
-constexpr int FUSED_HEAD_MAX = 512; // largest head size
-constexpr int FUSED_ROWS_MAX = 96;  // query rows of a block
-constexpr int FUSED_FLOATS = 12288; // query rows x head size of a block
-constexpr int FUSED_TILE = 64;      // cells of a tile
-constexpr int FUSED_PARTIAL = 2;    // floats before the values of a partial result: maximum, sum
+constexpr int FUSED_HEAD_MAX = 512;   // largest head size
+constexpr int FUSED_LATENT_MAX = 576; // largest latent, of which V is a part
+constexpr int FUSED_ROWS_MAX = 96;    // query rows of a block
+constexpr int FUSED_FLOATS = 12288;   // query rows x head size of a block
+constexpr int FUSED_FLOATS_LATENT = 18432;
+constexpr int FUSED_TILE = 64;   // cells of a tile
+constexpr int FUSED_PARTIAL = 2; // floats before the values of a partial result: maximum, sum
 
 // The types of K and V that are read and stored.
 constexpr ggml_type FUSED_TYPES[] = { GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_1, GGML_TYPE_Q5_0,
@@ -53,6 +55,7 @@ struct fused_call {
     const char * q;
     size_t q_nb_token, q_nb_head, q_nb_stream;
     fused_side k, v;
+    bool latents;      // V is the first values of K's rows, also in the arena
     const char * mask; // or nullptr
     size_t mask_nb_token, mask_nb_head, mask_nb_stream;
     int mask_heads, mask_streams;
@@ -67,7 +70,8 @@ struct fused_call {
     float * out;         // result, or partial results [n_stream][n_chunk][n_tokens][n_head][FUSED_PARTIAL + head_dim_v]
 };
 
-fused_plan fused_make_plan(int dim_k, int dim_v, int n_kv, int n_tokens, int n_head, int n_head_kv, int n_stream);
+fused_plan fused_make_plan(
+        int dim_k, int dim_v, bool latents, int n_kv, int n_tokens, int n_head, int n_head_kv, int n_stream);
 
 // ALiBi slope of a query head (arXiv 2108.12409, as in ggml_flash_attn_ext); 1 without a bias.
 float fused_slope(float max_bias, int n_head, int head);

@@ -12,9 +12,9 @@
 
 namespace intactkv {
 
-bool fused_head_supported(ggml_type type, int64_t dim) {
+bool fused_head_supported(ggml_type type, int64_t dim, bool latent) {
     return std::find(std::begin(FUSED_TYPES), std::end(FUSED_TYPES), type) != std::end(FUSED_TYPES) && dim % 16 == 0 &&
-            dim % ggml_blck_size(type) == 0 && dim <= FUSED_HEAD_MAX;
+            dim % ggml_blck_size(type) == 0 && dim <= (latent ? FUSED_LATENT_MAX : FUSED_HEAD_MAX);
 }
 
 bool fused_in_host_memory(const ggml_tensor * t) {
@@ -46,7 +46,8 @@ namespace {
 // What the node keeps at FUSED_PARAMS.
 struct node_params {
     fused_rotation rot;
-    int32_t has_k_rows; // sources behind the six that are always there: the tail's K, its V, and the rows
+    int32_t has_v;      // the cache of V is a source, V, and its cells
+    int32_t has_k_rows; // sources behind these: the tail's K, its V, and the rows
     int32_t has_v_rows;
 };
 
@@ -74,7 +75,7 @@ char * head_of(const ggml_tensor * t, int64_t row, int64_t head, int64_t dim) {
 
 // One new row of one head: rotated, and rounded into the cache and into the tail.
 void store_head(const store_side & to, int64_t head, int64_t token) {
-    alignas(64) float x[FUSED_HEAD_MAX];
+    alignas(64) float x[FUSED_LATENT_MAX];
     const ggml_tensor * cur = to.cur;
     const int64_t dim = cur->ne[0];
     memcpy(x, (const char *) cur->data + head * cur->nb[1] + token * cur->nb[2], dim * sizeof(float));
@@ -89,11 +90,11 @@ void store_head(const store_side & to, int64_t head, int64_t token) {
 void store(ggml_tensor * dst, int ith, int nth, void *) {
     const node_params p = params_of(dst);
     ggml_tensor * const * src = dst->src + 1;
-    const ggml_tensor * v_cache = *src++;
     const ggml_tensor * k = *src++;
-    const ggml_tensor * v = *src++;
     const int64_t * k_cell = (const int64_t *) (*src++)->data;
-    const int64_t * v_cell = (const int64_t *) (*src++)->data;
+    const ggml_tensor * v_cache = p.has_v ? *src++ : nullptr;
+    const ggml_tensor * v = p.has_v ? *src++ : nullptr;
+    const int64_t * v_cell = p.has_v ? (const int64_t *) (*src++)->data : nullptr;
     const ggml_tensor * k_rows = p.has_k_rows ? *src++ : nullptr;
     const ggml_tensor * v_rows = p.has_v_rows ? *src++ : nullptr;
     const int64_t * row = k_rows || v_rows ? (const int64_t *) (*src++)->data : nullptr;
@@ -103,7 +104,7 @@ void store(ggml_tensor * dst, int ith, int nth, void *) {
 
     // K's heads, then V's; a thread takes neighbours, so that no two of them write to one cache line at a time
     const int64_t n_k = k->ne[1] * k->ne[2];
-    const int64_t n = n_k + v->ne[1] * v->ne[2];
+    const int64_t n = n_k + (v ? v->ne[1] * v->ne[2] : 0);
     for (int64_t i = n * ith / nth; i < n * (ith + 1) / nth; i++) {
         const store_side & to = sides[i < n_k ? 0 : 1];
         const int64_t j = i < n_k ? i : i - n_k;
@@ -124,7 +125,7 @@ void narrow_rows(ggml_tensor * dst, int ith, int nth, void *) {
 } // namespace
 
 ggml_tensor * store_rows(ggml_context * ctx, ggml_tensor * to, ggml_tensor * x, ggml_tensor * rows, int64_t head_dim) {
-    if (!fused_head_supported(to->type, head_dim) || !fused_in_host_memory(to)) {
+    if (!fused_head_supported(to->type, head_dim, true) || !fused_in_host_memory(to)) {
         return ggml_set_rows(ctx, to, x, rows);
     }
     GGML_ASSERT(x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && rows->type == GGML_TYPE_I32);
@@ -132,27 +133,28 @@ ggml_tensor * store_rows(ggml_context * ctx, ggml_tensor * to, ggml_tensor * x, 
     return ggml_custom_inplace(ctx, to, others, 2, narrow_rows, GGML_N_TASKS_MAX, nullptr);
 }
 
-bool fused_store_supported(const ggml_tensor * cache, const ggml_tensor * cur) {
-    return fused_head_supported(cache->type, cur->ne[0]) && fused_in_host_memory(cache) &&
+bool fused_store_supported(const ggml_tensor * cache, const ggml_tensor * cur, bool latent) {
+    return fused_head_supported(cache->type, cur->ne[0], latent) && fused_in_host_memory(cache) &&
             cache->ne[0] == cur->ne[0] * cur->ne[1] && cur->type == GGML_TYPE_F32 && cur->nb[0] == sizeof(float) &&
             cur->ne[3] == 1;
 }
 
 ggml_tensor * fused_store(ggml_context * ctx, ggml_tensor * k_cache, ggml_tensor * v_cache, ggml_tensor * k,
         ggml_tensor * v, ggml_tensor * k_cells, ggml_tensor * v_cells, fused_rotation rot, const row_target * tail) {
-    GGML_ASSERT(fused_store_supported(k_cache, k) && fused_store_supported(v_cache, v));
-    GGML_ASSERT(k_cells->type == GGML_TYPE_I64 && v_cells->type == GGML_TYPE_I64);
+    GGML_ASSERT(fused_store_supported(k_cache, k, v_cache == nullptr) && k_cells->type == GGML_TYPE_I64);
+    GGML_ASSERT(!v_cache || (fused_store_supported(v_cache, v) && v_cells->type == GGML_TYPE_I64));
 
-    ggml_tensor * others[GGML_MAX_SRC - 1] = { v_cache, k, v, k_cells, v_cells };
-    int n = 5;
-    node_params params = { rot, tail && tail->k, tail && tail->v };
+    ggml_tensor * others[GGML_MAX_SRC - 1] = { k, k_cells, v_cache, v, v_cells };
+    const int n_always = v_cache ? 5 : 2;
+    int n = n_always;
+    node_params params = { rot, v_cache != nullptr, tail && tail->k, tail && tail->v };
     for (ggml_tensor * rows : { params.has_k_rows ? tail->k : nullptr, params.has_v_rows ? tail->v : nullptr }) {
         if (rows) {
             GGML_ASSERT(rows->type == GGML_TYPE_F16 && tail->rows->type == GGML_TYPE_I64);
             others[n++] = rows;
         }
     }
-    if (n > 5) {
+    if (n > n_always) {
         others[n++] = tail->rows;
     }
     ggml_tensor * out = ggml_custom_inplace(ctx, k_cache, others, n, store, GGML_N_TASKS_MAX, nullptr);

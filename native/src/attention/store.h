@@ -20,8 +20,8 @@ struct row_target {
     ggml_tensor * rows; // I64 [n_tokens]
 };
 
-// Can fused_store() store this K or V? The types and head sizes of fused_supported().
-bool fused_store_supported(const ggml_tensor * cache, const ggml_tensor * cur);
+// Can fused_store() store this K or V? The types and head sizes of fused_supported(). latent: it is K, and V a part of it
+bool fused_store_supported(const ggml_tensor * cache, const ggml_tensor * cur, bool latent = false);
 
 // New K and V into their cells, rotated and rounded: what upstream does with two Hadamard products and two
 // ggml_set_rows(). The node is a view of k_cache; build it into the graph before the attention that reads the cells.
@@ -29,6 +29,7 @@ bool fused_store_supported(const ggml_tensor * cache, const ggml_tensor * cur);
 //   k_cache, v_cache  KV  [head_dim*n_head_kv, n_cells, ...], streams one behind the other
 //   k, v              F32 [head_dim, n_head_kv, n_tokens], any strides but nb[0]
 //   k_cells, v_cells  I64 [n_tokens] the rows of k_cache and v_cache that they go to
+// Of latents, which are K, there is no v_cache, v and v_cells: nullptr.
 ggml_tensor * fused_store(ggml_context * ctx, ggml_tensor * k_cache, ggml_tensor * v_cache, ggml_tensor * k,
         ggml_tensor * v, ggml_tensor * k_cells, ggml_tensor * v_cells, fused_rotation rot,
         const row_target * tail = nullptr);
@@ -48,7 +49,7 @@ void fused_widen(const uint16_t * x, float * out, int64_t n);
 void fused_narrow(ggml_type type, const float * x, void * out, int64_t n);
 
 // A row of K or V of one head: is it of a type and size that attention reads and fused_store() stores?
-bool fused_head_supported(ggml_type type, int64_t dim);
+bool fused_head_supported(ggml_type type, int64_t dim, bool latent = false);
 
 // Unknown (not yet allocated) counts as host memory: the scheduler then puts the tensor where the node runs.
 bool fused_in_host_memory(const ggml_tensor * t);

@@ -59,14 +59,16 @@ void held_rows::read(const uint8_t *& state) {
     const std::vector<uint32_t> layers = a->layer_ids();
     for (const bool is_v : { false, true }) {
         for (const uint32_t il : layers) {
-            get<int32_t>(state); // F16
-            const auto row_size = get<uint64_t>(state);
             auto & exact = is_v ? exact_v : exact_k;
             exact.emplace_back();
-            if (ggml_tensor * cache = is_v ? a->cache_v(il) : a->cache_k(il)) {
-                take(is_v ? a->layer(il).v : a->layer(il).k, exact.back(), cache,
-                        is_v ? a->rotation().v : a->rotation().k, state, items, il, is_v ? "V" : "K");
+            const ggml_tensor * cache = is_v ? a->cache_v(il) : a->cache_k(il);
+            if (cache == nullptr) { // nor has the file rows of it
+                continue;
             }
+            get<int32_t>(state); // F16
+            const auto row_size = get<uint64_t>(state);
+            take(is_v ? a->layer(il).v : a->layer(il).k, exact.back(), cache, is_v ? a->rotation().v : a->rotation().k,
+                    state, items, il, is_v ? "V" : "K");
             state += row_size * items.size();
         }
     }

@@ -82,7 +82,7 @@ arena::arena(llama_kv_cache & kv, const llama_context & ctx) :
 }
 
 // whether the kernel takes a cache of this type with heads of this size, asked as if a token were to be stored
-static bool kernel_knows(const ggml_tensor * cache, int64_t head_dim, int64_t n_head_kv) {
+static bool kernel_knows(const ggml_tensor * cache, int64_t head_dim, int64_t n_head_kv, bool latent = false) {
     ggml_tensor cur = {};
     cur.type = GGML_TYPE_F32;
     cur.nb[0] = sizeof(float);
@@ -90,14 +90,21 @@ static bool kernel_knows(const ggml_tensor * cache, int64_t head_dim, int64_t n_
     cur.ne[1] = n_head_kv;
     cur.ne[2] = 1;
     cur.ne[3] = 1;
-    return fused_store_supported(cache, &cur);
+    return fused_store_supported(cache, &cur, latent);
 }
 
 bool arena::fused(int32_t il, const llama_cparams & cparams) const {
+    if (kind != attention_kind::fused || !cparams.flash_attn) {
+        return false;
+    }
     const uint32_t n_head_kv = kv.hparams.n_head_kv(il);
-    return kind == attention_kind::fused && cparams.flash_attn &&
-            kernel_knows(cache_k(il), kv.hparams.n_embd_head_k(il), n_head_kv) &&
-            kernel_knows(cache_v(il), kv.hparams.n_embd_head_v(il), n_head_kv);
+    const uint32_t dim_k = kv.hparams.n_embd_head_k(il);
+    const uint32_t dim_v = kv.hparams.n_embd_head_v(il);
+    if (has_latents()) {
+        return n_head_kv == 1 && kernel_knows(cache_k(il), dim_k, 1, true) &&
+                fused_head_supported(cache_k(il)->type, dim_v);
+    }
+    return kernel_knows(cache_k(il), dim_k, n_head_kv) && kernel_knows(cache_v(il), dim_v, n_head_kv);
 }
 
 bool arena::fused(const llama_cparams & cparams) const {
@@ -133,9 +140,13 @@ const llama_hparams & arena::hparams() const {
     return kv.hparams;
 }
 
+bool arena::has_latents() const {
+    return !kv.layers.empty() && kv.layers[0].v == nullptr;
+}
+
 fused_rotation arena::rotation() const {
     fused_rotation res;
-    if (!rotates) {
+    if (!rotates || has_latents()) { // of latents upstream makes the matrix, and multiplies nothing by it
         return res;
     }
     if (kv.attn_rot_k) {
@@ -172,7 +183,7 @@ uint32_t arena::n_cells(int32_t seq_id, bool tail_only) const {
 void arena::set_tail(int32_t n) {
     // layers of one cache have the same types
     const ggml_type type_k = kv.layers.empty() ? GGML_TYPE_F16 : kv.type_k();
-    const ggml_type type_v = kv.layers.empty() ? GGML_TYPE_F16 : kv.type_v();
+    const ggml_type type_v = kv.layers.empty() ? GGML_TYPE_F16 : has_latents() ? type_k : kv.type_v();
     if (n < 0) {
         n = reads_intact() && fast ? default_tail(type_k, type_v) : 0;
     }

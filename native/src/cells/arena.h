@@ -39,7 +39,7 @@ enum class attention_kind { stock, portable, fused };
 enum class row_kind : uint8_t { kept, tail };
 
 // The layers' F16 rows, [n_embd_gqa, n_rows] each. nullptr: that side of the cache is F16 or F32 itself, its
-// cells hold the exact values.
+// cells hold the exact values; or it has no such side (arena::has_latents()).
 struct arena_layer {
     ggml_tensor * k = nullptr;
     ggml_tensor * v = nullptr;
@@ -103,7 +103,10 @@ public:
 
     const llama_hparams & hparams() const;
 
-    // [n_embd_gqa, n_cells, n_stream]
+    // Whether K's rows are latents (MLA): V of a cell is a part of its row, of which there is no other copy
+    bool has_latents() const;
+
+    // [n_embd_gqa, n_cells, n_stream]; of V, here and below, nullptr where the cache has latents
     ggml_tensor * cache_k(int32_t il) const;
     ggml_tensor * cache_v(int32_t il) const;
 

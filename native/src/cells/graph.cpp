@@ -117,6 +117,11 @@ static ggml_tensor * write_over(
     return ggml_permute(ctx, res, 0, 2, 1, 3);
 }
 
+// V of latents: the first values of each row
+static ggml_tensor * part_of(ggml_context * ctx, ggml_tensor * k, const ggml_tensor & v) {
+    return ggml_view_4d(ctx, k, v.ne[0], k->ne[1], k->ne[2], k->ne[3], k->nb[1], k->nb[2], k->nb[3], 0);
+}
+
 // as build_attn_mha() has it: [head_dim, n_tokens, n_head, n_stream]
 static ggml_tensor permuted(const ggml_tensor & t, int64_t n_stream) {
     ggml_tensor res = t;
@@ -143,14 +148,18 @@ layer_attention graph_cells::layer(int32_t il, const llama_cparams & cparams, co
     }
     ggml_tensor * k_cache = a->cache_k(il);
     ggml_tensor * v_cache = a->cache_v(il);
-    if (!fused_store_supported(k_cache, k) || !fused_store_supported(v_cache, v)) {
+    const bool latents = a->has_latents();
+    if (!fused_store_supported(k_cache, k, latents) || (!latents && !fused_store_supported(v_cache, v))) {
         return res;
     }
     // what build_attn_mha() will be given, and attend() will ask about once more
     const int64_t n_stream = mask->ne[3];
     ggml_tensor q4 = permuted(*q, n_stream);
     ggml_tensor k4 = *k_cache;
-    ggml_tensor v4 = *v_cache;
+    ggml_tensor v4 = latents ? *k_cache : *v_cache;
+    if (latents) {
+        k4.view_src = v4.view_src = k_cache;
+    }
     for (auto [t, cur] : { std::pair(&k4, k), std::pair(&v4, v) }) {
         t->ne[0] = cur->ne[0];
         t->ne[1] = k_cache->ne[1];
@@ -195,19 +204,28 @@ ggml_tensor * layer_attention::attend(ggml_context * ctx, ggml_tensor * q, ggml_
     GGML_ASSERT(fused || !is_whole);
     if (fused) {
         const llama_hparams & hparams = a.hparams();
-        const intact_rows intact = { a.layer(il).k, a.layer(il).v, cells->row_of_cell };
+        const arena_layer & rows = a.layer(il);
+        const intact_rows intact = { rows.k, a.has_latents() ? rows.k : rows.v, cells->row_of_cell };
 
-        ggml_tensor * res = fused_attention(ctx, q, k, v, mask, sinks, has_intact ? &intact : nullptr,
+        return fused_attention(ctx, q, k, v, mask, sinks, has_intact ? &intact : nullptr,
                 is_whole ? a.rotation() : fused_rotation{}, scale, hparams.f_max_alibi_bias,
                 hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f);
-        return ggml_reshape_2d(ctx, res, res->ne[0] * res->ne[1], res->ne[2] * res->ne[3]);
     }
 
     if (has_intact) {
         k = write_over(ctx, k, a.layer(il).k, cells->rows, cells->cells);
-        v = write_over(ctx, v, a.layer(il).v, cells->rows, cells->cells);
+        v = a.has_latents() ? part_of(ctx, k, *v) : write_over(ctx, v, a.layer(il).v, cells->rows, cells->cells);
     }
     return nullptr;
+}
+
+ggml_tensor * merge_heads(ggml_context * ctx, ggml_tensor * attention, ggml_tensor * v_mla) {
+    ggml_tensor * res = attention;
+    if (v_mla) { // one matrix a head: heads outermost
+        res = ggml_mul_mat(ctx, v_mla, ggml_permute(ctx, res, 0, 2, 1, 3));
+        res = ggml_cont(ctx, ggml_permute(ctx, res, 0, 2, 1, 3));
+    }
+    return ggml_reshape_2d(ctx, res, res->ne[0] * res->ne[1], res->ne[2] * res->ne[3]);
 }
 
 } // namespace intactkv

@@ -40,13 +40,13 @@ public:
     // into the cache, attend() that of upstream's rotations of Q and of the result.
     bool whole() const { return is_whole; }
 
-    // k, v: as in graph_cells::layer(), by now in the basis of the cache unless whole(). Their rows of the tail are
-    // written. Returns whole(): if it is false, upstream stores them in the cache
+    // k, v: as in graph_cells::layer(), by now in the basis of the cache unless whole(); v: nullptr for latents. Their
+    // rows of the tail are written. Returns whole(): if it is false, upstream stores them in the cache
     bool store(ggml_cgraph * gf, ggml_context * ctx, ggml_tensor * k, ggml_tensor * v) const;
 
     // In place of what follows in llm_graph_context::build_attn_mha(). q, k, v as there:
     // [head_dim, n_tokens|n_kv, n_head|n_head_kv, n_stream], permuted. Returns the fused kernel's result, F32
-    // [head_dim_v*n_head, n_tokens*n_stream], or nullptr: upstream's ops go on with k and v, which have been replaced
+    // [head_dim_v, n_head, n_tokens, n_stream], or nullptr: upstream's ops go on with k and v, which have been replaced
     // by F32 copies with the intact rows written over their cells where there are any (portable attention).
     ggml_tensor * attend(ggml_context * ctx, ggml_tensor * q, ggml_tensor *& k, ggml_tensor *& v, ggml_tensor * mask,
             ggml_tensor * sinks, float scale) const;
@@ -61,12 +61,17 @@ private:
     bool is_whole = false;
 };
 
+// What attend() has returned, F32, as build_attn_mha() returns it: [head_dim_v*n_head, n_tokens*n_stream].
+// v_mla: each head's matrix that makes values of the latents that were averaged, [n_latent, head_dim_v, n_head]; or nullptr
+ggml_tensor * merge_heads(ggml_context * ctx, ggml_tensor * attention, ggml_tensor * v_mla);
+
 // Graph input: where the intact cells are; and the attention that reads them. Part of the attention inputs of a
 // graph. Where the cache has no tail, no intact cell in view, and the fused kernel is not in use, it adds nothing to the
 // graph. With a tail a graph serves the next token too, though other cells are intact then.
 class graph_cells {
 public:
-    // mask, k_cells, v_cells: inputs of the same graph, the mask and where upstream's cpy_k() and cpy_v() write
+    // mask, k_cells, v_cells: inputs of the same graph, the mask and where upstream's cpy_k() and cpy_v() write; of latents
+    // there is no second
     void build(ggml_context * ctx, const cells_view & view, ggml_tensor * mask, ggml_tensor * k_cells,
             ggml_tensor * v_cells);
     void set_input(const cells_view & view) const;

@@ -14,6 +14,7 @@ namespace intactkv {
 using json = nlohmann::json;
 
 static constexpr size_t MAX_MANIFEST = 16 << 20; // bytes: a million tokens with their text
+static constexpr unsigned MAX_FORMAT = 2;        // 2: layers without V rows
 static constexpr size_t MAX_NESTING = 32;
 static constexpr size_t MAX_CACHES = 2; // base, and sliding window
 static constexpr size_t MAX_LAYERS = 4096;
@@ -148,24 +149,26 @@ json parse_json(const char * text, size_t size) {
     }
 }
 
-static layer_shape read_layer(const field & layer) {
+static layer_shape read_layer(const field & layer, int64_t format) {
     layer.object()["rope_base"].number();
     const uint64_t heads = layer["n_head_kv"].integer(0, MAX_HEADS); // 0: a layer without attention
+    const uint64_t dim_v = layer["head_dim_v"].integer(format > FORMAT ? 0 : 1, MAX_HEAD_DIM);
     return {
         (uint32_t) layer["il"].integer(0, MAX_LAYERS - 1),
         2 * heads * layer["head_dim_k"].integer(1, MAX_HEAD_DIM),
-        2 * heads * layer["head_dim_v"].integer(1, MAX_HEAD_DIM),
+        2 * heads * dim_v,
+        dim_v > 0,
     };
 }
 
-static cache_shape read_cache(const field & cache) {
+static cache_shape read_cache(const field & cache, int64_t format) {
     cache_shape res;
     res.swa_type = cache.object()["swa_type"].integer(0, 3);
     res.n_swa = cache["n_swa"].integer(res.swa_type == 0 ? 0 : 1, INT32_MAX);
     const field layers = cache["layers"];
     const size_t n = layers.array(0, MAX_LAYERS);
     for (size_t i = 0; i < n; ++i) {
-        res.layers.push_back(read_layer(layers[i]));
+        res.layers.push_back(read_layer(layers[i], format));
         if (i > 0 && res.layers[i].il <= res.layers[i - 1].il) {
             layers[i]["il"].expected("above that of the layer before it, " + std::to_string(res.layers[i - 1].il));
         }
@@ -190,12 +193,12 @@ static recurrent_shape read_recurrent(const field & recurrent) {
 }
 
 // alone: there is nothing beside them
-static std::vector<cache_shape> read_caches(const field & caches, bool alone) {
+static std::vector<cache_shape> read_caches(const field & caches, int64_t format, bool alone) {
     std::vector<cache_shape> res;
     const size_t n = caches.array(alone ? 1 : 0, MAX_CACHES);
     size_t n_layer = 0;
     for (size_t i = 0; i < n; ++i) {
-        res.push_back(read_cache(caches[i]));
+        res.push_back(read_cache(caches[i], format));
         n_layer += res.back().layers.size();
     }
     if (n_layer == 0 && alone) {
@@ -313,7 +316,7 @@ manifest read_manifest(const char * text, size_t size) {
     if (has_states) {
         res.recurrent = read_recurrent(model["recurrent"]);
     }
-    res.caches = read_caches(model["caches"], !has_states);
+    res.caches = read_caches(model["caches"], root["format"].value.get<int64_t>(), !has_states);
     check_rope(model["rope"]);
     res.cell_ext = has_cell_ext(model["rope"]["type"].value.get<std::string>());
 

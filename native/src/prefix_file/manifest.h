@@ -15,6 +15,7 @@ struct layer_shape {
     uint32_t il;          // index of the layer in the model
     uint64_t k_row_bytes; // 2 * n_head_kv * head_dim_k
     uint64_t v_row_bytes; // 2 * n_head_kv * head_dim_v
+    bool has_v;           // false: V is a part of K's rows (MLA), the state has no rows of it
 };
 
 struct cache_shape {

@@ -153,7 +153,9 @@ static void read_cache(reader & in, size_t index, const cache_shape & cache, con
         read_rows(in, "K", index, layer.il, layer.k_row_bytes, cells, n_tokens);
     }
     for (const layer_shape & layer : cache.layers) {
-        read_rows(in, "V", index, layer.il, layer.v_row_bytes, cells, n_tokens);
+        if (layer.has_v) {
+            read_rows(in, "V", index, layer.il, layer.v_row_bytes, cells, n_tokens);
+        }
     }
 }
 

@@ -4,7 +4,8 @@
 //   u32 magic 'ggsq', u32 version 3, u32 n_tokens, i32 tokens[n_tokens]
 //   per KV cache:  u32 n_stream = 1, u32 n_cells, per cell { i32 pos, u32 n_seq_id = 1, i32 seq_id = 0 },
 //                  u32 v_trans = 0, u32 n_layer,
-//                  per layer { i32 type = F16, u64 row_bytes, n_cells rows of K }, the same for V
+//                  per layer { i32 type = F16, u64 row_bytes, n_cells rows of K }, the same for V of those
+//                  layers that have it (not MLA)
 //   of a model with recurrent layers, one state for the sequence:
 //                  u32 n_cells = 1, i32 pos = n_tokens - 1, u32 n_seq_id = 0, u32 s_trans = 0, u32 n_layer of the model,
 //                  per recurrent layer { i32 type = F32, u64 bytes, its convolution's state }, the same for its own

@@ -15,6 +15,7 @@ namespace intactkv {
 namespace {
 
 constexpr int TILE_FLOATS = 8192;                                // cells x head size of a tile
+constexpr int TILE_FLOATS_LATENT = 18432;                        // of latents, whose K is V too
 constexpr int NARROW_MAX = W >= 8 ? 48 : 5;                      // rows up to which an item is narrow
 constexpr int NARROW_MAX_QUANT = W >= 16 ? 24 : W >= 8 ? 12 : 5; // the same, if K and V are quantized
 
@@ -47,19 +48,22 @@ struct tile_rows {
     size_t ahead[FUSED_TILE]; // rows of the next tile, see find_rows()
 };
 
-// A thread's own, on its stack: 241 to 244 KiB.
+constexpr int FLOATS = FUSED_FLOATS_LATENT;
+constexpr int TILE = TILE_FLOATS_LATENT;
+
+// A thread's own, on its stack: about 350 KiB.
 struct alignas(64) scratch {
-    float acc[FUSED_FLOATS];                       // [KV head][row][dim_v]
-    float q[FUSED_FLOATS];                         // narrow: [KV head][row][dim_k]; wide: [dim_k][row]
-    uint8_t q8[FUSED_FLOATS];                      // narrow: [KV head][row][dim_k]; wide: [dim_k/4][row][4]
-    float q_scale[FUSED_FLOATS / QK];              // narrow: [KV head][row][block]; wide: [block][row]
-    float q_sum[FUSED_FLOATS / QK];                // scale times sum of q8 over a block, as q_scale
-    int32_t q_start[FUSED_FLOATS / QK];            // -K_BIAS times sum of q8 over a block, as q_scale
-    float k[TILE_FLOATS];                          // wide: [cell][dim_k]
-    uint8_t k8[TILE_FLOATS];                       // narrow: [dim_k/4][cell, cells_max][4]; wide: [cell][dim_k]
-    float k_scale[TILE_FLOATS / QK];               // narrow: [block][cell, cells_max]; wide: [cell][block]
-    float k_low[TILE_FLOATS / QK];                 // as k_scale
-    float v[TILE_FLOATS];                          // wide: [cell][dim_v]
+    float acc[FLOATS];                             // [KV head][row][dim_v]
+    float q[FLOATS];                               // narrow: [KV head][row][dim_k]; wide: [dim_k][row]
+    uint8_t q8[FLOATS];                            // narrow: [KV head][row][dim_k]; wide: [dim_k/4][row][4]
+    float q_scale[FLOATS / QK];                    // narrow: [KV head][row][block]; wide: [block][row]
+    float q_sum[FLOATS / QK];                      // scale times sum of q8 over a block, as q_scale
+    int32_t q_start[FLOATS / QK];                  // -K_BIAS times sum of q8 over a block, as q_scale
+    float k[TILE];                                 // wide: [cell][dim_k]
+    uint8_t k8[TILE];                              // narrow: [dim_k/4][cell, cells_max][4]; wide: [cell][dim_k]
+    float k_scale[TILE / QK];                      // narrow: [block][cell, cells_max]; wide: [cell][block]
+    float k_low[TILE / QK];                        // as k_scale
+    float v[TILE_FLOATS];                          // wide: [cell][dim_v], or pairs of cells; no floats of latents
     float s[FUSED_ROWS_MAX * FUSED_TILE + W];      // W more: see add_mask()
     float mask[(FUSED_ROWS_MAX + W) * FUSED_TILE]; // narrow: [token][cell]; wide: [cell][token, rounded up to W]
     float max[FUSED_ROWS_MAX];
@@ -73,8 +77,12 @@ inline int round_up(int a, int b) {
     return (a + b - 1) / b * b;
 }
 
-inline int cells_of_tile(int dim) {
-    const int n = TILE_FLOATS / dim / 16 * 16;
+inline int cells_of_tile(int dim_k, int dim_v, bool latents) {
+    int n = TILE_FLOATS / (dim_k > dim_v ? dim_k : dim_v);
+    if (latents) { // V of them has no floats of its own, pairs of cells have half the size
+        n = TILE_FLOATS_LATENT / dim_k < 2 * TILE_FLOATS / dim_v ? TILE_FLOATS_LATENT / dim_k : 2 * TILE_FLOATS / dim_v;
+    }
+    n = n / 16 * 16;
     return n < FUSED_TILE ? n : FUSED_TILE;
 }
 
@@ -86,7 +94,7 @@ struct work {
 
     const int dim_k = call.k.dim;
     const int dim_v = call.v.dim;
-    const int cells_max = cells_of_tile(dim_k > dim_v ? dim_k : dim_v);
+    const int cells_max = cells_of_tile(dim_k, dim_v, call.latents);
 };
 
 // Item i of the plan, chunks varying fastest.

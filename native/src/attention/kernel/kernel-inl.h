@@ -23,7 +23,8 @@
 // tile waits until the next of its kind is full: whose rows are then known, and are read ahead while the first is
 // computed.
 //
-// A TILE (process()) is n <= cells_max cells: 64 up to head size 128, 32 at 256, 16 at 512. Per KV head:
+// A TILE (process()) is n <= cells_max cells: 64 up to head size 128, 32 at 256, 16 at 512; of latents, whose
+// V is the first values of K's rows, 32 at 576 and 48 at 320. Per KV head:
 //
 //     step         file       reads                          writes
 //     find_rows    cells-     the call                       where K and V of the cells are; once for all KV heads
@@ -33,7 +34,7 @@
 //     accumulate   values-    s, beta, V                     acc = beta * acc + s . V
 //
 // Before the first tile load_queries() (queries-) fills q and q8; after the last, write() (output-) empties acc. All
-// but K, V and the mask is in a thread's scratch of 0.24 MB (item-inl.h), for the second cache.
+// but K, V and the mask is in a thread's scratch of 0.36 MB (item-inl.h), for the second cache.
 //
 // NARROW AND WIDE. Two layouts, chosen per item (make_item()):
 //
@@ -85,6 +86,9 @@
 //                         1.00 (f16), 1.09 (7B class q4_0). 128, with FUSED_FLOATS 16384: x 0.93, 1.01, 0.89
 //     FUSED_FLOATS 12288  96 rows of head size 128, see FUSED_ROWS_MAX
 //     FUSED_HEAD_MAX 512  a choice, not measured
+//     of latents          by CPU time, VNNI, at 2048, 1 and 32 tokens. FUSED_FLOATS_LATENT 9216: x 0.87 to 0.96 (q8_0), 1.00
+//                         (f16); 27648: x 0.92 to 1.09 (q8_0), 1.00 (f16). TILE_FLOATS_LATENT 9216: x 0.83 to 1.01
+//                         (q8_0), 0.92 (f16). NARROW_MAX_QUANT 8: x 1.02 to 1.20 with 16 rows; NARROW_MAX 8: x 0.8 (f16)
 //     NARROW_MAX 48       set when the narrow kernels had become faster (95e50df; measured with AVX2 and AVX-512, how
 //                         is not recorded). 12, f16: x 0.95 (16 tokens at 2048), 0.81 (5 tokens, AVX2), 0.96 (16
 //                         tokens, AVX2). 96: x 0.95 (f16, 128 tokens at 512). 5 with vectors of 4: not measured

@@ -68,7 +68,7 @@ inline void load_queries(const work & w) {
         for (int r = 0; r < w.it.rows; r++) {
             const int row = h * w.it.rows + r;
             const float * q = query(w, w.it.kv_head + h, r);
-            alignas(64) float rotated[FUSED_HEAD_MAX];
+            alignas(64) float rotated[FUSED_LATENT_MAX];
             if (w.call.rot_q > 0) {
                 memcpy(rotated, q, sizeof(float) * w.dim_k);
                 rotate(rotated, w.dim_k, w.call.rot_q);

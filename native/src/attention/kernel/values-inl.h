@@ -229,7 +229,7 @@ inline void pack_weights(
 // Quantized V as narrow_values_quant() does it, a block of 32 columns of all rows at a time.
 template <ggml_type T> inline void wide_values_quant(const work & w, int n) {
     int32_t * pairs = (int32_t *) w.mem.v;
-    alignas(64) float scale[TILE_FLOATS / QK], low[TILE_FLOATS / QK];
+    alignas(64) float scale[TILE / QK], low[TILE / QK];
     alignas(64) int32_t products[FUSED_TILE / 2 * FUSED_ROWS_MAX];
     alignas(64) float unit[FUSED_ROWS_MAX], lows[FUSED_ROWS_MAX];
     pack_v<T>(w, n, pairs, scale, low);
@@ -247,10 +247,13 @@ template <ggml_type T> inline void wide_values_quant(const work & w, int n) {
 }
 #endif
 
-// V in floats [cell][dim_v].
+// V in floats [cell][dim_v]. Those of latents that are F16 or BF16 are in mem.k, where the scores had them; others go
+// there, as quantized scores have no floats.
 template <ggml_type T> inline void wide_values_float(const work & w, int n) {
     const row_list rows(w.mem.v_rows, 0, n);
-    for (int c = 0; c < n; c++) {
+    const bool there = w.call.latents && !block<T>::quant;
+    float * out = w.call.latents ? w.mem.k : w.mem.v;
+    for (int c = 0; c < n && !there; c++) {
         if constexpr (block<T>::quant) {
             for (int d = 0; d < w.dim_v; d += QK) {
                 const int offset = d / QK * block<T>::bytes;
@@ -261,7 +264,7 @@ template <ggml_type T> inline void wide_values_float(const work & w, int n) {
                 const vf scale = set1(block_scale<T>(p));
                 const vf low = set1(block_low<T>(p));
                 for (int v = 0; v < QK / W; v++) {
-                    store(w.mem.v + c * w.dim_v + d + v * W, fma(values<T>(p, v), scale, low));
+                    store(out + c * w.dim_v + d + v * W, fma(values<T>(p, v), scale, low));
                 }
             }
         } else {
@@ -269,12 +272,13 @@ template <ggml_type T> inline void wide_values_float(const work & w, int n) {
                 if (d % 32 == 0) {
                     rows.prefetch(c, d * 2);
                 }
-                store(w.mem.v + c * w.dim_v + d, values<T>(rows.here[c] + d * 2, 0));
+                store(out + c * w.dim_v + d, values<T>(rows.here[c] + d * 2, 0));
             }
         }
     }
     const size_t ld = w.dim_v;
-    const gemm_args g = { w.mem.s, 1, (size_t) w.it.rows_pad, w.mem.v, ld, w.mem.acc, ld, w.mem.beta, n };
+    const size_t ld_v = there ? w.dim_k : w.dim_v;
+    const gemm_args g = { w.mem.s, 1, (size_t) w.it.rows_pad, out, ld_v, w.mem.acc, ld, w.mem.beta, n };
     gemm(g, w.it.rows, w.dim_v);
 }
 
