@@ -251,8 +251,8 @@ void fused_test_store(int32_t which, int32_t n_threads, int32_t type_k, int32_t 
     ggml_cgraph * graph = ggml_new_graph(ctx);
     if (which == 1) {
         ggml_build_forward_expand(graph,
-                intactkv::fused_store(ctx, sides[0].cache, sides[1].cache, sides[0].cur, sides[1].cur, cell, dim_v > 0 ? cell : nullptr,
-                        { rot_k, rot_v }, n_rows > 0 ? &tail : nullptr));
+                intactkv::fused_store(ctx, sides[0].cache, sides[1].cache, sides[0].cur, sides[1].cur, cell,
+                        dim_v > 0 ? cell : nullptr, { rot_k, rot_v }, n_rows > 0 ? &tail : nullptr));
     } else {
         for (side & s : sides) {
             if (s.dim == 0) {
