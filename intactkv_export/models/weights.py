@@ -76,6 +76,7 @@ def huggingface_to_gguf(
         with huggingface.with_template(directory, out.with_name(f"{out.name}.source")) as source:
             sys.argv = [str(script), str(source), *options]
             settings_of_the_file(script)
+            heads_of_the_file(script)
             runpy.run_path(str(script), run_name="__main__")
     except IntactKVError:
         raise
@@ -115,6 +116,34 @@ def settings_of_the_file(script: Path) -> None:
         return found if is_mistral_format or not config.is_file() else _with_own(found, huggingface.read_json(config))
 
     base.load_hparams = staticmethod(load_hparams)
+
+
+def heads_of_the_file(script: Path) -> None:
+    """Let upstream's converter, a script whose directory is on sys.path, leave out drafting heads that are not there.
+
+    It counts the layers of multi-token prediction by config.json, or takes them for granted; transformers
+    leaves them out of a model that it saves (Qwen3.5, Qwen3-Next, GLM 4.5, DeepSeek V3). It would stop, or write a GGUF
+    of more layers than it has tensors for. This is its option --no-mtp, for the models that know it.
+    """
+    if not (script.parent / "conversion" / "base.py").is_file():
+        return  # another converter, which INTACTKV_CONVERTER names
+    base = import_module("conversion.base").ModelBase
+    index = base.index_tensors
+
+    def index_tensors(self: Any, remote_hf_model_id: str | None = None) -> dict[str, Any]:
+        found: dict[str, Any] = index(self, remote_hf_model_id)
+        if self.supports_mtp_export and not any(_is_drafting(name, self.hparams) for name in found):
+            self.no_mtp = True
+        return found
+
+    base.index_tensors = index_tensors
+
+
+def _is_drafting(tensor: str, hparams: dict[str, Any]) -> bool:
+    """Whether a tensor, by its name, belongs to a head of multi-token prediction: `mtp`, or a layer behind the last."""
+    n_layer = {**hparams, **hparams.get("text_config", {})}.get("num_hidden_layers")
+    layer = re.search(r"\blayers\.(\d+)\.", tensor)
+    return "mtp" in tensor.split(".") or bool(layer and n_layer is not None and int(layer[1]) >= n_layer)
 
 
 def _with_own(found: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
