@@ -115,7 +115,7 @@ def test_in_a_quantized_cache_it_is_closer_than_one_computed_there(
         bindings.load(mixed.ptr, files[name])
         assert mixed.n_intact() == N and mixed.attention() == attention
         got, plain = mixed.decode(TEXT, N), rounded.decode(TEXT, N)
-        assert distance(got, want) < {"q8_0": 0.005, "q4_0": 0.06}[kv]
+        assert distance(got, want) < {"q8_0": 0.015, "q4_0": 0.2}[kv]
         if kv == "q4_0":
             assert distance(got, want) < distance(plain, want)
             assert kl(want, got) < kl(want, plain)
