@@ -217,7 +217,8 @@ _HEAD = """\
 
 Made by `make models`; do not edit. It makes {models} tiny models with random weights, of {architectures} architectures,
 and tries on each what a prefix is for. They are all that upstream's own test can make, those that upstream's converter
-and transformers share, and some that neither makes. A faster test compares lines of this page with one model of each kind of memory.
+and transformers share, and some that neither makes. A faster test compares lines of this page with one model of each
+kind of memory.
 
 - By architecture, the worst of its models: {counts}.
 - By model: {rows}.
