@@ -40,9 +40,9 @@ REFUSED = "cannot carry a prefix: "
 # A prefix loaded and a tail that holds the whole text: what differs from an F16 cache is where K and V are rounded. Of
 # all architectures' errors at most 0.007.
 TOLERANCE = 0.02
-# A prefix that is the reference's own must not make a quantized model worse. By less than this four texts scatter:
-# where attention is random, of 200 models one is worse by 3%, and another prefix makes it four times as bad. Where
-# another prefix changes less than the quantization does, it cannot be told.
+# A prefix that is the reference's own must not make a quantized model worse. By less than this four texts scatter: of
+# all models one is worse by 3%, and another prefix makes it four times as bad. Where another prefix changes less than
+# the quantization does, it cannot be told.
 WORSE = 1.05
 # Below this another prefix changes nothing, and no check of a prefix could fail.
 LEAST_INFLUENCE = 1e-4

@@ -128,7 +128,7 @@ def models(directory: Path) -> tuple[list[Path], dict[str, str]]:
     for name in random_architectures.ARCHITECTURES:
         made[name] = random_architectures.build(name, directory / name)
     missing = random_architectures.to_gguf(made.values())
-    of_upstream = upstream_archs.make(directory)
+    of_upstream = upstream_archs.make(directory / "upstream")  # has names that are here already
     missing |= of_upstream.crashed
     missing |= {name: NONE.get(name, "upstream's test makes none") for name in of_upstream.left_out}
     there = [path.with_name(path.name + ".gguf") for name, path in made.items() if name not in missing]

@@ -103,19 +103,6 @@ def _chameleon() -> Tensors:
     return _around(layer, n_vocab=8320)  # llama.cpp takes tokens 4 to 8195 for parts of images
 
 
-def _plm() -> Tensors:
-    def layer(at: str) -> Tensors:
-        yield f"{at}attn_norm.weight", (N_EMBD,)
-        yield f"{at}attn_q.weight", (N_HEAD * HEAD, N_EMBD)
-        yield f"{at}attn_kv_a_mqa.weight", (LORA + HEAD // 2, N_EMBD)
-        yield f"{at}attn_kv_a_norm.weight", (LORA,)
-        yield f"{at}attn_kv_b.weight", (N_HEAD * (HEAD // 2 + HEAD), LORA)
-        yield f"{at}attn_output.weight", (N_EMBD, N_HEAD * HEAD)
-        yield from _ffn(at, gate=False)
-
-    return _around(layer, output=False)
-
-
 def _deepseek_ocr() -> Tensors:
     def layer(at: str) -> Tensors:
         yield from _attention(at)
@@ -224,16 +211,6 @@ MODELS: dict[str, tuple[dict[str, Any], Callable[[], Tensors]]] = {
         _deepseek_ocr,
     ),
     "llama-embed": (_HEADS, _llama),
-    "plm": (
-        {
-            **_HEADS,
-            "attention.kv_lora_rank": LORA,
-            "attention.key_length": HEAD,
-            "attention.value_length": HEAD,
-            "rope.dimension_count": HEAD // 2,
-        },
-        _plm,
-    ),
     "rwkv6": ({**_RWKV6, "attention.layer_norm_epsilon": 1e-5}, _rwkv6),
     "rwkv6qwen2": ({**_RWKV6, **_RMS, "token_shift_count": 1}, _rwkv6_qwen2),
 }
