@@ -51,18 +51,3 @@ def _converted(source: Path, out: Path) -> None:
         cls.set_vocab = text._set_vocab_sentencepiece
         below += cls.__subclasses__()
     weights.huggingface_to_gguf(source, out, "F32")
-
-
-@pytest.mark.parametrize(
-    "tensor, drafting",
-    [
-        ("mtp.fc.weight", True),
-        ("model.mtp.layers.0.mlp.up_proj.weight", True),
-        ("model.layers.4.eh_proj.weight", True),
-        ("model.layers.3.mlp.up_proj.weight", False),
-        ("model.embed_tokens.weight", False),
-    ],
-)
-def test_tensors_of_a_drafting_head(tensor: str, drafting: bool) -> None:
-    assert weights._is_drafting(tensor, {"num_hidden_layers": 4}) is drafting
-    assert weights._is_drafting(tensor, {"text_config": {"num_hidden_layers": 4}}) is drafting
