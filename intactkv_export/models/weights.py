@@ -43,6 +43,7 @@ _CONVERTED = ("F32", "F16", "BF16")  # types that upstream's converter writes
 _NEMOTRON_H = {
     "mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-", "moe": "E",
 }  # fmt: skip
+_EXPERTS = ("num_experts_per_tok", "n_routed_experts", "n_group", "topk_group")
 _OTHER_TOWER = re.compile(r"vision|visual|audio")
 CONVERTER_VARIABLE = "INTACTKV_CONVERTER"  # another convert_hf_to_gguf.py than the one installed
 
@@ -129,14 +130,14 @@ def settings_of_the_file(script: Path) -> None:
 
 
 def _nemotron_h(settings: dict[str, Any]) -> dict[str, Any]:
-    """A Nemotron-H without layers of experts: the converter takes one for a mixture that names an expert's number."""
+    """A Nemotron-H without layers of experts is one of a mixture to the converter if settings of experts are there."""
     if settings.get("model_type") != "nemotron_h":
         return settings
     kinds = settings.get("layers_block_type") or []
     pattern = settings.get("hybrid_override_pattern") or "".join(_NEMOTRON_H.get(kind, "?") for kind in kinds)
     if not pattern or "E" in pattern or "?" in pattern:
         return settings
-    dense = {key: value for key, value in settings.items() if key != "num_experts_per_tok"}
+    dense = {key: value for key, value in settings.items() if key not in _EXPERTS}
     return dense | {"hybrid_override_pattern": pattern}
 
 
