@@ -89,8 +89,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         ("Cohere2ForCausalLM", dict(file=dict(rotary_pct=1.0), num_attention_heads=2)),
         ("Cohere2MoeForCausalLM", {}),
         ("DeepseekV2ForCausalLM", _MLA),
-        ("DeepseekV3ForCausalLM", _MLA),
-        ("Glm4MoeLiteForCausalLM", dict(_MLA, file=dict(first_k_dense_replace=1))),
+        ("DeepseekV3ForCausalLM", dict(_MLA, file=dict(scoring_func="sigmoid"))),
+        ("Glm4MoeLiteForCausalLM", dict(_MLA, file=dict(first_k_dense_replace=1, scoring_func="sigmoid"))),
         ("YoutuForCausalLM", _MLA),
         (
             "Dots1ForCausalLM",
@@ -196,6 +196,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         (
             "NemotronHForCausalLM",
             dict(
+                sliding_window=None,
                 mamba_num_heads=4,
                 mamba_head_dim=64,
                 ssm_state_size=64,
