@@ -1,5 +1,7 @@
 """IntactKV as trainable parameters: a prefix's K and V, fitted to the quantized model that will read them.
 
+Of a model with recurrent layers also their states after the prefix, which a prefix file holds in float32.
+
 Everything else of the model is frozen and as it will run: dequantized weights, and behind the prefix a cache that is
 rounded to the KV type. Objectives:
 
@@ -85,8 +87,8 @@ class Settings:
 
 @dataclass
 class Result:
-    """K, V: float16; states: of recurrent layers, float32; n_extra: how many of the rows are of extra cells; in_sight: they are to stay in sight. best_step:
-    after which step they were taken, 0: they are the uncalibrated ones.
+    """K, V: float16; states: of recurrent layers, float32; n_extra: how many of the rows are of extra cells; in_sight:
+    they are to stay in sight. best_step: after which step they were taken, 0: they are the uncalibrated ones.
 
     history: (step, held-out divergence) of each evaluation. steps: how many were made. depths: step -> the divergence
     at each of DEPTHS that the held-out texts reach, of each evaluation. lr: the largest of all steps.

@@ -75,8 +75,8 @@ def check_header(path: str | Path, name: str | Path | None = None, states: bool 
     model = _Model(Path(name or path), [gguf_file.read(file) for file in gguf_file.shards(path)])
     if model.model_type in RECURRENT and not states:
         raise IntactKVError(
-            f"{model.path} of architecture {model.arch!r} has states of recurrent layers, which nothing can be analyzed "
-            "with yet: give a number of tokens instead, or a model without such layers"
+            f"{model.path} of architecture {model.arch!r} has states of recurrent layers, which cannot be analyzed "
+            "yet: give the number of a prefix's tokens yourself"
         )
     model.rope()
 

@@ -90,7 +90,8 @@ class TorchModel:
         """A cache that begins with a prefix, the same one for each of `batch` sequences.
 
         K, V: by layer that has them, llama.cpp's rows [n_prefix, n_head_kv, head_dim], K after RoPE; tensors may
-        require a gradient. They stay as they are; later rows are rounded to kv_type (a name of libllama.KV_TYPES, or a pair for K and V).
+        require a gradient. They stay as they are; later rows are rounded to kv_type (a name of libllama.KV_TYPES, or a
+        pair for K and V).
         grows, tail, in_sight: see MixedCache. extra: how many of the rows, the last ones, stand for no token
         (Prefix.n_extra). after: one whose last pass this one follows (MixedCache.followed).
         states: of the recurrent layers in order, llama.cpp's rows r and s, which may require a gradient too; None: as
