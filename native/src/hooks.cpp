@@ -31,7 +31,7 @@ std::shared_ptr<automatic> enable(llama_context & ctx) {
     if (memory == nullptr || ctx.get_model().hparams.no_alloc) {
         return nullptr;
     }
-    if (unsupported(memory, ctx.get_model()).empty()) {
+    if (without_cells(memory, ctx.get_model()).empty()) {
         for (llama_kv_cache * kv : caches_of(memory)) {
             arena::attach(*kv, ctx);
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import pytest
 
 from intactkv_export import library
 from tests.support import lowlevel, random_models
-from tests.support.lowlevel import Context, L
+from tests.support.lowlevel import Context
 
 NAMES = ["llama-mha", "qwen3", "gemma2", "gemma3", "phi3-partial", "mixtral"]
 N_PREFIX = 20  # more than the sliding window of 8
@@ -73,28 +72,3 @@ def test_intact_cells(gguf: Callable[[str], Path], name: str, swa_full: bool) ->
     np.testing.assert_array_equal(again.decode(text[:1], N_PREFIX), got)
     np.testing.assert_array_equal(again.decode(text[1:], N_PREFIX + 1), first)
     assert np.isfinite(first).all()
-
-
-def describe_error(path: Path) -> str:
-    weights = lowlevel.load_model(path)
-    p = L.llama_context_default_params()
-    p.n_ctx = 64
-    ctx = L.llama_init_from_model(weights, p)
-    lib = L.llama_cpp._lib
-    lib.intactkv_describe.argtypes, lib.intactkv_describe.restype = [ctypes.c_void_p], ctypes.c_char_p
-    lib.intactkv_error.restype = ctypes.c_char_p
-    assert lib.intactkv_describe(ctx) is None
-    L.llama_free(ctx)
-    return str(lib.intactkv_error().decode())
-
-
-def test_recurrent_model_is_refused_with_the_reason(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.MambaConfig(
-        vocab_size=random_models.VOCAB, hidden_size=64, state_size=16, num_hidden_layers=2, intermediate_size=128
-    )
-    transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
-    random_models._tokenizer(tmp_path / "mamba")
-    assert describe_error(convert(tmp_path / "mamba")) == (
-        "a model of architecture 'mamba' cannot carry a prefix: it is recurrent, it has a state instead of a KV cache"
-    )

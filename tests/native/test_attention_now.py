@@ -146,3 +146,15 @@ def test_fused_is_said_only_if_every_layer_is(tmp_path: Path, base: int, swa: in
     assert said_and_ran(path, "bf16") == [("stock", FUSED | FLASH), ("portable", FUSED | FLASH)]
     path = write(tmp_path / "model.gguf", 64, 128)
     assert said_and_ran(path, "bf16") == [("fused", FUSED)] * 2
+
+
+def test_without_a_vocabulary_no_prefix_and_all_else(tmp_path: Path) -> None:
+    """Such a model has the kernel and a tail; what a prefix would be compared with is not there, which is said."""
+    context = Context(lowlevel.load_model(write(tmp_path / "m.gguf", 64)), "q4_0", tail=8, n_ctx=256)
+    context.decode([5, 6, 7], 0)
+    assert context.n_intact() == 3
+    lib = L.llama_cpp._lib
+    lib.intactkv_describe.argtypes, lib.intactkv_describe.restype = [ctypes.c_void_p], ctypes.c_char_p
+    lib.intactkv_error.restype = ctypes.c_char_p
+    assert lib.intactkv_describe(context.ptr) is None
+    assert b"it has no vocabulary" in lib.intactkv_error()

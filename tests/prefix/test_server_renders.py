@@ -70,6 +70,7 @@ def row_of(small: Path, vocabulary: Vocabulary) -> Iterator[Callable[[str], Row]
         yield found
 
 
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "templates.md"
 NONE = "none"
 NAMES = [path.stem for path in templates()] or [NONE]
 
@@ -109,6 +110,7 @@ def test_the_table_counts_them(row_of: Callable[[str], Row]) -> None:
     dated, later = len(BEHIND_THE_DATE), len(IN_THE_LAST_MESSAGE)
     assert len(lines) == 2 + len(NAMES) + 2
     assert lines[-1] == f"{dated} {DATED}; {later} {LATER}; {len(NAMES) - dated - later} {WHOLE}; of {len(NAMES)}"
+    assert PAGE.read_text(encoding="utf-8").endswith("\n".join(lines[:-2]) + "\n")
 
 
 def test_the_models_own_template(model: Callable[[str], Path], small: Path) -> None:

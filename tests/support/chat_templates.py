@@ -226,7 +226,7 @@ def rows(model: Path, vocabulary: Vocabulary, paths: Sequence[Path]) -> Iterator
 
 def markdown(made: Sequence[Row]) -> Iterator[str]:
     """The table of the documents, a line each, and below it the counts."""
-    yield "| template | prefix | tokens of a first turn | with `--date` | requests with tools | thinking on, off |"
+    yield "| template | prefix | tokens | with `--date` | requests with tools | thinking on, off |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for row in made:
         plain, day = (row.prefix.get(name) for name in ("plain", "day"))
@@ -235,7 +235,7 @@ def markdown(made: Sequence[Row]) -> Iterator[str]:
         tools = "too" if row.serves.get("tools") else "`--tools`"
         n = len(plain.tokens) if plain is not None else 0
         other = "both" if switches else "`--template-args`"
-        yield f"| {row.name} | {row.kind('plain')} | {n} of {row.n_plain} | {dated} | {tools} | {other} |"
+        yield f"| {row.name} | {row.kind('plain')} | {n} | {dated} | {tools} | {other} |"
     kinds = [row.kind("plain") for row in made]
     yield ""
     yield "; ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds))) + f"; of {len(made)}"

@@ -105,7 +105,7 @@ int32_t intactkv_n_tail_cells(const llama_context * ctx, llama_seq_id seq_id) {
 }
 
 int32_t intactkv_set_tail(llama_context * ctx, int32_t n_cells) {
-    const std::string why = unsupported(llama_get_memory(ctx), *llama_get_model(ctx));
+    const std::string why = without_cells(llama_get_memory(ctx), *llama_get_model(ctx));
     if (!why.empty()) {
         return n_cells <= 0 ? 0
                             : fail(format("a tail of %d intact cells was asked for, and %s: set the tail to 0", n_cells,

@@ -64,16 +64,16 @@ llama_memory_recurrent * states_of(const llama_context * ctx) {
     return states_of(llama_get_memory(ctx));
 }
 
-std::string unsupported(const llama_memory_i * memory, const llama_model & model) {
-    const char * arch = llm_arch_name(model.arch);
+static std::string refusal(const llama_model & model, const char * why) {
+    return format("a model of architecture '%s' cannot carry a prefix: %s", llm_arch_name(model.arch), why);
+}
+
+std::string without_cells(const llama_memory_i * memory, const llama_model & model) {
     const auto refuse = [&](const char * why) {
-        return format("a model of architecture '%s' cannot carry a prefix: %s", arch, why);
+        return refusal(model, why);
     };
     if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid *>(memory); hybrid && keeps_more(*hybrid)) {
         return refuse("beside its KV cache and its recurrent states it has an indexer's cache");
-    }
-    if (llama_vocab_type(llama_model_get_vocab(&model)) == LLAMA_VOCAB_TYPE_NONE) {
-        return refuse("it has no vocabulary by which a prefix could be told to be its own");
     }
     if (llama_model_has_encoder(&model)) {
         return refuse("its encoder sees the whole prompt, so no part of it can be computed ahead");
@@ -90,6 +90,14 @@ std::string unsupported(const llama_memory_i * memory, const llama_model & model
         return refuse("it has no plain KV cache");
     }
     return "";
+}
+
+std::string unsupported(const llama_memory_i * memory, const llama_model & model) {
+    const std::string why = without_cells(memory, model);
+    if (why.empty() && llama_vocab_type(llama_model_get_vocab(&model)) == LLAMA_VOCAB_TYPE_NONE) {
+        return refusal(model, "it has no vocabulary by which a prefix could be told to be its own");
+    }
+    return why;
 }
 
 // SHA-256 over all token texts, each after its length (u32 LE)

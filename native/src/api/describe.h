@@ -21,7 +21,10 @@ std::vector<llama_kv_cache *> caches_of(const llama_context * ctx);
 llama_memory_recurrent * states_of(llama_memory_i * memory);
 llama_memory_recurrent * states_of(const llama_context * ctx);
 
-// why a model cannot carry a prefix, "" if it can
+// why a model's cache can have no intact cells, "" if it can
+std::string without_cells(const llama_memory_i * memory, const llama_model & model);
+
+// why a model cannot carry a prefix, "" if it can: the same, and what a prefix needs besides
 std::string unsupported(const llama_memory_i * memory, const llama_model & model);
 
 // the JSON of intactkv_describe()
