@@ -47,9 +47,7 @@ def built(root: Path, names: list[str]) -> dict[str, Path]:
     makers |= {name: random_latents.build for name in random_latents.MODELS}
     makers |= {name: random_hybrids.build for name in random_hybrids.MODELS}
     made = {name: make(name, root / name) for name, make in makers.items() if name in (names or makers)}
-    qwen = {name for name in made if name in random_hybrids.MODELS and "qwen" in name}  # without drafting heads
-    random_models.to_gguf(path for name, path in made.items() if name not in qwen)
-    random_models.to_gguf((path for name, path in made.items() if name in qwen), "--no-mtp")
+    random_models.to_gguf(made.values())
     return made
 
 

@@ -123,10 +123,7 @@ def evaluate(
         longest = texts.longest(measured.deepest)
         for model, given in each:
             if missing := set(modes or ()) - {REFERENCE, *given.data}:
-                raise UsageError(
-                    f"{model} cannot be evaluated in mode {missing.pop()!r}: there is no such prefix, only "
-                    f"{', '.join(given.data)}"
-                )
+                raise UsageError(_no_such_mode(model, missing.pop(), given))
             check_context(model, given.prefix, longest, len(given.tokens))
         tell = None if impossible is None else _once(impossible)
         target: Target | None = None
@@ -152,6 +149,15 @@ def _check_one_token(prefix: Prefix, system_prompt: str | Sequence[str] | None) 
             f"a window begins with the first token alone, as llama-perplexity's, and {what}: give a prefix of the "
             "first token, made with `intactkv-export prefix --bos-only`, or leave out --window"
         )
+
+
+def _no_such_mode(model: str | Path, mode: str, given: Given) -> str:
+    why = "there is no such prefix"
+    if mode == "bos" and given.prefix.states:
+        why = (
+            "its prefix has states of recurrent layers and cannot be cut: make one with --bos-only for its first token"
+        )
+    return f"{model} cannot be evaluated in mode {mode!r}: {why}, only {', '.join(given.data)}"
 
 
 def _once(impossible: Callable[[Impossible], None]) -> Callable[[Impossible], None]:

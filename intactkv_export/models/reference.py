@@ -90,6 +90,14 @@ def check_convertible(reference: Reference) -> None:
         huggingface.check(reference.path, config, reference.dtype if reference.quantized else "")
 
 
+def tensor_names(directory: Path) -> list[str] | None:
+    """Of a Hugging Face directory; None: they are in pickles, which are not opened. Raises IntactKVError."""
+    files = _huggingface(directory).files
+    if any(file.suffix != ".safetensors" for file in files):
+        return None
+    return [tensor.name for file in files for tensor in _tensors(file, False)]
+
+
 def identity(reference: Reference) -> str:
     """Which model it is: SHA-256, hex, over the sorted lines "name dtype shape sha256-of-bytes\\n" of its tensors.
 

@@ -24,7 +24,7 @@ from intactkv_export.errors import IntactKVError, UsageError, first_line
 from intactkv_export.libllama import ERROR, reason
 from intactkv_export.models import gguf_file, huggingface, tensor_types
 from intactkv_export.models.imatrix import Imatrix
-from intactkv_export.models.reference import Reference, check_convertible
+from intactkv_export.models.reference import Reference, check_convertible, tensor_names
 from intactkv_export.work import Stages, Steps, full, is_full, usable_cores
 
 # Name -> llama_ftype: QUANT_OPTIONS of upstream's tools/quantize/quantize.cpp.
@@ -39,6 +39,11 @@ ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 # Without an importance matrix upstream refuses these.
 NEEDS_IMATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "Q2_K_S"}
 _CONVERTED = ("F32", "F16", "BF16")  # types that upstream's converter writes
+# Kinds of Nemotron-H's layers, and their letters in its hybrid_override_pattern
+_NEMOTRON_H = {
+    "mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-", "moe": "E",
+}  # fmt: skip
+_OTHER_TOWER = re.compile(r"vision|visual|audio")
 CONVERTER_VARIABLE = "INTACTKV_CONVERTER"  # another convert_hf_to_gguf.py than the one installed
 
 
@@ -100,7 +105,9 @@ def settings_of_the_file(script: Path) -> None:
     """Give upstream's converter, a script whose directory is on sys.path, the settings that config.json has.
 
     It asks transformers for them, whose newer versions leave out or rename some that it reads: the kinds of layers
-    ("attention" of Granite 4 H becomes "full_attention"), patterns of layers (Nemotron-H), rotary_pct.
+    ("attention" of Granite 4 H becomes "full_attention"), patterns of layers (Nemotron-H), rotary_pct. They add experts
+    to a Nemotron-H that has none. And models that transformers has written lack the drafting heads (MTP) that their
+    settings go on to name.
     """
     if not (script.parent / "conversion" / "base.py").is_file():
         return  # another converter, which INTACTKV_CONVERTER names
@@ -112,9 +119,44 @@ def settings_of_the_file(script: Path) -> None:
     def load_hparams(directory: Path, is_mistral_format: bool) -> dict[str, Any]:
         found: dict[str, Any] = load(directory, is_mistral_format)
         config = Path(directory, "config.json")
-        return found if is_mistral_format or not config.is_file() else _with_own(found, huggingface.read_json(config))
+        if is_mistral_format or not config.is_file():
+            return found
+        found = _nemotron_h(_with_own(found, huggingface.read_json(config)))
+        base.no_mtp = not _drafts(Path(directory), found)  # as its option --no-mtp, which not every architecture has
+        return _without_heads(found) if base.no_mtp else found
 
     base.load_hparams = staticmethod(load_hparams)
+
+
+def _nemotron_h(settings: dict[str, Any]) -> dict[str, Any]:
+    """A Nemotron-H without layers of experts: the converter takes one for a mixture that names an expert's number."""
+    if settings.get("model_type") != "nemotron_h":
+        return settings
+    kinds = settings.get("layers_block_type") or []
+    pattern = settings.get("hybrid_override_pattern") or "".join(_NEMOTRON_H.get(kind, "?") for kind in kinds)
+    if not pattern or "E" in pattern or "?" in pattern:
+        return settings
+    dense = {key: value for key, value in settings.items() if key != "num_experts_per_tok"}
+    return dense | {"hybrid_override_pattern": pattern}
+
+
+def _drafts(directory: Path, settings: dict[str, Any]) -> bool:
+    """Whether a directory has tensors of drafting heads, which lie beyond the model's layers; True: not known."""
+    n_layer = {**settings, **(settings.get("text_config") or {})}.get("num_hidden_layers")
+    try:
+        names = tensor_names(directory)
+    except IntactKVError:  # the converter's to say
+        return True
+    if not isinstance(n_layer, int) or names is None:
+        return True
+    layers = (re.search(r"\blayers\.(\d+)\.", name) for name in names if not _OTHER_TOWER.search(name))
+    return any("mtp" in name for name in names) or any(found and int(found[1]) >= n_layer for found in layers)
+
+
+def _without_heads(settings: dict[str, Any]) -> dict[str, Any]:
+    found = {key: 0 if key == "num_nextn_predict_layers" else value for key, value in settings.items()}
+    text = found.get("text_config")
+    return found | {"text_config": _without_heads(text)} if isinstance(text, dict) else found
 
 
 def _with_own(found: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

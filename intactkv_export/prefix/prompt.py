@@ -163,6 +163,8 @@ def _of_conversations(vocabulary: Vocabulary, chat: Template, system_prompt: str
         warnings.warn(
             f"the model's chat template writes no date, so {chat.rendering.date} makes no difference", stacklevel=3
         )
+        if not chat.may_ask_for_date:  # nor do other conversations: nobody need hear of it again
+            chat.rendering = replace(chat.rendering, date=None)
     dated = len(of_one_day) > len(tokens)
     if chat.rendering is not None:
         tokens = _also_for_others(vocabulary, chat, system_prompt, tokens, prompt)

@@ -63,7 +63,8 @@ _ACTIVATIONS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _ACTIVATIONS |= dict.fromkeys(("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "MXFP4"), "q8_0")
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"  # LongRoPE's, float32 [n_rot/2]
 _INSTEAD = (
-    "a reference can be given as a Hugging Face directory, a quantized model of this kind not yet be trained with"
+    "calibrate, analyze and --prefix-tokens auto, which run the quantized GGUF in torch, cannot be used with it; a "
+    "prefix without training can be made (--engine torch: of a Hugging Face directory)"
 )
 
 

@@ -5,6 +5,7 @@
 #include "api/check.h"
 #include "api/describe.h"
 #include "automatic/automatic.h"
+#include "automatic/deferred.h"
 #include "automatic/enable.h"
 #include "cells/arena.h"
 #include "cells/sight.h"
@@ -54,6 +55,27 @@ void before_saving(automatic * prefixes, int32_t seq_id, uint32_t flags) {
         throw std::runtime_error("the tokens of a prefix that were not computed so far cannot be: there is no room, or "
                                  "the batch failed");
     }
+}
+
+bool after_restoring(llama_context & ctx, int32_t seq_id) {
+    llama_memory_i * memory = llama_get_memory(&ctx);
+    try {
+        const llama_memory_recurrent * states = states_of(memory);
+        if (states == nullptr || !deferred_of(*states, seq_id).there) {
+            return true;
+        }
+        if (automatic * prefixes = automatic::of(&ctx); prefixes && prefixes->restored(seq_id)) {
+            return true;
+        }
+        LLAMA_LOG_ERROR(
+                "%s: sequence %d waits for the rest of a prefix, and this context holds none: evaluate its tokens "
+                "again\n",
+                __func__, seq_id);
+    } catch (const std::exception & err) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+    }
+    memory->seq_rm(seq_id, -1, -1);
+    return false;
 }
 
 void keep_on_cpu(ggml_backend_sched_t sched, ggml_backend_t cpu, ggml_tensor * attention) {

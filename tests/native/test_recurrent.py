@@ -115,7 +115,7 @@ def test_in_a_quantized_cache_it_is_closer_than_one_computed_there(
         bindings.load(mixed.ptr, files[name])
         assert mixed.n_intact() == N and mixed.attention() == attention
         got, plain = mixed.decode(TEXT, N), rounded.decode(TEXT, N)
-        assert distance(got, want) < {"q8_0": 0.005, "q4_0": 0.06}[kv]
+        assert distance(got, want) < {"q8_0": 0.015, "q4_0": 0.2}[kv]
         if kv == "q4_0":
             assert distance(got, want) < distance(plain, want)
             assert kl(want, got) < kl(want, plain)
@@ -334,6 +334,60 @@ def test_a_sequence_that_waits_and_is_asked_about(waiting: tuple[str, Context, C
     got = ctx.decode(TOKENS[DEFERRED : N - 1], DEFERRED)
     np.testing.assert_array_equal(got, plain.decode(TOKENS[DEFERRED : N - 1], DEFERRED))
     assert ctx.n_not_computed() == 0
+
+
+def test_a_sequence_that_waits_and_is_moved(waiting: tuple[str, Context, Context]) -> None:
+    """By any distance: what it waits for may come no more, and its tokens are computed, then moved. Part of it only: it
+    cannot go on, and says so by its status."""
+    name, ctx, plain = waiting
+    if not L.llama_memory_can_shift(ctx.memory):
+        pytest.skip("upstream moves no sequence of this model")
+    L.llama_memory_seq_cp(ctx.memory, 0, 1, -1, -1)
+    for distance_moved in (5, 100):
+        for each in (ctx, plain):
+            L.llama_memory_seq_add(each.memory, 0, 0, -1, distance_moved)
+    at = DEFERRED + 105
+    np.testing.assert_array_equal(ctx.decode(TEXT, at), plain.decode(TEXT, at))
+    assert ctx.n_not_computed() == 0
+    if name not in PURE:
+        L.llama_memory_seq_add(ctx.memory, 1, 4, -1, 3)
+        assert ctx.batch([(token, DEFERRED + 3 + i, [1], True) for i, token in enumerate(TEXT)]) < 0
+
+
+def test_saving_a_sequence_that_waits_leaves_the_outputs(weights: Any, files: Any) -> None:
+    """Of the batch before, which the program may not have looked at."""
+    for name in SOME:
+        ctx = held(weights[name], "q8_0", files[name], kv_unified=True)
+        plain = context(weights[name], "q8_0", n_seq_max=4, kv_unified=True)
+        entries = [(token, i, [0], False) for i, token in enumerate(TOKENS[:DEFERRED])]
+        entries += [(token, i, [1], i in (3, 8)) for i, token in enumerate(TEXT[:9])]
+        for each in (ctx, plain):
+            assert each.batch(entries) == 0
+        assert ctx.n_not_computed() == DEFERRED
+        ctx.save(0)
+        assert ctx.n_not_computed() == 0 and ctx.logits(DEFERRED) is None
+        for i in (3, 8):
+            got, want = ctx.logits(DEFERRED + i), plain.logits(DEFERRED + i)
+            assert got is not None and want is not None and distance(got, want) < 1e-4
+
+
+def test_a_sequence_that_waits_goes_on_in_another_context(
+    waiting: tuple[str, Context, Context], paths: Any, weights: Any, files: Any
+) -> None:
+    """From a checkpoint: where the prefix is held as if it had waited there; elsewhere it is refused."""
+    name, ctx, plain = waiting
+    checkpoint = ctx.save_partial(0)
+    other = held(weights[name], "q8_0", files[name], kv_unified=True)
+    want = plain.decode(TEXT, DEFERRED)
+    assert other.batch([(token, i, [0], True) for i, token in enumerate(TOKENS[:DEFERRED])]) == 0
+    assert other.restore_partial(checkpoint, 0)
+    np.testing.assert_array_equal(other.decode(TEXT, DEFERRED), want)
+    for data in ((), (prefix_of(paths[name], TEXT[:8]),)):
+        none = held(weights[name], "q8_0", *data, kv_unified=True)
+        assert none.batch([(token, i, [0], True) for i, token in enumerate(TOKENS[:DEFERRED])]) == 0
+        assert not none.restore_partial(checkpoint, 0)
+        assert L.llama_memory_seq_pos_max(none.memory, 0) == -1
+        assert np.isfinite(none.decode(TEXT, 0)).all()
 
 
 def test_first_token_alone(paths: Any, weights: Any) -> None:

@@ -264,7 +264,15 @@ def test_a_date_behind_the_prompt_can_be_fixed_too(vocabulary: Vocabulary) -> No
 
 def test_a_date_that_is_nowhere_is_said(vocabulary: Vocabulary) -> None:
     with pytest.warns(UserWarning, match="writes no date, so 2026-11-26 makes no difference"):
-        make_prompt(vocabulary, AGENT, SYSTEM, rendering=Rendering.checked(day="2026-11-26"))
+        made = make_prompt(vocabulary, AGENT, SYSTEM, rendering=Rendering.checked(day="2026-11-26"))
+    assert made.rendering is not None and made.rendering.date is None  # chat and serve would say it again
+
+
+def test_a_date_that_other_conversations_write_is_kept(vocabulary: Vocabulary) -> None:
+    template = "{% if messages|length > 8 %}{{ strftime_now('%A') }}{% endif %}" + AGENT
+    with pytest.warns(UserWarning, match="writes no date, so 2026-11-26 makes no difference"):
+        made = make_prompt(vocabulary, template, SYSTEM, rendering=Rendering.checked(day="2026-11-26"))
+    assert made.rendering is not None and made.rendering.date == date(2026, 11, 26)
 
 
 @pytest.mark.parametrize(

@@ -33,14 +33,19 @@ from tests.support.lowlevel import Context, L
 N_PREFIX, N_TEXT, N_TEXTS = 24, 24, 4
 TAIL = 64  # more than a text has: every cell behind the prefix is at F16 too
 KV_TYPES = ("q8_0", "q4_0")
+N_THREADS = 1  # rows are made several at a time
+SIZES = dict(n_ctx=256, n_batch=256, n_ubatch=64, n_threads=N_THREADS, n_threads_batch=N_THREADS)
 REFUSED = "cannot carry a prefix: "
 
 # A prefix loaded and a tail that holds the whole text: what differs from an F16 cache is where K and V are rounded. Of
 # all architectures' errors at most 0.007.
 TOLERANCE = 0.02
-# A prefix that is the reference's own must not make a quantized model worse. Where another prefix changes less than the
-# quantization does, it cannot be told.
-WORSE = 1.02
+# A prefix that is the reference's own must not make a quantized model worse. By less than this four texts scatter: where
+# attention is random, of 200 models one is worse by 3%, and another prefix makes it four times as bad. Where another
+# prefix changes less than the quantization does, it cannot be told.
+WORSE = 1.05
+# Below this another prefix changes nothing, and no check of a prefix could fail.
+LEAST_INFLUENCE = 1e-4
 
 
 @dataclass
@@ -73,9 +78,14 @@ class _Here:
 
 
 def error(got: np.ndarray, expected: np.ndarray) -> float:
-    """Relative error of logits [n, n_vocab], their means taken away. Raises Wrong for logits that are not finite."""
+    """Relative error of logits [n, n_vocab], their means taken away. Raises Wrong for logits that are not finite.
+
+    Without tokens that the graph itself shuts out by the lowest of all numbers (Chameleon's parts of images).
+    """
     if not np.isfinite(got).all():
         raise Wrong("logits are not finite")
+    open_to_text = (expected > np.finfo(np.float32).min).all(0)
+    got, expected = got[:, open_to_text], expected[:, open_to_text]
     a, b = (np.float64(x) - np.float64(x).mean(-1, keepdims=True) for x in (got, expected))
     return float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-30))
 
@@ -94,14 +104,14 @@ class Check:
 
     def prefix(self, tokens: Sequence[int], engine: str = "llama", reference: Reference | None = None) -> Prefix:
         prompt = Prompt(list(tokens), "", None, False, None)
-        settings = Engine(engine, None, "cpu", None, 2, 0)
+        settings = Engine(engine, None, "cpu", None, N_THREADS, 0)
         stages: Any = _Here(self.work)
         reference = reference or self.reference
         return compute(stages, settings, reference, self.gguf, prompt, identity(reference))
 
     def context(self, kv: str, tail: int = 0, model: Any = None) -> Context:
         with automatic.environment("off"):
-            return Context(model or self.model, kv, tail=tail, n_ctx=256, n_batch=256, n_ubatch=64)
+            return Context(model or self.model, kv, tail=tail, **SIZES)
 
     def behind(self, kv: str, prefix: Prefix | Sequence[int], tail: int = 0, model: Any = None) -> list[np.ndarray]:
         """Logits of each text behind a prefix, which is loaded, or tokens, which are computed."""
@@ -129,6 +139,8 @@ def measure(check: Check, row: Row) -> None:
     exact = check.behind("f16", check.prompt)
     wrong = check.behind("f16", other)
     numbers["influence"] = _mean(wrong, exact)  # of the prefix on what follows
+    if numbers["influence"] < LEAST_INFLUENCE:
+        raise Wrong(f"the prefix of another text changes logits by {numbers['influence']:.1g} only")
     numbers["f16"] = _mean(check.behind("f16", own), exact)
     _not_above(numbers["f16"], TOLERANCE, "a prefix in an F16 cache: error")
     for kv in KV_TYPES:
@@ -160,7 +172,7 @@ def _not_above(value: float, limit: float, what: str) -> None:
 def _of_quantized(check: Check, row: Row, own: Prefix, other: Prefix, exact: list[np.ndarray]) -> None:
     """The reference's prefix in a quantized model makes it more like the reference; that of another text does not."""
     target = check.work / "q4_0.gguf"
-    weights.quantize(check.gguf, target, "Q4_0", n_threads=2)
+    weights.quantize(check.gguf, target, "Q4_0", n_threads=N_THREADS)
     model = lowlevel.load_model(target)
     for name, prefix in (("plain", check.prompt), ("own", own), ("other", other)):
         row.numbers[f"q4_0 weights, {name}"] = _mean(check.behind("f16", prefix, model=model), exact)
@@ -197,7 +209,7 @@ def _automatic(check: Check, own: Prefix, kv: str) -> None:
     path = check.work / "own.ikv"
     path.write_bytes(own.data)
     tokens = [*check.prompt, *check.texts[0]]
-    ctx = automatic.context(check.model, kv, path, n_ctx=256, n_batch=256, n_ubatch=64)
+    ctx = automatic.context(check.model, kv, path, **SIZES)
     by_hand = check.context(kv)
     bindings.load(by_hand.ptr, own.data)
     expected = by_hand.decode(check.texts[0], N_PREFIX)

@@ -307,8 +307,8 @@ def build(name: str, directory: Path, *, seed: int = 0) -> Path:
     return directory
 
 
-# Upstream's converter, as convert runs it, in one process, as most of its time goes into imports. Of every class: the
-# vocabulary is ours, drafting heads are left out (a random model has none). Prints what it could not convert, and why.
+# Upstream's converter, as convert runs it, in one process, as most of its time goes into imports. Of every class the
+# vocabulary is ours. Prints what it could not convert, and why.
 _CONVERT = """
 import logging, runpy, sys
 converter, *directories = sys.argv[1:]
@@ -322,7 +322,7 @@ conversion.load_all_models()
 def below(cls):
     return [cls, *(found for sub in cls.__subclasses__() for found in below(sub))]
 for cls in below(TextModel):
-    cls.set_vocab, cls.no_mtp = TextModel._set_vocab_sentencepiece, True
+    cls.set_vocab = TextModel._set_vocab_sentencepiece
 logging.disable(logging.CRITICAL)
 for directory in directories:
     sys.argv = [converter, directory, "--outtype", "f32", "--outfile", directory + ".gguf"]

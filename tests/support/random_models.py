@@ -292,14 +292,15 @@ def _tokenizer(directory: Path) -> None:
 def to_gguf(directories: Iterable[Path], *arguments: str) -> None:
     """Write NAME.gguf beside each: upstream's converter, F32, in one process, as most of its time goes into imports.
 
-    Architectures whose tokenizer it looks for as BPE alone get ours as well. Nemotron-H's config.json is read as it is
-    written: upstream reads what transformers makes of it, where all of them have experts. arguments: further ones.
+    Architectures whose tokenizer it looks for as BPE alone get ours as well. arguments: further ones.
     """
     code = (
-        "import json, runpy, sys\n"
+        "import json, pathlib, runpy, sys\n"
         "converter, arguments, *dirs = sys.argv[1:]\n"
         "sys.path.insert(0, converter.rpartition('/')[0])\n"
-        "from conversion.base import ModelBase, TextModel\n"
+        "from intactkv_export.models import weights\n"
+        "weights.settings_of_the_file(pathlib.Path(converter))\n"
+        "from conversion.base import TextModel\n"
         "from conversion.chatglm import ChatGLMModel\n"
         "from conversion.exaone import Exaone4Model\n"
         "from conversion.gemma import Gemma4Model\n"
@@ -309,11 +310,6 @@ def to_gguf(directories: Iterable[Path], *arguments: str) -> None:
         "TextModel._set_vocab_gpt2 = TextModel._set_vocab_glm = TextModel._set_vocab_sentencepiece\n"
         "for own in (ChatGLMModel, Exaone4Model, Gemma4Model, Glm4Model, NemotronHModel, StableLMModel):\n"
         "    own.set_vocab = TextModel._set_vocab_sentencepiece\n"
-        "found = ModelBase.load_hparams\n"
-        "def load(directory, is_mistral_format):\n"
-        "    written = json.load(open(directory / 'config.json'))\n"
-        "    return written if written['model_type'] == 'nemotron_h' else found(directory, is_mistral_format)\n"
-        "ModelBase.load_hparams = staticmethod(load)\n"
         "for d in dirs:\n"
         "    sys.argv = [converter, d, '--outtype', 'f32', '--outfile', d + '.gguf', *json.loads(arguments)]\n"
         "    runpy.run_path(converter, run_name='__main__')\n"

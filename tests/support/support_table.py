@@ -6,8 +6,9 @@
     python -m tests.support.support_table PAGE.md --keep DIR    the models and each row's numbers (rows.json) stay there
 
 Models: random_models.py (the torch engine is proven with them), random_architectures.py, upstream_archs.py,
-tiny_rwkv.py. A row is of one model and made in a process of its own (architecture_row.py). Nothing in the page is
-written by hand but FAMILIES, which says what the architectures of well-known models are called.
+tiny_rwkv.py, tiny_others.py. A row is of one model and made in a process of its own (architecture_row.py). Nothing in
+the page is written by hand but FAMILIES, which says what the architectures of well-known models are called, and NONE,
+which says why there is no model of some.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.support import random_architectures, random_models, tiny_rwkv, upstream_archs
+from tests.support import random_architectures, random_models, tiny_others, tiny_rwkv, upstream_archs
 from tests.support.architecture_row import Row, architecture
 from tests.support.paths import REPO
 
@@ -69,7 +70,20 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "MiniMax M3": ("minimax-m3",),
     "MiniMax-01, M1": ("minimax-01",),
     "Mamba, Mamba 2": ("mamba", "mamba2"),
-    "RWKV 7": ("rwkv7",),
+    "RWKV 6, RWKV 7": ("rwkv6", "rwkv7"),
+    "BitNet b1.58": ("bitnet",),
+}
+_ENCODER = "an encoder for embeddings, it has no KV cache"
+_DRAFTS = "a drafting head, which llama.cpp runs beside the model that it drafts for"
+# Architectures of which no tiny model is tried, and why
+NONE: dict[str, str] = {
+    **dict.fromkeys(("bert", "eurobert", "gemma-embedding", "jina-bert-v2", "jina-bert-v3"), _ENCODER),
+    **dict.fromkeys(("modern-bert", "neo-bert", "nomic-bert", "nomic-bert-moe", "t5encoder"), _ENCODER),
+    **dict.fromkeys(("dflash", "eagle3", "gemma4-assistant"), _DRAFTS),
+    "clip": "an encoder of images, which other models bring",
+    "gptj": "llama.cpp knows its name, and cannot load it",
+    "plm": "this release of llama.cpp aborts when it computes it, with or without intactkv-export",
+    "wavtokenizer-dec": "it makes sound of tokens, and has no KV cache",
 }
 _STATUS = {
     "works": "works",
@@ -116,9 +130,10 @@ def models(directory: Path) -> tuple[list[Path], dict[str, str]]:
     missing = random_architectures.to_gguf(made.values())
     of_upstream = upstream_archs.make(directory)
     missing |= of_upstream.crashed
-    missing |= dict.fromkeys(of_upstream.left_out, "upstream's test makes none")
+    missing |= {name: NONE.get(name, "upstream's test makes none") for name in of_upstream.left_out}
     there = [path.with_name(path.name + ".gguf") for name, path in made.items() if name not in missing]
     there.append(tiny_rwkv.write(directory / "rwkv7.gguf"))
+    there += [tiny_others.write(name, directory / f"{name}.gguf") for name in tiny_others.MODELS]
     return [*there, *of_upstream.paths.values()], missing
 
 
@@ -201,8 +216,9 @@ _HEAD = """\
 # Which models work
 
 Made by `make models`; do not edit. It makes {models} tiny models with random weights, of {architectures} architectures,
-and tries on each what a prefix is for. They are all that upstream's own test can make, and those that upstream's
-converter and transformers share. A faster test compares lines of this page with one model of each kind of memory.
+and tries on each what a prefix is for. They are all that upstream's own test can make, those that upstream's converter
+and transformers share, and some that neither makes. A faster test compares lines of this page with one model of each
+kind of memory.
 
 - By architecture, the worst of its models: {counts}.
 - By model: {rows}.
@@ -210,10 +226,10 @@ converter and transformers share. A faster test compares lines of this page with
 **Works** means that all of this holds. The llama engine computes a prefix, and it is loaded in F16, q8_0 and q4_0
 caches. With a tail, logits of the text behind it are those of an F16 cache (relative error at most {error_f16},
 {error_q8_0} and {error_q4_0}); without one, the first token's are nearer to them than without a prefix. In the model
-quantized to Q4_0 the prefix of the unquantized one makes no logits worse, and that of another text does (a random model
-can tell in {told} of {works}). Given by `llama_decode` itself it gives the same bits; so does a sequence saved and
-loaded. **Refused**: the reason is what `convert`, `prefix` and loading say. Quality is not shown here: weights are
-random.
+quantized to Q4_0 the prefix of the unquantized one makes no logits worse (by more than 5%: so much a few texts
+scatter), and that of another text does (a random model can tell in {told} of {works}). Given by `llama_decode` itself
+it gives the same bits; so does a sequence saved and loaded. **Refused**: the reason is what `convert`, `prefix` and
+loading say. Quality is not shown here: weights are random.
 
 Torch engine: it computes the same prefix. Can be calibrated: `calibrate` and `convert --calibrate` take it. Not asked:
 the tiny model is no Hugging Face directory.
@@ -230,7 +246,7 @@ _ALL = """
 _MISSING = """
 ## Not tried
 
-Of these no tiny model could be made:
+Of these there is no tiny model:
 
 """
 

@@ -23,7 +23,7 @@ from typing import Any
 from intactkv_export import library
 from intactkv_export.errors import UsageError, first_line
 from intactkv_export.libllama import Vocabulary
-from intactkv_export.prefix.chat_template.day import beginning, date_variables
+from intactkv_export.prefix.chat_template.day import asks_clock, beginning, date_variables
 from intactkv_export.prefix.chat_template.rendering import Rendering
 from intactkv_export.prefix.chat_template.server_jinja import compile_template, numbers
 
@@ -121,6 +121,11 @@ class Template:
             other.rendering = replace(self.rendering, date=day)
             texts.add(other.conversation(system_prompt, "Hello"))
         return len(texts) > 1
+
+    @property
+    def may_ask_for_date(self) -> bool:
+        """Whether there is something in it that can give a date, in whatever conversation."""
+        return asks_clock(self._source) or any(map(self.asks_for, date_variables(DATE)))
 
     def asks_for(self, name: str) -> bool:
         """Whether it may look at a variable."""

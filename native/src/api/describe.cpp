@@ -89,6 +89,9 @@ std::string without_cells(const llama_memory_i * memory, const llama_model & mod
     if (!keeps) {
         return refuse("it has no plain KV cache");
     }
+    if (!model.hparams.causal_attn || model.arch == LLM_ARCH_LLAMA_EMBED) { // made for embeddings of whole texts
+        return refuse("its tokens attend to those that follow them, so no part of a text can be computed ahead");
+    }
     return "";
 }
 

@@ -90,9 +90,7 @@ bool automatic::is_plain(const llama_batch_ext & batch) const {
 
 bool automatic::decode(const llama_batch_ext & batch, int & status) {
     const bool plain = is_plain(batch);
-    const bool wait = waits && !inside && // of the sequences that do, some may be in this batch
-            std::any_of(batch.tokens.begin(), batch.tokens.end(),
-                    [&](const auto & t) { return (uint32_t) t.pos[0] < held.longest(); });
+    const bool wait = waits && !inside; // some sequence may, one of this batch too
     if (plain && !wait) {
         return false;
     }
@@ -125,6 +123,7 @@ bool automatic::decode(const llama_batch_ext & batch, int & status) {
         undo(starts);
         status = -2;
     }
+    waits = waits && held.any_deferred();
     inside = false;
     outputs.clear();
     return !starts.empty() || (wait && status != 0);
@@ -154,6 +153,7 @@ int automatic::finish(const std::vector<llama_seq_id> & seqs) {
     for (const llama_seq_id seq_id : seqs) {
         uint32_t n = 0;
         const held_prefix & prefix = *held.deferred(seq_id, n);
+        const int32_t shift = held.shift_of(seq_id);
         ctx.memory->seq_rm(seq_id, -1, -1);
         int status = 0;
         for (uint32_t begin = 0; begin < n && status == 0; begin += ctx.cparams.n_batch) {
@@ -171,6 +171,11 @@ int automatic::finish(const std::vector<llama_seq_id> & seqs) {
         if (status != 0) {
             ctx.memory->seq_rm(seq_id, -1, -1);
             held.defer({ seq_id }, prefix, n);
+        }
+        if (shift != 0) {
+            ctx.memory->seq_add(seq_id, 0, -1, shift);
+        }
+        if (status != 0) {
             return status;
         }
         ctx.synchronize();
@@ -194,13 +199,61 @@ bool automatic::finish(llama_seq_id seq_id) {
                 waiting.push_back(i);
             }
         }
+        const kept_outputs last = waiting.empty() ? kept_outputs() : keep_outputs();
         status = finish(waiting);
+        if (!waiting.empty()) {
+            give_back(last);
+        }
     } catch (const std::exception & err) {
         LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
     }
     inside = false;
     outputs.clear();
     return status == 0;
+}
+
+// Who saves a sequence may look at the last batch's outputs afterwards.
+automatic::kept_outputs automatic::keep_outputs() {
+    kept_outputs res;
+    if (!ctx.buf_output) {
+        return res;
+    }
+    ctx.output_reorder();
+    const auto * bytes = (const uint8_t *) ggml_backend_buffer_get_base(ctx.buf_output.get());
+    res.bytes.assign(bytes, bytes + ggml_backend_buffer_get_size(ctx.buf_output.get()));
+    res.n = ctx.n_outputs;
+    res.ids = ctx.output_ids;
+    res.of_sequences = ctx.embd_seq;
+    res.n_logits = ctx.sampling.logits_count;
+    res.n_probs = ctx.sampling.probs_count;
+    res.n_candidates = ctx.sampling.candidates_count;
+    return res;
+}
+
+void automatic::give_back(const kept_outputs & last) {
+    ctx.synchronize();
+    if (last.bytes.empty()) {
+        return;
+    }
+    ctx.output_reserve(last.n); // as that batch had them, in a buffer that never shrinks
+    memcpy(ggml_backend_buffer_get_base(ctx.buf_output.get()), last.bytes.data(), last.bytes.size());
+    ctx.n_outputs = last.n;
+    ctx.output_ids = last.ids;
+    ctx.output_swaps.clear();
+    ctx.embd_seq = last.of_sequences;
+    ctx.sampling.logits_count = last.n_logits;
+    ctx.sampling.probs_count = last.n_probs;
+    ctx.sampling.candidates_count = last.n_candidates;
+}
+
+// Into a sequence the state of one that waits may have been read.
+bool automatic::restored(llama_seq_id seq_id) {
+    uint32_t n = 0;
+    if (!held.deferred(seq_id, n)) {
+        return false;
+    }
+    waits = true;
+    return true;
 }
 
 // A copy between streams that is pending would come over what is loaded now, or looked at.

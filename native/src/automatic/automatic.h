@@ -12,6 +12,7 @@
 #include "keeping/keeper.h"
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -53,6 +54,10 @@ public:
     // Computes what a sequence (-1: each) has that was deferred: it is about to be saved. false: it cannot be
     bool finish(llama_seq_id seq_id);
 
+    // A state was read into a sequence; whether it waits for the rest of a prefix. Throws std::runtime_error: of one that
+    // this context does not hold
+    bool restored(llama_seq_id seq_id);
+
     // Into a sequence, which it replaces; "" or why not
     std::string load(int32_t i, llama_seq_id seq_id);
 
@@ -71,6 +76,18 @@ private:
 
     // outputs of the goes before the last, by index in the caller's batch
     std::vector<std::pair<uint32_t, std::vector<float>>> outputs;
+
+    // what the last batch has left for the program to read
+    struct kept_outputs {
+        std::vector<uint8_t> bytes;
+        uint32_t n = 0;
+        std::vector<int32_t> ids;
+        std::map<llama_seq_id, std::vector<float>> of_sequences;
+        std::vector<uint32_t> n_logits, n_probs, n_candidates; // of backend sampling
+    };
+
+    kept_outputs keep_outputs();
+    void give_back(const kept_outputs & last);
 
     bool is_plain(const llama_batch_ext & batch) const;
     void settle();

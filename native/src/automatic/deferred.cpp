@@ -72,10 +72,10 @@ deferred_note deferred_of(const llama_memory_recurrent & states, llama_seq_id se
     const int32_t src = states.cells[cell].src;
     uint32_t note[N_NOTE];
     ggml_backend_tensor_get(t, note, (src >= 0 ? src : cell) * t->nb[1], sizeof(note));
-    if (note[0] != TAG || states.cells[cell].pos != (int32_t) note[1] - 1) {
+    if (note[0] != TAG) {
         return {};
     }
-    deferred_note res{ true, note[1], 0 };
+    deferred_note res{ true, note[1], 0, states.cells[cell].pos + 1 - (int32_t) note[1] };
     for (size_t i = 0; i < 4; ++i) {
         res.hash |= (uint64_t) note[2 + i] << 16 * i;
     }

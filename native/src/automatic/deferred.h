@@ -24,6 +24,7 @@ struct deferred_note {
     bool there = false;
     uint32_t n = 0;    // tokens
     uint64_t hash = 0; // of the prefix's
+    int32_t shift = 0; // by how much the sequence was moved since
 };
 
 // What a sequence has instead of a state

@@ -241,6 +241,33 @@ const held_prefix * prefixes::deferred(llama_seq_id seq_id, uint32_t & n) const 
             seq_id, n));
 }
 
+int32_t prefixes::shift_of(llama_seq_id seq_id) const {
+    const deferred_note note = deferred_of(*states_of(ctx), seq_id);
+    for (const held_rows & rows : list.front().caches) {
+        const arena & a = rows.of();
+        llama_pos expected = note.shift;
+        for (const auto & [pos, cell] : a.cells_of(a.stream_of(seq_id), seq_id)) {
+            if (pos != expected++) {
+                throw std::runtime_error(
+                        format("sequence %d waits behind %u tokens of a prefix, of which some were moved: "
+                               "evaluate its tokens again",
+                                seq_id, note.n));
+            }
+        }
+    }
+    return note.shift;
+}
+
+bool prefixes::any_deferred() const {
+    const llama_memory_recurrent * states = list.empty() ? nullptr : states_of(ctx);
+    for (uint32_t i = 0; states && i < states->size; ++i) {
+        if (deferred_of(*states, i).there) {
+            return true;
+        }
+    }
+    return false;
+}
+
 // Not where a sliding window has left cells behind that it needs until then, and not where one can step back a little in the
 // state: into what was not computed.
 const held_prefix * prefixes::to_wait_for(const std::vector<llama_token> & tokens) const {

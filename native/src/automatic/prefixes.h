@@ -39,6 +39,9 @@ public:
     // The prefix whose first n tokens a sequence has without anything computed (deferred.h), nullptr: it does not. Throws
     // std::runtime_error if it is held no more
     const held_prefix * deferred(llama_seq_id seq_id, uint32_t & n) const;
+    // By how much such a sequence was moved since. Throws std::runtime_error: not all of its tokens by as much
+    int32_t shift_of(llama_seq_id seq_id) const;
+    bool any_deferred() const;
     // One of which sequences can wait for the last token, that begins with these tokens and goes on; nullptr: none
     const held_prefix * to_wait_for(const std::vector<llama_token> & tokens) const;
     // Gives sequences the first n tokens of a prefix so, in place of what they have. As load()
