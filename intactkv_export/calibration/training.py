@@ -46,6 +46,7 @@ from intactkv_export.work import atomic
 OBJECTIVES = ("kl", "mse", "kl+mse")
 LR = 2e-2  # of objectives with kl, relative to each row of K and V
 FIRST_LR = 5e-2  # the same, where the first token's is the only row
+STATES_LR = 1e-2  # the same, with states: LFM2's first token got worse by 5e-2, and better most by this
 _MSE_LR = 2e-4  # the paper's
 _COARSE = 0.04  # nats a token: a model that diverges less takes proportionally smaller steps
 _CLIP = 0.3  # norm of the gradient, as in the paper
@@ -263,7 +264,7 @@ class _Training:
 
     def peak(self, settings: Settings) -> float:
         """The largest lr, which depends on where training began."""
-        return peak(settings, self.history[0][1], self.K.shape[1])
+        return peak(settings, self.history[0][1], self.K.shape[1], bool(self.states))
 
     def result(self, settings: Settings, was_in_sight: bool) -> Result:
         K, V = (list(x.numpy()) for x in self.best[:2])
@@ -435,8 +436,8 @@ def _unit(state: Tensor, settings: Settings) -> Tensor:
     return torch.where((rms > 0) & (settings.objective != "mse"), rms, torch.ones_like(rms))
 
 
-def peak(settings: Settings, before: float, n_rows: int) -> float:
-    """The lr that is given; else LR (one row: FIRST_LR), or less for a model that is close to the reference already.
+def peak(settings: Settings, before: float, n_rows: int, states: bool = False) -> float:
+    """The lr that is given; else LR (one row: FIRST_LR; with states: STATES_LR), less for one close to the reference.
 
     before: its held-out divergence before it is calibrated, nats a token. A Q6_K or Q8_0 (SmolLM2: 0.003, 0.001) gets
     worse from LR's steps and better by a tenth of it; a Q4_K_M (0.044) and coarser ones want all of it
@@ -446,7 +447,8 @@ def peak(settings: Settings, before: float, n_rows: int) -> float:
         return settings.lr
     if settings.objective == "mse":
         return _MSE_LR
-    return (LR if n_rows > 1 else FIRST_LR) * min(1.0, before / _COARSE)
+    usual = STATES_LR if states else LR if n_rows > 1 else FIRST_LR
+    return usual * min(1.0, before / _COARSE)
 
 
 def _rate(step: int, settings: Settings) -> float:
