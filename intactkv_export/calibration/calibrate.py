@@ -158,6 +158,10 @@ def calibrate(
         raise UsageError(f"{cells} extra cells: give 0 to {MAX_EXTRA}")
     found, start = locate(reference, allow_requantize), of_model(model, prefix)
     check_in_torch(found, model, device, "calibration")
+    if cells and start.states:
+        raise UsageError(
+            f"--cells {cells} with recurrent layers, whose states have no cells: leave it out, their states are trained"
+        )
     if options := start.manifest.get("rope_options"):
         raise UsageError(f"the prefix {start.source} was made with {rope_of(options)}, which torch cannot train with")
     atomic.destination(out)
@@ -223,5 +227,6 @@ def _build(start: Prefix, trained: Result, about: dict[str, Any]) -> bytes:
     if trained.n_extra:
         manifest[EXTRA] = trained.n_extra
     layers = sorted(layer.il for layer in start.layers)
+    states = dict(zip(sorted(start.states), trained.states, strict=True))
     K, V = (dict(zip(layers, rows, strict=True)) for rows in (trained.K, trained.V))
-    return ikv.build(start.manifest["model"], start.tokens, K, V, manifest)
+    return ikv.build(start.manifest["model"], start.tokens, K, V, manifest, states)

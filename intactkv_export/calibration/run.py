@@ -48,7 +48,7 @@ class Participants:
         """A model in torch, found to mean the same rows as the prefix's. Raises IntactKVError."""
         self.report(f"load {path.name}", 0, 0)
         factors = torch_model.prefix_factors(self.prefix)
-        model = torch_model.load(path, device=self.device, dtype=dtype, rope_factors=factors)
+        model = torch_model.load(path, device=self.device, dtype=dtype, rope_factors=factors, states=True)
         text = model.net.config.get_text_config(decoder=True)
         torch_model.from_huggingface.check(text, self.prefix.manifest["model"], str(path))
         return model
@@ -108,6 +108,7 @@ def train(
             V,
             data,
             settings,
+            states=torch_model.prefix_states(who.prefix),
             n_extra=n_extra,
             before=before,
             was_in_sight=who.prefix.in_sight,

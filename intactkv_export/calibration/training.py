@@ -1,5 +1,7 @@
 """IntactKV as trainable parameters: a prefix's K and V, fitted to the quantized model that will read them.
 
+Of a model with recurrent layers also their states after the prefix, which a prefix file holds in float32.
+
 Everything else of the model is frozen and as it will run: dequantized weights, and behind the prefix a cache that is
 rounded to the KV type. Objectives:
 
@@ -44,6 +46,7 @@ from intactkv_export.work import atomic
 OBJECTIVES = ("kl", "mse", "kl+mse")
 LR = 2e-2  # of objectives with kl, relative to each row of K and V
 FIRST_LR = 5e-2  # the same, where the first token's is the only row
+STATES_LR = 1e-2  # the same, with states: LFM2's first token got worse by 5e-2, and better most by this
 _MSE_LR = 2e-4  # the paper's
 _COARSE = 0.04  # nats a token: a model that diverges less takes proportionally smaller steps
 _CLIP = 0.3  # norm of the gradient, as in the paper
@@ -53,6 +56,8 @@ DEPTHS = (0, 256, 1024, 4096)  # tokens of a text, from which on the held-out di
 _ACTIVATIONS = 6 << 30  # bytes of activations from which they are computed twice instead of kept
 
 Rows = list[np.ndarray]  # by layer, [n_prefix, n_head_kv, head_dim]
+States = list[tuple[np.ndarray, np.ndarray]]  # by recurrent layer, r and s, float32
+Trained = tuple[Tensor, Tensor, list[Tensor]]  # K, V, and each r and s of the states, one after another
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,8 @@ class Settings:
 
 @dataclass
 class Result:
-    """K, V: float16; n_extra: how many of the rows are of extra cells; in_sight: they are to stay in sight. best_step:
-    after which step they were taken, 0: they are the uncalibrated ones.
+    """K, V: float16; states: of recurrent layers, float32; n_extra: how many of the rows are of extra cells; in_sight:
+    they are to stay in sight. best_step: after which step they were taken, 0: they are the uncalibrated ones.
 
     history: (step, held-out divergence) of each evaluation. steps: how many were made. depths: step -> the divergence
     at each of DEPTHS that the held-out texts reach, of each evaluation. lr: the largest of all steps.
@@ -92,6 +97,7 @@ class Result:
 
     K: Rows
     V: Rows
+    states: States
     n_extra: int
     in_sight: bool
     best_step: int
@@ -116,6 +122,7 @@ def train(
     data: Data,
     settings: Settings,
     *,
+    states: States | None = None,
     n_extra: int = 0,
     before: tuple[Rows, Rows, int] | None = None,
     was_in_sight: bool = False,
@@ -127,6 +134,7 @@ def train(
 ) -> Result:
     """Train K and V (by layer, rows in llama.cpp's layout) and return the best.
 
+    states: of the recurrent layers after the prefix, which are trained with them.
     n_extra: how many of the rows, the last ones, are of extra cells. before: K, V and the number of extra cells that
     the model has without training, where training begins with others: the first candidate. was_in_sight: whether that
     one stays in sight.
@@ -144,7 +152,9 @@ def train(
     about = json.loads(json.dumps(about))
     if not settings.in_sight:
         del about["in_sight"]  # as in states of versions that had no such setting
-    run = _Training.start(student, (K, V), first[:2], len(K[0]) - n_extra, settings)
+    if states:
+        about["states"] = _hash(*(x for pair in states for x in pair))
+    run = _Training.start(student, (K, V), first[:2], states or [], len(K[0]) - n_extra, settings)
     if state is not None and state.is_file():
         run.restore(state, about)
     texts_of = passes.steps(data, settings.batch, settings.seed)
@@ -192,9 +202,10 @@ class _Training:
 
     K: Tensor  # [n_layer, n_prefix, n_head_kv, head_dim], float32, in units of `scale`; so is V
     V: Tensor
-    scale: tuple[Tensor, Tensor]  # [n_layer, n_prefix, 1, 1]
+    states: list[Tensor]  # [n], float32, in units of theirs
+    scale: Trained  # [n_layer, n_prefix, 1, 1]; of a state one number
     optimizer: torch.optim.Optimizer
-    best: tuple[Tensor, Tensor]  # float16, on the CPU
+    best: Trained  # float16, states float32, on the CPU
     n_tokens: int  # of the rows, the others are extra cells'
     step: int = 0
     evaluated: int = -1  # the last step after which there was an evaluation
@@ -208,52 +219,60 @@ class _Training:
         student: TorchModel,
         start: tuple[Rows, Rows],
         before: tuple[Rows, Rows],
+        states: States,
         n_tokens: int,
         settings: Settings,
     ) -> _Training:
         rows = [torch.tensor(np.stack(x), dtype=torch.float32, device=student.device) for x in start]
         scale_k, scale_v = (_scale(x, settings) for x in rows)
         k, v = (rows[0] / scale_k).requires_grad_(), (rows[1] / scale_v).requires_grad_()
-        optimizer = torch.optim.AdamW([k, v], weight_decay=0.0)  # lr: of each step
+        flat = [torch.tensor(x, dtype=torch.float32, device=student.device) for pair in states for x in pair]
+        units = [_unit(x, settings) for x in flat]
+        own = [(x / unit).requires_grad_() for x, unit in zip(flat, units, strict=True)]
+        optimizer = torch.optim.AdamW([k, v, *own], weight_decay=0.0)  # lr: of each step
         best_k, best_v = (torch.from_numpy(np.stack(x)).half() for x in before)
-        return cls(k, v, (scale_k, scale_v), optimizer, (best_k, best_v), n_tokens)
+        best = best_k, best_v, [x.cpu() for x in flat]
+        return cls(k, v, own, (scale_k, scale_v, units), optimizer, best, n_tokens)
 
     @property
-    def parameters(self) -> tuple[Tensor, Tensor]:
-        return self.K, self.V
+    def parameters(self) -> list[Tensor]:
+        return [self.K, self.V, *self.states]
 
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """K and V as the student reads them."""
-        return self.K * self.scale[0], self.V * self.scale[1]
+    def rows(self) -> Trained:
+        """K, V and states as the student reads them."""
+        states = [x * unit for x, unit in zip(self.states, self.scale[2], strict=True)]
+        return self.K * self.scale[0], self.V * self.scale[1], states
 
-    def rounded(self) -> tuple[Tensor, Tensor]:
-        """K and V as a prefix file holds them: float16."""
-        K, V = self.rows()
-        return K.detach().half(), V.detach().half()
+    def rounded(self) -> Trained:
+        """K and V as a prefix file holds them: float16; states stay float32."""
+        K, V, states = self.rows()
+        return K.detach().half(), V.detach().half(), [x.detach() for x in states]
 
     @property
     def misses(self) -> int:
         """Evaluations since the best one."""
         return sum(step > self.best_step for step, _ in self.history)
 
-    def candidate(self, rows: tuple[Tensor, Tensor], divergence: float, by_depth: list[float]) -> None:
-        """Take note of the held-out divergence of K and V, float16."""
+    def candidate(self, rows: Trained, divergence: float, by_depth: list[float]) -> None:
+        """Take note of the held-out divergence of K and V, float16, and states."""
         self.history.append((self.step, divergence))
         self.evaluated = self.step
         self.depths[self.step] = by_depth
         if divergence < dict(self.history)[self.best_step]:
             self.best_step = self.step
-            self.best = rows[0].cpu(), rows[1].cpu()
+            self.best = rows[0].cpu(), rows[1].cpu(), [x.cpu() for x in rows[2]]
 
     def peak(self, settings: Settings) -> float:
         """The largest lr, which depends on where training began."""
-        return peak(settings, self.history[0][1], self.K.shape[1])
+        return peak(settings, self.history[0][1], self.K.shape[1], bool(self.states))
 
     def result(self, settings: Settings, was_in_sight: bool) -> Result:
-        K, V = (list(x.numpy()) for x in self.best)
+        K, V = (list(x.numpy()) for x in self.best[:2])
+        flat = [x.numpy() for x in self.best[2]]
+        states = list(zip(flat[::2], flat[1::2], strict=True))
         n_extra, lr = len(K[0]) - self.n_tokens, self.peak(settings)
         in_sight = settings.in_sight if self.best_step else was_in_sight
-        return Result(K, V, n_extra, in_sight, self.best_step, self.step, self.history, self.depths, lr)
+        return Result(K, V, states, n_extra, in_sight, self.best_step, self.step, self.history, self.depths, lr)
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
         with atomic.output(path) as file:
@@ -262,6 +281,7 @@ class _Training:
                     "about": about,
                     "K": self.K.detach(),
                     "V": self.V.detach(),
+                    "states": [x.detach() for x in self.states],
                     "optimizer": self.optimizer.state_dict(),
                     "best": self.best,
                     "step": self.step,
@@ -279,8 +299,11 @@ class _Training:
         with torch.no_grad():
             self.K.copy_(kept["K"])
             self.V.copy_(kept["V"])
+            for state, value in zip(self.states, kept.get("states", []), strict=True):
+                state.copy_(value)
         self.optimizer.load_state_dict(kept["optimizer"])
-        self.best = tuple(x.cpu() for x in kept["best"])
+        best_k, best_v, *rest = kept["best"]  # versions that had no states kept two
+        self.best = best_k.cpu(), best_v.cpu(), [x.cpu() for x in (rest[0] if rest else [])]
         self.step, self.evaluated = kept["step"], kept["evaluated"]
         self.best_step, self.history = kept["best_step"], [(step, value) for step, value in kept["history"]]
         self.depths = kept["depths"]
@@ -326,13 +349,14 @@ def _losses(
 
 
 def _held_out(
-    student: TorchModel, rows: tuple[Tensor, Tensor], n_tokens: int, data: Data, settings: Settings
+    student: TorchModel, rows: Trained, n_tokens: int, data: Data, settings: Settings
 ) -> tuple[float, list[float]]:
     """Mean divergence over the tokens of the held-out texts, and by DEPTHS; infinite if a cache could not hold these
     rows, of which n_tokens are of tokens."""
     longest = max(len(data.texts[i].tokens) for i in data.held_out)
     depths = [depth for depth in DEPTHS if depth < longest]
-    if not all(_storable(student, x, kind, settings.kv_type) for x, kind in zip(rows, "KV", strict=True)):
+    storable = [_storable(student, x, kind, settings.kv_type) for x, kind in zip(rows[:2], "KV", strict=True)]
+    if not all(storable + [bool(torch.isfinite(x).all()) for x in rows[2]]):
         return float("inf"), [float("inf")] * len(depths)
     totals, counts = np.zeros(len(depths)), np.zeros(len(depths))
     with torch.no_grad():
@@ -367,14 +391,14 @@ def _divergence(logits: Tensor, data: Data, index: Sequence[int], at: slice) -> 
 
 def _cache(
     student: TorchModel,
-    rows: tuple[Tensor, Tensor],
+    rows: Trained,
     n_tokens: int,
     settings: Settings,
     batch: int,
     after: MixedCache | None,
 ) -> MixedCache:
     """As the prefix will be used: these K and V intact, the rest by the settings. after: of the piece before."""
-    K, V = (list(x) for x in rows)
+    K, V = (list(x) for x in rows[:2])
     extra = len(K[0]) - n_tokens
     return student.cache(
         K,
@@ -386,6 +410,7 @@ def _cache(
         extra=extra,
         in_sight=settings.in_sight,
         after=after,
+        states=list(zip(rows[2][::2], rows[2][1::2], strict=True)) or None,
     )
 
 
@@ -405,8 +430,14 @@ def _scale(rows: Tensor, settings: Settings) -> Tensor:
     return torch.ones_like(rms) if settings.objective == "mse" else torch.where(rms > 0, rms, torch.ones_like(rms))
 
 
-def peak(settings: Settings, before: float, n_rows: int) -> float:
-    """The lr that is given; else LR (one row: FIRST_LR), or less for a model that is close to the reference already.
+def _unit(state: Tensor, settings: Settings) -> Tensor:
+    """The unit of a layer's r or s, as that of a row: one number."""
+    rms = state.pow(2).mean().sqrt() if state.numel() else torch.zeros((), device=state.device)
+    return torch.where((rms > 0) & (settings.objective != "mse"), rms, torch.ones_like(rms))
+
+
+def peak(settings: Settings, before: float, n_rows: int, states: bool = False) -> float:
+    """The lr that is given; else LR (one row: FIRST_LR; with states: STATES_LR), less for one close to the reference.
 
     before: its held-out divergence before it is calibrated, nats a token. A Q6_K or Q8_0 (SmolLM2: 0.003, 0.001) gets
     worse from LR's steps and better by a tenth of it; a Q4_K_M (0.044) and coarser ones want all of it
@@ -416,7 +447,8 @@ def peak(settings: Settings, before: float, n_rows: int) -> float:
         return settings.lr
     if settings.objective == "mse":
         return _MSE_LR
-    return (LR if n_rows > 1 else FIRST_LR) * min(1.0, before / _COARSE)
+    usual = STATES_LR if states else LR if n_rows > 1 else FIRST_LR
+    return usual * min(1.0, before / _COARSE)
 
 
 def _rate(step: int, settings: Settings) -> float:

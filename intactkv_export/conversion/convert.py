@@ -117,7 +117,8 @@ def convert(
         header = _header(work, plan.reference)
         prompt = prompt_for(header, system_prompt, bos_only, prefix_tokens, settings.rope, rendering)
         if calibrate or prefix_tokens == "auto":
-            check_in_torch(plan.reference, header, "cpu", "--calibrate" if calibrate else "--prefix-tokens auto")
+            needs = "--calibrate" if calibrate else "--prefix-tokens auto"
+            check_in_torch(plan.reference, header, "cpu", needs, states=prefix_tokens != "auto")
         gguf = weights.reference_gguf(work, plan.reference)
         sha256 = work.run("hash reference", identity, plan.reference)
         quantized = _quantize_all(work, plan, gguf, n_threads)

@@ -75,7 +75,7 @@ def prefix(
     rendering = Rendering.checked(tools, template_args, date)
     check_prompt(header.values.get("tokenizer.chat_template"), system_prompt, bos_only, rendering)
     if prefix_tokens == "auto":
-        check_in_torch(found, model, device, "--prefix-tokens auto")
+        check_in_torch(found, model, device, "--prefix-tokens auto", states=False)
     prompt = prompt_for(model, system_prompt, bos_only, prefix_tokens, settings.rope, rendering)
     if computed_by == "llama":
         check_convertible(found)

@@ -46,17 +46,18 @@ def check_device(device: str) -> None:
         ) from error
 
 
-def check_in_torch(reference: Reference, gguf: Path, device: str, for_: str) -> None:
+def check_in_torch(reference: Reference, gguf: Path, device: str, for_: str, states: bool = True) -> None:
     """Whether torch can run a reference and a model quantized from it, before any work. for_: what needs it.
 
-    gguf: the quantized model, or a GGUF with its header alone. Raises UsageError for what is missing here,
+    gguf: the quantized model, or a GGUF with its header alone. states: whether what needs it carries the states of
+    recurrent layers. Raises UsageError for what is missing here,
     IntactKVError for a model that torch cannot run.
     """
     extras.require("torch", for_=for_)
     check_device(device)
     from intactkv_export.torch_model import from_gguf
 
-    from_gguf.check_header(gguf, reference.path)
+    from_gguf.check_header(gguf, reference.path, states)
     if not reference.is_gguf and choose("auto", reference) != "torch":
         raise IntactKVError(f"{for_} needs the reference in torch, and {_why_not_torch(reference, None)}")
 

@@ -113,7 +113,8 @@ def sample_from(
 
     behind = ikv.read(prefix)
     template = chat_template_of(gguf_file.read(gguf).values, Rendering.of(behind.manifest))
-    model = torch_model.load(reference, device=device, rope_factors=torch_model.prefix_factors(behind))
+    factors = torch_model.prefix_factors(behind)
+    model = torch_model.load(reference, device=device, rope_factors=factors, states=True)
     with Vocabulary(gguf) as vocabulary:
         return sample(model, behind, vocabulary, template, n=n, n_tokens=n_tokens, seed=seed, progress=progress)
 

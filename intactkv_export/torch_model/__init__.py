@@ -5,7 +5,7 @@ Imported inside functions only: it loads torch and transformers.
 
 from intactkv_export.torch_model import from_gguf, from_huggingface, layers, rope_pairs, rounding
 from intactkv_export.torch_model.caches import Layout, MixedCache
-from intactkv_export.torch_model.model import TorchModel, load, prefix_factors, prefix_rows
+from intactkv_export.torch_model.model import TorchModel, load, prefix_factors, prefix_rows, prefix_states
 
 __all__ = [
     "Layout",
@@ -17,6 +17,7 @@ __all__ = [
     "load",
     "prefix_factors",
     "prefix_rows",
+    "prefix_states",
     "rope_pairs",
     "rounding",
 ]

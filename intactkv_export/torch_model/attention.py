@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from intactkv_export.torch_model.caches import MixedCache
-from intactkv_export.torch_model.from_huggingface import layer_type
+from intactkv_export.torch_model.from_huggingface import attention_layers, layer_type
 
 
 def build(net: Any, cache: MixedCache, batch: int, n_new: int) -> Tensor | dict[str, Tensor]:
@@ -36,8 +36,10 @@ def build(net: Any, cache: MixedCache, batch: int, n_new: int) -> Tensor | dict[
     """
     text = net.config.get_text_config(decoder=True)
     positions = cache.positions(n_new)
-    masks = {}
-    for kind in {layer_type(text, il) for il in range(text.num_hidden_layers)}:
+    with_rows = attention_layers(text)
+    # layers that attend to nothing want no mask: it would hide tokens from them
+    masks: dict[str, Any] = {layer_type(text, il): None for il in range(text.num_hidden_layers) if il not in with_rows}
+    for kind in {layer_type(text, il) for il in with_rows}:
         window = text.sliding_window if kind == "sliding_attention" else None
         n_in_sight = cache.n_prefix if cache.in_sight else 0
         seen = _visible(positions, cache.n_prefix, n_new, cache.tail, window, n_in_sight).to(net.device)

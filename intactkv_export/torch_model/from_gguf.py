@@ -21,7 +21,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from intactkv_export.errors import IntactKVError
-from intactkv_export.models import NORMALIZED, gguf_file, is_reordered
+from intactkv_export.models import NORMALIZED, RECURRENT, gguf_file, is_reordered
 from intactkv_export.torch_model import experts
 from intactkv_export.torch_model.from_huggingface import fix_longrope
 from intactkv_export.torch_model.rope_pairs import neighbours_to_halves
@@ -45,6 +45,8 @@ _MODEL_TYPES = {
     "starcoder2": "starcoder2",
     "stablelm": "stablelm",
     "nemotron": "nemotron",
+    "lfm2": "lfm2",
+    "qwen35": "qwen3_5_text",
 }
 _WITH_EXPERTS = {
     "llama": "mixtral",
@@ -66,12 +68,18 @@ _INSTEAD = (
 )
 
 
-def check_header(path: str | Path, name: str | Path | None = None) -> None:
+def check_header(path: str | Path, name: str | Path | None = None, states: bool = True) -> None:
     """Raises what load() would, as far as the header tells; a GGUF with a vocabulary and no tensors is enough.
 
-    name: what the error calls it; None: its path.
+    name: what the error calls it; None: its path. states: whether the caller carries those of recurrent layers.
     """
-    _Model(Path(name or path), [gguf_file.read(file) for file in gguf_file.shards(path)]).rope()
+    model = _Model(Path(name or path), [gguf_file.read(file) for file in gguf_file.shards(path)])
+    if model.model_type in RECURRENT and not states:
+        raise IntactKVError(
+            f"{model.path} of architecture {model.arch!r} has states of recurrent layers, which cannot be analyzed "
+            "yet: give the number of a prefix's tokens yourself"
+        )
+    model.rope()
 
 
 def load(
@@ -179,9 +187,9 @@ class _Model:
             "vocab_size": self.tensors["token_embd.weight"][1].shape[1],
             "hidden_size": n_embd,
             "intermediate_size": self.get("feed_forward_length"),
-            "num_hidden_layers": self.get("block_count"),
+            "num_hidden_layers": self.get("block_count") - self.get("nextn_predict_layers", 0),
             "num_attention_heads": heads,
-            "num_key_value_heads": self.get("attention.head_count_kv", heads),
+            "num_key_value_heads": self._n_head_kv(heads, head_dim),
             "head_dim": head_dim,
             "max_position_embeddings": self.get("context_length"),
             **self._epsilon(),
@@ -194,9 +202,25 @@ class _Model:
         }
         return config | self._own(head_dim, n_embd // heads)
 
+    def _n_head_kv(self, heads: int, head_dim: int) -> int:
+        """The header of a hybrid has a list, 0 where a layer has none: then as the layers' own matrices say."""
+        if self.model_type not in RECURRENT:
+            return int(self.get("attention.head_count_kv", heads))
+        first = next((x for name, (_, x) in self.tensors.items() if name.endswith(".attn_k.weight")), None)
+        if first is None:
+            raise IntactKVError(f"{self.path} has no attention layer, and torch can train nothing else: {_INSTEAD}")
+        return first.shape[1] // head_dim
+
+    def _kinds(self, recurrent: str, sign: str) -> list[str]:
+        """layer_types of a hybrid, whose recurrent layers have a tensor of this name."""
+        n_layer = self.get("block_count") - self.get("nextn_predict_layers", 0)
+        return [recurrent if f"blk.{il}.{sign}" in self.tensors else "full_attention" for il in range(n_layer)]
+
     def _epsilon(self) -> dict[str, Any]:
         """Of the norms: those that are no RMS norms have another key, and as many names as architectures."""
         names = {"starcoder2": "norm_epsilon", "stablelm": "layer_norm_eps", "nemotron": "norm_eps"}
+        if self.arch == "lfm2":
+            return {"norm_eps": self.get("attention.layer_norm_rms_epsilon")}
         if self.arch in names:
             return {names[self.arch]: self.get("attention.layer_norm_epsilon")}
         return {"rms_norm_eps": self.get("attention.layer_norm_rms_epsilon")}
@@ -226,6 +250,26 @@ class _Model:
                 "sliding_window": None,
                 "partial_rotary_factor": rotary,
                 "original_max_position_embeddings": n_ctx_orig,  # the class has a default, and prefers it to the RoPE's
+            }
+        if self.arch == "lfm2":
+            return {
+                "layer_types": self._kinds("conv", "shortconv.conv.weight"),
+                "conv_L_cache": self.get("shortconv.l_cache"),
+                "conv_bias": "blk.0.shortconv.conv.bias" in self.tensors,
+                "block_auto_adjust_ff_dim": False,
+            }
+        if self.arch == "qwen35":
+            n_head_v = self.get("ssm.time_step_rank")
+            rotary = self.get("rope.dimension_count") / head_dim
+            return {
+                "layer_types": self._kinds("linear_attention", "ssm_conv1d.weight"),
+                "linear_conv_kernel_dim": self.get("ssm.conv_kernel"),
+                "linear_num_key_heads": self.get("ssm.group_count"),
+                "linear_key_head_dim": self.get("ssm.state_size"),
+                "linear_num_value_heads": n_head_v,
+                "linear_value_head_dim": self.get("ssm.inner_size") // n_head_v,
+                "partial_rotary_factor": rotary,
+                "rope_parameters": self.rope() | {"partial_rotary_factor": rotary},
             }
         if self.arch == "qwen2":
             return {"sliding_window": None, "use_sliding_window": False}
@@ -341,6 +385,7 @@ class _Model:
         name = name.replace(".block_sparse_moe.", ".mlp.").replace(
             ".mlp.router.", ".mlp.gate."
         )  # names that gguf-py knows
+        name = name.replace(".dt_bias", ".dt_proj.bias")
         parts = experts.parts(name) if experts.is_stacked(name) else [name]
         return [self._names.get_name(part, try_suffixes=(".weight", ".bias")) or "" for part in parts]
 
@@ -351,13 +396,38 @@ class _Model:
 
     def _in_order(self, name: str, weight: np.ndarray) -> np.ndarray:
         """Undo what upstream's converter does to a tensor of transformers."""
-        if (self.arch.startswith("gemma") or self.arch == "nemotron") and name.endswith("norm.weight"):
+        if ".linear_attn." in name:
+            return self._of_delta_net(name.rpartition(".linear_attn.")[2].removesuffix(".weight"), weight)
+        one_more = self.arch.startswith("gemma") or self.arch in ("nemotron", "qwen35")
+        if one_more and name.endswith("norm.weight"):
             return weight - 1
         heads = {"q_proj": "attention.head_count", "k_proj": "attention.head_count_kv"}.get(name.split(".")[-2])
         if heads and is_reordered(str(self.model_type)):
             by_head = weight.reshape(self.get(heads), -1, weight.size // len(weight)).swapaxes(1, 2)
             return neighbours_to_halves(by_head).swapaxes(1, 2).reshape(weight.shape)
+        if name.endswith(".conv.conv.weight"):
+            return weight[:, None]
         return weight.reshape(1, -1) if name.endswith("shared_expert_gate.weight") else weight
+
+    def _of_delta_net(self, part: str, weight: np.ndarray) -> np.ndarray:
+        """As _in_order(): llama.cpp has the first head of V of every head of K together, transformers those of one."""
+        n_k, n_v = self.get("ssm.group_count"), self.get("ssm.time_step_rank")
+        size = self.get("ssm.inner_size") // n_v
+
+        def by_k(rows: np.ndarray, size: int) -> np.ndarray:
+            return rows.reshape(n_v // n_k, n_k, size, -1).swapaxes(0, 1).reshape(rows.shape)
+
+        if part == "out_proj":
+            return by_k(weight.T, size).T
+        if part == "in_proj_z":
+            return by_k(weight, size)
+        if part in ("in_proj_qkv", "conv1d"):
+            v = -n_v * size
+            whole = np.concatenate([weight[:v], by_k(weight[v:], size)])
+            return whole[:, None] if part == "conv1d" else whole
+        if part == "A_log":
+            weight = np.log(-weight)
+        return weight if part == "norm" else by_k(weight, 1)
 
     def _dequantized(self, name: str, index: int | None = None) -> np.ndarray:
         """float32, slowest dimension first. index: along that dimension; None: all of the tensor."""

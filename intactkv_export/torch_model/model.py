@@ -22,19 +22,24 @@ from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.models import FLOATS, LATENT, RECURRENT, UNEVEN, check_dtype, gguf_file, is_reordered
 from intactkv_export.prefix import Prefix
 from intactkv_export.torch_model import attention, experts, from_gguf, from_huggingface
-from intactkv_export.torch_model.caches import Layout, MixedCache, RoomyLayer
+from intactkv_export.torch_model.caches import STATES, Layout, MixedCache, RoomyLayer, StateLayer, StateLayout
 
 _EAGER_ONLY = {"gemma2"}  # the soft cap of its attention
 
 
 @dataclass(frozen=True)
 class TorchModel:
-    """A causal language model of transformers in evaluation mode, all its weights frozen."""
+    """A causal language model of transformers in evaluation mode, all its weights frozen.
+
+    recurrent: the layers that keep a state instead of K and V, ascending, and how it is laid out (None: there is none).
+    """
 
     net: Any
     n_layer: int
     n_vocab: int
     layout: Layout
+    recurrent: tuple[int, ...] = ()
+    state_layout: StateLayout | None = None
 
     @property
     def n_head_kv(self) -> int:
@@ -80,13 +85,17 @@ class TorchModel:
         extra: int = 0,
         in_sight: bool = False,
         after: MixedCache | None = None,
+        states: Sequence[tuple[Tensor | np.ndarray, Tensor | np.ndarray]] | None = None,
     ) -> MixedCache:
         """A cache that begins with a prefix, the same one for each of `batch` sequences.
 
-        K, V: by layer, llama.cpp's rows [n_prefix, n_head_kv, head_dim], K after RoPE; tensors may require a gradient.
-        They stay as they are; later rows are rounded to kv_type (a name of libllama.KV_TYPES, or a pair for K and V).
+        K, V: by layer that has them, llama.cpp's rows [n_prefix, n_head_kv, head_dim], K after RoPE; tensors may
+        require a gradient. They stay as they are; later rows are rounded to kv_type (a name of libllama.KV_TYPES, or a
+        pair for K and V).
         grows, tail, in_sight: see MixedCache. extra: how many of the rows, the last ones, stand for no token
         (Prefix.n_extra). after: one whose last pass this one follows (MixedCache.followed).
+        states: of the recurrent layers in order, llama.cpp's rows r and s, which may require a gradient too; None: as
+        before the first token.
         """
         kinds = (kv_type, kv_type) if isinstance(kv_type, str) else kv_type
         place = {"device": self.device, "dtype": self.net.dtype}
@@ -96,11 +105,25 @@ class TorchModel:
         )
         if after is not None:
             return after.followed(k, v)
-        return MixedCache(k, v, self.layout, kinds, grows, tail, extra, in_sight)
+        return MixedCache(k, v, self.layout, kinds, grows, tail, extra, in_sight, self._states(states, batch))
+
+    def _states(self, states: Any, batch: int = 1) -> dict[int, tuple[Tensor, Tensor | None]]:
+        """Those of the recurrent layers as transformers has them: inputs in the net's dtype, recurrences in float32."""
+        if self.state_layout is None:
+            return {}
+        found = {}
+        place = {"device": self.device, "dtype": torch.float32}
+        given = states or [self.state_layout.empty()] * len(self.recurrent)
+        for il, (r, s) in zip(self.recurrent, given, strict=True):
+            inputs, state = self.state_layout.to_cache(torch.as_tensor(r).to(**place), torch.as_tensor(s).to(**place))
+            wide = None if state is None else state.expand(batch, *state.shape[1:])
+            found[il] = inputs.to(self.net.dtype).expand(batch, -1, -1), wide
+        return found
 
     def roomy_cache(self, n_tokens: int) -> Cache:
         """An empty cache with room for n_tokens tokens in the net's dtype; it keeps every position of every layer."""
-        return Cache(layers=[RoomyLayer(n_tokens) for _ in range(self.n_layer)])
+        recurrent = {il: StateLayer(*state) for il, state in self._states(None).items()}
+        return Cache(layers=[recurrent.get(il) or RoomyLayer(n_tokens) for il in range(self.n_layer)])
 
     def forward(
         self, tokens: Tensor | Sequence[Sequence[int]], cache: Cache | None = None, hidden: bool = False
@@ -177,13 +200,15 @@ def load(
     attention: str = "sdpa",
     round_activations: bool = False,
     rope_factors: str | None = None,
+    states: bool = False,
 ) -> TorchModel:
     """A Hugging Face directory, or a GGUF of any type that gguf-py can dequantize.
 
     device: "cpu", "cuda", "cuda:1", "mps". dtype: of weights and arithmetic, "float32", "float16" or "bfloat16".
     attention: "sdpa", or "eager" (what Gemma 2 gets in any case). round_activations: of a GGUF, see from_gguf.load().
     rope_factors: those that a LongRoPE model has at every position, see from_huggingface.fix_longrope(); a prefix's
-    manifest names them (prefix_factors()).
+    manifest names them (prefix_factors()). states: whether the caller carries the states of recurrent layers; a model
+    with some is refused if not.
 
     Raises UsageError for an unknown dtype or attention, IntactKVError if the architecture is not proven
     (models/proven.py), the weights cannot be loaded, or the LongRoPE factors are not the model's.
@@ -193,10 +218,11 @@ def load(
         raise UsageError(f"attention {attention!r} is unknown: give sdpa or eager")
     with from_huggingface.quiet():
         if gguf_file.is_gguf(Path(path)):
+            from_gguf.check_header(path, states=states)
             net = from_gguf.load(path, device, dtype, attention, round_activations, rope_factors)
         else:
             config = from_huggingface.read_config(path)
-            _check_plain(config.get_text_config(decoder=True).model_type, path)
+            _check_plain(config.get_text_config(decoder=True).model_type, path, states)
             if config.get_text_config(decoder=True).model_type in _EAGER_ONLY:
                 attention = "eager"
             from_huggingface.fix_longrope(config.get_text_config(decoder=True), rope_factors, path)
@@ -206,12 +232,14 @@ def load(
     text = net.config.get_text_config(decoder=True)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     layout = Layout(text.num_key_value_heads, head_dim, is_reordered(text.model_type))
-    return TorchModel(net.eval(), text.num_hidden_layers, text.vocab_size, layout)
+    recurrent = sorted({*range(text.num_hidden_layers)} - {*from_huggingface.attention_layers(text)})
+    state_layout = StateLayout.of(text) if recurrent else None
+    return TorchModel(net.eval(), text.num_hidden_layers, text.vocab_size, layout, tuple(recurrent), state_layout)
 
 
-def _check_plain(model_type: str, path: str | Path) -> None:
+def _check_plain(model_type: str, path: str | Path, states: bool) -> None:
     """Raises IntactKVError for a model whose cache is not one of K and V alone, with the same heads in all layers."""
-    if model_type in RECURRENT | LATENT | UNEVEN:
+    if model_type in (RECURRENT | LATENT | UNEVEN) - (STATES if states else set()):
         kept = "states of recurrent layers" if model_type in RECURRENT else "latents (MLA)"
         kept = "layers that share K and V, or have other heads" if model_type in UNEVEN else kept
         raise IntactKVError(
@@ -240,6 +268,11 @@ def prefix_rows(prefix: Prefix) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
     layers = sorted(prefix.layers, key=lambda layer: layer.il)
     return [whole(x.K, x.cells) for x in layers], [whole(x.V, x.cells) for x in layers]
+
+
+def prefix_states(prefix: Prefix) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The states of a prefix file's recurrent layers in order, r and s, float32: the argument `states` of cache()."""
+    return [(r.copy(), s.copy()) for _, (r, s) in sorted(prefix.states.items())]
 
 
 def _turned_back(cached: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Calibration of models that are not dense Llamas: mixtures of experts, and LongRoPE with the prefix's factors.
+"""Calibration of models that are not dense Llamas: mixtures of experts, LongRoPE with the prefix's factors, hybrids.
 
 Random weights, sharp enough that the reference has something to say; quantized, a few steps: the loss falls.
 """
@@ -9,11 +9,17 @@ import pytest
 
 pytest.importorskip("torch", reason="the extra [convert] is not installed")
 
+import torch
+
+from intactkv_export import torch_model
 from intactkv_export.calibration import calibrate
 from intactkv_export.conversion import convert
+from intactkv_export.errors import UsageError
 from intactkv_export.models import gguf_file
 from intactkv_export.prefix import ikv
-from tests.support import random_families, random_models
+from tests.support import random_families, random_hybrids, random_models
+from tests.support.cache_rows import random_tokens
+from tests.support.log_probs import divergence, llama_log_probs
 
 SETTINGS = {"steps": 16, "batch": 4, "seq_len": 32, "sequences": 32, "lr": 3e-2}
 
@@ -56,3 +62,55 @@ def test_longrope(models, tmp_path, n_ctx, as_gguf):
     assert calibrate(reference, gguf, **{**settings, "steps": 0}).before < 1e-3
     result = calibrate(reference, coarse, **settings)
     assert result.after < 0.93 * result.before and result.manifest["best_step"] > 0
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3.5"])
+def test_a_hybrid_and_its_states(tmp_path, name):
+    """The first token, then a prompt: K, V and states are trained; llama.cpp says behind the file what torch says."""
+    directory = random_hybrids.build(name, tmp_path / name)
+    random_models.to_gguf([directory], *(["--no-mtp"] if "qwen" in name else []))
+    reference = directory.with_name(f"{name}.gguf")
+    for number, prompt in enumerate(({"bos_only": True}, {"system_prompt": "Be brief."})):
+        made = convert(reference, tmp_path / f"q{number}.gguf", quant="Q4_0", embed=False, **prompt)
+        quantized = made.outputs[0].path
+        result = calibrate(reference, quantized, prefix=made.prefix, out=tmp_path / f"c{number}.ikv", **SETTINGS)
+        assert result.after < result.before and result.manifest["best_step"] > 0
+        before, after = ikv.read(made.prefix), ikv.read(result.out)
+        assert after.tokens == before.tokens and after.states.keys() == before.states.keys()
+        assert all((a[0] != b[0]).any() for a, b in zip(after.states.values(), before.states.values(), strict=True))
+        tokens = random_tokens(32)
+        want = llama_log_probs(quantized, result.out, "q8_0", after.tokens, [tokens])
+        model = torch_model.load(quantized, round_activations=True, states=True)
+        cache = model.cache(*torch_model.prefix_rows(after), "q8_0", states=torch_model.prefix_states(after))
+        with torch.no_grad():
+            got = torch.log_softmax(model.forward([tokens], cache), -1)
+        plain = llama_log_probs(quantized, made.prefix, "q8_0", before.tokens, [tokens])
+        assert divergence(want, got) < 0.2 * divergence(want, plain)
+    with pytest.raises(UsageError, match="--cells 2 with recurrent layers"):
+        calibrate(reference, quantized, prefix=made.prefix, out=tmp_path / "x.ikv", cells=2)
+
+
+def test_a_hybrids_training_goes_on(tmp_path):
+    """After an interruption, from what was kept: the same file, bit for bit. And no step changes nothing."""
+    directory = random_hybrids.build("lfm2", tmp_path / "lfm2")
+    random_models.to_gguf([directory])
+    reference = directory.with_name("lfm2.gguf")
+    made = convert(reference, tmp_path / "q.gguf", quant="Q4_0", bos_only=True, embed=False)
+    model, settings = made.outputs[0].path, {**SETTINGS, "steps": 6, "prefix": made.prefix}
+    whole = calibrate(reference, model, out=tmp_path / "whole.ikv", **settings)
+
+    class Stop(Exception):
+        pass
+
+    def stop(phase, done, total, note=""):
+        if phase == "train" and done == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        calibrate(reference, model, out=tmp_path / "parts.ikv", progress=stop, **settings)
+    calibrate(reference, model, out=tmp_path / "parts.ikv", **settings)
+    a, b = ikv.read(whole.out), ikv.read(tmp_path / "parts.ikv")
+    assert a.data == b.data
+    nothing = calibrate(reference, model, out=tmp_path / "nothing.ikv", **{**settings, "steps": 0})
+    kept, own = ikv.read(nothing.out), ikv.read(made.prefix)
+    assert all((kept.states[il][0] == own.states[il][0]).all() for il in own.states)

@@ -189,6 +189,7 @@ def test_the_rate_is_a_function_of_the_step(steps):
 def test_a_model_that_is_close_takes_small_steps():
     assert [training.peak(Settings(), before, 2) for before in (np.inf, 0.3, 0.04, 0.004, 0)] == [0.02] * 3 + [0.002, 0]
     assert [training.peak(Settings(), before, 1) for before in (0.3, 0.004)] == pytest.approx([0.05, 0.005])
+    assert training.peak(Settings(), 0.3, 1, states=True) == 0.01 and training.LR > 0.01
     assert training.peak(Settings(lr=0.5), 0.001, 1) == 0.5
     assert training.peak(Settings("mse"), 0.001, 1) == 2e-4
 

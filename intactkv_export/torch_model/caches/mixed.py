@@ -11,7 +11,7 @@ ones of all cells and behind them the intact ones of the newest, and the mask sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from intactkv_export.errors import UsageError
 from intactkv_export.libllama import EXACT
+from intactkv_export.torch_model.caches.states import StateLayer
 from intactkv_export.torch_model.rope_pairs import halves_to_neighbours, neighbours_to_halves
 from intactkv_export.torch_model.rounding import rotate, rotation, rounded, stored, straight
 
@@ -130,6 +131,8 @@ class MixedCache(Cache):
     F32 caches, all of whose cells are, have none. extra: how many of the prefix's rows, the last ones, stand for no
     token: they are at the first token's position, and tokens go on where the prefix's tokens end (positions()).
     in_sight: no sliding window hides the prefix from the tokens behind it (Prefix.in_sight).
+    states: of the recurrent layers, by layer, what transformers has after the prefix (StateLayout.to_cache()), which
+    may require a gradient too; K and V are then those of the other layers.
 
     Raises UsageError if tail or extra is negative, or extra more than there are rows.
 
@@ -146,6 +149,7 @@ class MixedCache(Cache):
         tail: int = 0,
         extra: int = 0,
         in_sight: bool = False,
+        states: Mapping[int, tuple[Tensor, Tensor | None]] | None = None,
     ) -> None:
         if tail < 0:
             raise UsageError(f"a tail of {tail} tokens: give 0 or more")
@@ -153,18 +157,18 @@ class MixedCache(Cache):
         self.n_prefix, self.n_extra, self.in_sight = K[0].shape[-2], extra, in_sight
         if not 0 <= extra <= self.n_prefix:
             raise UsageError(f"{extra} extra cells among the {self.n_prefix} of a prefix: give its rows, then theirs")
-        super().__init__(
-            layers=[MixedLayer(k, v, layout, kv_type, grows, self.tail) for k, v in zip(K, V, strict=True)]
-        )
+        rows = iter([MixedLayer(k, v, layout, kv_type, grows, self.tail) for k, v in zip(K, V, strict=True)])
+        recurrent = {il: StateLayer(*state, grows) for il, state in (states or {}).items()}
+        super().__init__(layers=list(_by_layer(rows, recurrent, len(K) + len(recurrent))))
 
     def followed(self, K: Sequence[Tensor], V: Sequence[Tensor]) -> MixedCache:
         """What a cache that does not grow would be after its last forward pass, behind other rows of the prefix.
 
-        K, V: as many rows as before, with their own gradient; the cells of the pass have none. So a long text is
-        trained on piece by piece, in the memory of one.
+        K, V: as many rows as before, with their own gradient; the cells of the pass, and the states after it, have
+        none. So a long text is trained on piece by piece, in the memory of one.
         """
-        after = copy(self)
-        after.layers = [layer.followed(k, v) for layer, k, v in zip(self.layers, K, V, strict=True)]
+        after, rows = copy(self), zip(K, V, strict=True)
+        after.layers = [x.followed() if isinstance(x, StateLayer) else x.followed(*next(rows)) for x in self.layers]
         return after
 
     def positions(self, n_new: int) -> Tensor:
@@ -174,6 +178,13 @@ class MixedCache(Cache):
         positions[self.n_prefix :] -= self.n_extra
         positions[self.n_prefix - self.n_extra : self.n_prefix] = 0
         return positions
+
+
+def _by_layer(
+    rows: Iterator[MixedLayer], recurrent: Mapping[int, StateLayer], n_layer: int
+) -> Iterator[MixedLayer | StateLayer]:
+    for il in range(n_layer):
+        yield recurrent[il] if il in recurrent else next(rows)
 
 
 class RoomyLayer(DynamicLayer):

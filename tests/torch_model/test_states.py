@@ -1,0 +1,150 @@
+"""Hybrids in torch: GGUFs of LFM2 and Qwen 3.5, and the states of their recurrent layers behind a prefix.
+
+Random weights. The prefix file is the llama engine's, so what its states mean is llama.cpp's word.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch", reason="the extra [convert] is not installed")
+
+import torch
+
+from intactkv_export import torch_model
+from intactkv_export.conversion import prefix
+from intactkv_export.prefix import ikv
+from tests.support import random_hybrids, random_models
+from tests.support.cache_rows import random_tokens
+from tests.support.log_probs import divergence, llama_log_probs
+from tests.torch_model.test_experts import quantized
+
+NAMES = ("lfm2", "qwen3.5")
+
+
+@pytest.fixture(scope="module")
+def hybrids(tmp_path_factory):
+    """{name: (Hugging Face directory, GGUF at F32, prefix file)}."""
+    root, made = tmp_path_factory.mktemp("hybrids"), {}
+    for name in NAMES:
+        directory = random_hybrids.build(name, root / name)
+        random_models.to_gguf([directory], *(["--no-mtp"] if "qwen" in name else []))
+        gguf = directory.with_name(f"{name}.gguf")
+        prefix(gguf, gguf, system_prompt="Be brief.", engine="llama", out=root / f"{name}.ikv")
+        made[name] = directory, gguf, root / f"{name}.ikv"
+    return made
+
+
+def behind(model, path, tokens, kv_type="f32", tail=0, **kwargs):
+    """Log probabilities behind a prefix file."""
+    file = ikv.read(path)
+    states = torch_model.prefix_states(file)
+    cache = model.cache(*torch_model.prefix_rows(file), kv_type, tail=tail, states=states, **kwargs)
+    with torch.no_grad():
+        return torch.log_softmax(model.forward([tokens], cache), -1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_the_directorys(hybrids, name):
+    directory, gguf, _ = hybrids[name]
+    want, got = (torch_model.load(path, states=True).net.state_dict() for path in (directory, gguf))
+    assert want.keys() == got.keys()
+    for key, weight in want.items():
+        torch.testing.assert_close(got[key], weight, atol=1e-6, rtol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_llama_cpps(hybrids, name):
+    """F32 weights, behind the first token and behind a prefix file, whose states are llama.cpp's own."""
+    _, gguf, path = hybrids[name]
+    model, tokens = torch_model.load(gguf, states=True), random_tokens(64)
+    with torch.no_grad():
+        got = torch.log_softmax(model.forward([tokens])[:, 1:], -1)
+    assert divergence(llama_log_probs(gguf, None, "f16", tokens[:1], [tokens[1:]]), got) < 1e-6
+    want = llama_log_probs(gguf, path, "f16", ikv.read(path).tokens, [tokens])
+    assert divergence(want, behind(model, path, tokens, "f16")) < 1e-6
+    file = ikv.read(path)  # and the states matter
+    with torch.no_grad():
+        other = torch.log_softmax(model.forward([tokens], model.cache(*torch_model.prefix_rows(file), "f16")), -1)
+    assert divergence(want, other) > 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quantized_weights_are_llama_cpps(hybrids, tmp_path, name):
+    """Q4_0: much nearer to llama.cpp than with activations that are not rounded."""
+    gguf, path = quantized(hybrids[name][1], tmp_path / "q.gguf", "Q4_0"), hybrids[name][2]
+    tokens = random_tokens(48)
+    want = llama_log_probs(gguf, path, "f16", ikv.read(path).tokens, [tokens])
+    rounded, exact = (
+        divergence(want, behind(torch_model.load(gguf, round_activations=rounds, states=True), path, tokens, "f16"))
+        for rounds in (True, False)
+    )
+    assert rounded < 0.5 * exact, (rounded, exact)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_quantized_cache_with_a_tail_is_llama_cpps(hybrids, name):
+    """A token at a time behind a q4_0 cache, against what such a cache does to the model."""
+    _, gguf, path = hybrids[name]
+    tokens, prompt = random_tokens(48), ikv.read(path).tokens
+    exact = llama_log_probs(gguf, path, "f16", prompt, [tokens])
+    want = llama_log_probs(gguf, path, "q4_0", prompt, [tokens], tail=8, step=1)
+    got = behind(torch_model.load(gguf, states=True), path, tokens, "q4_0", tail=8)
+    assert divergence(want, got) < 0.2 * divergence(want, exact)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pieces_are_the_whole(hybrids, name):
+    """A cache that grows, one that is followed, and one that does not grow and is used twice."""
+    _, gguf, path = hybrids[name]
+    model, tokens, file = torch_model.load(gguf, states=True), random_tokens(40), ikv.read(path)
+    rows, states = torch_model.prefix_rows(file), torch_model.prefix_states(file)
+    pieces = [tokens[:20], tokens[20:21], tokens[21:22], tokens[22:]]
+    with torch.no_grad():
+        whole = model.forward([tokens], model.cache(*rows, "f32", states=states))
+        cache = model.cache(*rows, "f32", states=states, batch=2)
+        grown = torch.cat([model.forward([piece, piece], cache) for piece in pieces], 1)
+        followed, after = [], None
+        for piece in pieces:
+            after = model.cache(*rows, "f32", states=states, grows=False, after=after)
+            model.forward([piece], after)
+            followed.append(model.forward([piece], after))  # as gradient checkpointing does
+        other = [*file.tokens, *tokens]
+        one = model.roomy_cache(len(other))
+        model.forward([other[:-10]], one)
+        one.batch_repeat_interleave(2)
+        steps = torch.cat([model.forward([[token]] * 2, one) for token in other[-10:]], 1)
+    for got in (grown, torch.cat(followed, 1)):
+        assert (got - whole).abs().max() < 1e-4 * whole.abs().max()
+    assert (steps - whole[:, -10:]).abs().max() < 1e-3 * whole.abs().max()  # the prefix file's K and V are F16
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_reach_the_states(hybrids, name):
+    """As finite differences have them, along a random direction of each layer's states."""
+    _, gguf, path = hybrids[name]
+    model, tokens, file = torch_model.load(gguf, attention="eager", states=True), random_tokens(12), ikv.read(path)
+    K, V = torch_model.prefix_rows(file)
+    flat = [torch.from_numpy(x) for pair in torch_model.prefix_states(file) for x in pair]
+
+    def loss(flat):
+        cache = model.cache(K, V, "f32", states=list(zip(flat[::2], flat[1::2], strict=True)), grows=False)
+        logits = model.forward([tokens[:-1]], cache)
+        return torch.log_softmax(logits[0], -1).gather(-1, torch.tensor(tokens[1:])[:, None]).sum()
+
+    leaves = [x.clone().requires_grad_() for x in flat]
+    loss(leaves).backward()
+    generator = torch.Generator().manual_seed(0)
+    for i, leaf in enumerate(leaves):
+        if not leaf.numel():
+            continue
+        direction = torch.randn(leaf.shape, generator=generator) * leaf.detach().square().mean().sqrt()
+        with torch.no_grad():
+            slopes = []
+            for step in (0.008, 0.004):  # extrapolated (Richardson)
+                ends = [
+                    loss([x + sign * step * direction if j == i else x for j, x in enumerate(flat)]) for sign in (1, -1)
+                ]
+                slopes.append(float(ends[0] - ends[1]) / (2 * step))
+        numeric, exact = (4 * slopes[1] - slopes[0]) / 3, float((leaf.grad * direction).sum())
+        assert leaf.grad.abs().max() > 0 and numeric == pytest.approx(exact, rel=0.05, abs=0.02), i
