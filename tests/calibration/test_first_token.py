@@ -169,11 +169,11 @@ def test_pieces_give_what_the_whole_gives(made: Any, monkeypatch: pytest.MonkeyP
     model, data = torch_model.load(result.outputs[0].path), long_task(torch_model.load(reference), 48)
     settings = Settings(kv_type=(kv_type, kv_type), tail=tail)
     K, V = (torch.from_numpy(np.stack(x)) for x in torch_model.prefix_rows(prefix))
-    whole = training._held_out(model, (K, V), 1, data, settings)
+    whole = training._held_out(model, (K, V, []), 1, data, settings)
     gradients = []
     for size in (48, 16):
         monkeypatch.setattr(passes, "PIECE", size)
-        run = training._Training.start(model, (list(K.numpy()), list(V.numpy())), (list(K), list(V)), 1, settings)
+        run = training._Training.start(model, (list(K.numpy()), list(V.numpy())), (list(K), list(V)), [], 1, settings)
         for loss in training._losses(model, run, data, [1, 2], settings, None, ()):
             loss.backward()
         gradients.append(torch.cat([x.grad.flatten() for x in run.parameters]))
@@ -206,7 +206,7 @@ def test_memory_does_not_grow_with_the_text(made: Any, monkeypatch: pytest.Monke
     most = {}
     for n_tokens, piece in ((32, 16), (128, 16), (128, 128)):
         monkeypatch.setattr(passes, "PIECE", piece)
-        data, run = long_task(exact, n_tokens), training._Training.start(model, rows, rows, 1, Settings())
+        data, run = long_task(exact, n_tokens), training._Training.start(model, rows, rows, [], 1, Settings())
         most[n_tokens, piece] = most_kept(training._losses(model, run, data, [1], Settings(), None, ()))
     assert most[128, 16] < 1.25 * most[32, 16], "the weights count; keys and values grow, activations do not"
     assert most[128, 128] > 1.5 * most[128, 16]
