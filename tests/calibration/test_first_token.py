@@ -177,7 +177,7 @@ def test_pieces_give_what_the_whole_gives(made: Any, monkeypatch: pytest.MonkeyP
         for loss in training._losses(model, run, data, [1, 2], settings, None, ()):
             loss.backward()
         gradients.append(torch.cat([x.grad.flatten() for x in run.parameters]))
-    assert training._held_out(model, (K, V), 1, data, settings)[0] == pytest.approx(whole[0], rel=1e-4)
+    assert training._held_out(model, (K, V, []), 1, data, settings)[0] == pytest.approx(whole[0], rel=1e-4)
     assert float(torch.cosine_similarity(*gradients, dim=0)) > 0.8
 
 
