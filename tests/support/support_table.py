@@ -13,6 +13,7 @@ which says why there is no model of some.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -252,18 +253,21 @@ Of these there is no tiny model:
 
 
 def main(arguments: Sequence[str]) -> int:
-    if "--keep" in arguments:
-        directory = Path(arguments[arguments.index("--keep") + 1])
-        found, missing = _run_all(directory)
-        (directory / "rows.json").write_text(json.dumps([asdict(row) for row in found], indent=1))
-    else:
-        with tempfile.TemporaryDirectory(prefix="models-") as temporary:
-            found, missing = _run_all(Path(temporary))
-    Path(arguments[0]).write_text(page(found, missing), encoding="utf-8")
+    parser = argparse.ArgumentParser(description="Try every tiny model (8 minutes of one core), and write the page.")
+    parser.add_argument("page", type=Path, help="docs/reference/models.md")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIRECTORY", help="of the models and rows.json; else they are deleted"
+    )
+    given = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="models-") as temporary:
+        found, missing = _run_all(given.keep or Path(temporary))
+    if given.keep:
+        (given.keep / "rows.json").write_text(json.dumps([asdict(row) for row in found], indent=1))
+    given.page.write_text(page(found, missing), encoding="utf-8")
     failing = [row for row in found if row.status == "fails"]
     for row in failing:
         print(f"{row.name} ({row.architecture}): {row.reason}", file=sys.stderr)
-    print(f"written: {arguments[0]}: {dict(Counter(row.status for row in found))}")
+    print(f"written: {given.page}: {dict(Counter(row.status for row in found))}")
     return 1 if failing else 0
 
 
