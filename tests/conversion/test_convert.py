@@ -21,7 +21,7 @@ from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.libllama import Context, bindings
 from intactkv_export.models import gguf_file
 from intactkv_export.prefix import ikv
-from tests.support import random_models
+from tests.support import random_architectures, random_models
 
 pytestmark = pytest.mark.skipif(not library.is_patched(), reason="the libraries cannot describe a model")
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -164,14 +164,22 @@ def test_other_architectures(converter, tmp_path, name):
         assert np.linalg.norm(np.float64(a.K) - b.K) < 5e-4 * np.linalg.norm(np.float64(b.K))
 
 
-def test_mamba_is_refused(converter, tmp_path):
+def test_an_encoder_is_refused_and_leaves_nothing(converter, tmp_path):
+    pytest.importorskip("transformers")
+    random_architectures.build("T5", tmp_path / "hf")
+    with pytest.raises(IntactKVError, match="'t5' cannot carry a prefix: its encoder sees the whole prompt"):
+        convert(tmp_path / "hf", tmp_path / "x")
+    assert names(tmp_path) == ["hf"]
+
+
+def test_mamba_has_states_and_no_rows(converter, tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.MambaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, state_size=8)
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "hf")
     random_models._tokenizer(tmp_path / "hf")
-    with pytest.raises(IntactKVError, match="'mamba' cannot carry a prefix: it is recurrent"):
-        convert(tmp_path / "hf", tmp_path / "x")
-    assert names(tmp_path) == ["hf"]
+    convert(tmp_path / "hf", tmp_path / "x", quant="Q8_0", bos_only=True)
+    prefix = ikv.read(tmp_path / "x.gguf")
+    assert not prefix.layers and sorted(prefix.states) == [0, 1]
 
 
 # What is refused before any work
