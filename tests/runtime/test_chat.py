@@ -97,14 +97,14 @@ def test_v_of_four_bits_needs_the_tail(smol: Smol, monkeypatch: pytest.MonkeyPat
         assert chosen() == ("q8_0", 0)
 
 
-def test_v_has_eight_bits_where_a_model_can_have_no_tail(tmp_path: Path) -> None:
+def test_a_model_with_recurrent_layers_has_a_tail_and_v_of_four_bits(tmp_path: Path) -> None:
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     hybrid = tiny_ggufs.write(
         tmp_path / "hybrid.gguf", "granitehybrid", n_head_kv=[0, 2], chat_template=template,
         **{"rope.scaling.finetuned": True},
     )  # fmt: skip
     llama = open_chat(hybrid, notice=print, n_ctx=64).llama
-    assert llama.prefix_stats["kv_type"] == "q8_0" and llama.tail == 0
+    assert llama.prefix_stats["kv_type"] == "q8_0/q4_0" and llama.tail == 128
 
 
 def test_k_and_v_of_different_sizes() -> None:
