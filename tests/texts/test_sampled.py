@@ -238,7 +238,7 @@ def test_turns_are_those_of_the_rendered_conversation(
 def test_other_templates(vocabulary: Vocabulary, text: str, first: str, to_user: str) -> None:
     prompt = make_prompt(vocabulary, text, None)
     manifest = {"messages": prompt.messages, "bos_only": False}
-    turns = Turns(ikv.Prefix(prompt.tokens, manifest, [], "", None, False, b""), vocabulary, text)
+    turns = Turns(ikv.Prefix(prompt.tokens, manifest, [], {}, "", None, False, b""), vocabulary, text)
     assert (prompt.text + vocabulary.text(turns.first("Hi"))).endswith(first)
     assert vocabulary.text(turns.to_user) == to_user
     assert vocabulary.text(turns.next("Why?")) == to_user + first.replace("Hi", "Why?")
