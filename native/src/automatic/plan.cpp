@@ -121,15 +121,14 @@ static bool begins(const prefixes & held, const llama_memory_i & memory, llama_s
     return memory.seq_pos_max(seq_id) + 1 == (llama_pos) tokens.size();
 }
 
-// Whether all tokens of a sequence in this batch are deferred. tokens: and those that it has
-static bool can_wait(
-        const prefixes & held, const llama_batch_ext & batch, const std::vector<llama_token> & tokens, start & s) {
+// Whether all tokens of a sequence in this batch are deferred. tokens: and those that it has; waits: which are so already
+static bool can_wait(const prefixes & held, const llama_batch_ext & batch, const std::vector<llama_token> & tokens,
+        bool waits, start & s) {
     const held_prefix * prefix = held.to_wait_for(tokens);
     if (prefix == nullptr) {
         return false;
     }
-    uint32_t n = 0;
-    const bool none_computed = s.n_there == 0 || held.deferred(s.seqs[0], n);
+    const bool none_computed = s.n_there == 0 || waits;
     const bool asked =
             std::any_of(s.batch_index.begin(), s.batch_index.end(), [&](uint32_t i) { return batch.tokens[i].output; });
     if (!none_computed || asked) {
@@ -174,7 +173,9 @@ std::vector<start> plan(const prefixes & held, const llama_memory_i & memory, co
         if (batch.tokens[r.batch_index[0]].pos[0] != (llama_pos) s.n_there) {
             continue;
         }
-        if (may_wait && r.open && can_wait(held, batch, tokens, s)) {
+        uint32_t n_deferred = 0; // of which nothing can be computed as it is
+        const bool waits = held.whole_only() && s.n_there > 0 && held.deferred(s.seqs[0], n_deferred);
+        if (may_wait && r.open && can_wait(held, batch, tokens, waits, s)) {
             res.push_back(std::move(s));
             continue;
         }
@@ -183,8 +184,6 @@ std::vector<start> plan(const prefixes & held, const llama_memory_i & memory, co
             continue;
         }
         s.goes = goes_of(batch, s, at_once);
-        uint32_t n_deferred = 0; // of which nothing can be computed as it is
-        const bool waits = held.whole_only() && s.n_there > 0 && held.deferred(s.seqs[0], n_deferred);
         if (!s.goes.empty() && !(waits && s.goes[0].load_end < s.found.n)) {
             res.push_back(std::move(s));
         }

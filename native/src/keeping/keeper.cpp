@@ -111,8 +111,8 @@ std::vector<llama_token> keeper::tokens_of(const llama_batch_ext & batch, int32_
         first = batch.tokens[i].seq_ids.count(seq_id) ? std::min(first, batch.tokens[i].pos[0]) : first;
     }
     std::vector<llama_token> res;
-    for (const llama_kv_cache * kv : caches_of(&ctx)) {
-        const arena & a = *kv->intact;
+    if (const auto caches = caches_of(&ctx); !caches.empty()) { // the first of them has all tokens
+        const arena & a = *caches[0]->intact;
         const uint32_t strm = a.stream_of(seq_id);
         for (const auto & [pos, cell] : a.cells_of(strm, seq_id)) {
             const llama_token id = a.cells_in(strm).ext_get(cell).tok;
@@ -123,7 +123,6 @@ std::vector<llama_token> keeper::tokens_of(const llama_batch_ext & batch, int32_
                 res.push_back(id);
             }
         }
-        break; // the first of them has all tokens
     }
     for (size_t i = 0; i <= last; ++i) {
         const llama_batch_ext::token & t = batch.tokens[i];
