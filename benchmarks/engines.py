@@ -46,9 +46,8 @@ def built(root: Path, names: list[str]) -> dict[str, Path]:
     makers |= {name: random_families.build for name in random_families.MODELS}
     makers |= {name: random_latents.build for name in random_latents.MODELS}
     makers |= {name: random_hybrids.build for name in random_hybrids.MODELS}
-    made = {name: make(name, root / name) for name, make in makers.items() if name in (names or makers)}
-    random_models.to_gguf(made.values())
-    return made
+    chosen = [name for name in makers if name in (names or makers)]
+    return random_models.build_all(lambda name, directory: makers[name](name, directory), chosen, root)
 
 
 def errors(directory: Path, gguf: Path, n_tokens: int) -> dict[str, dict[int, float]]:

@@ -146,9 +146,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """{name: Hugging Face directory} of the random-weight models, each with its F32 GGUF beside it as NAME.gguf."""
     pytest.importorskip("torch")
     root = tmp_path_factory.mktemp("random")
-    made = {name: random_models.build(name, root / name) for name in random_models.MODELS}
-    random_models.to_gguf(made.values())
-    return made
+    return random_models.build_all(random_models.build, random_models.MODELS, root)
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,7 @@ def test_longrope(models, tmp_path, n_ctx, as_gguf):
 def test_a_hybrid_and_its_states(tmp_path, name):
     """The first token, then a prompt: K, V and states are trained; llama.cpp says behind the file what torch says."""
     directory = random_hybrids.build(name, tmp_path / name)
-    random_models.to_gguf([directory], *(["--no-mtp"] if "qwen" in name else []))
+    random_models.to_gguf([directory])
     reference = directory.with_name(f"{name}.gguf")
     for number, prompt in enumerate(({"bos_only": True}, {"system_prompt": "Be brief."})):
         made = convert(reference, tmp_path / f"q{number}.gguf", quant="Q4_0", embed=False, **prompt)

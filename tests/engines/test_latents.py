@@ -14,13 +14,11 @@ import pytest
 
 pytest.importorskip("torch", reason="the extra [convert] is not installed")
 
-from intactkv_export.conversion import prefix
 from intactkv_export.engines import torch_engine as engine
 from intactkv_export.errors import IntactKVError
 from intactkv_export.models.proven import LATENT, supports
-from intactkv_export.prefix import ikv
 from intactkv_export.torch_model import load
-from tests.support import random_latents, random_models
+from tests.support import both_engines, random_latents, random_models
 from tests.support.cache_rows import Llama, random_tokens
 from tests.support.recurrent_state import raw
 
@@ -30,9 +28,7 @@ TOLERANCE = 2e-5
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory):
     root = tmp_path_factory.mktemp("latents")
-    made = {name: random_latents.build(name, root / name) for name in random_latents.MODELS}
-    random_models.to_gguf(made.values())
-    return made
+    return random_models.build_all(random_latents.build, random_latents.MODELS, root)
 
 
 def rows(path, tokens):
@@ -65,15 +61,8 @@ def test_rows_of_every_family(latents, name):
 @pytest.mark.parametrize("name", random_latents.MODELS)
 def test_both_engines_make_the_same_file(latents, tmp_path, name):
     """What the description of the GGUF says of layers, latents and RoPE is the checkpoint's too."""
-    gguf = latents[name].with_name(f"{name}.gguf")
-    files = {}
-    for which, reference in (("torch", latents[name]), ("llama", gguf)):
-        out = tmp_path / f"{which}.ikv"
-        prefix(reference, gguf, system_prompt="Be brief.", engine=which, out=out)
-        files[which] = ikv.read(out)
-    got, want = files["torch"], files["llama"]
-    assert got.manifest["engine"]["name"] == "torch" and got.tokens == want.tokens and len(got.tokens) > 8
-    assert got.manifest["model"] == want.manifest["model"] and got.manifest["format"] == want.manifest["format"] == 2
+    got, want = both_engines.files(latents[name], tmp_path)
+    assert got.manifest["format"] == want.manifest["format"] == 2
     assert got.states == want.states == {}
     for a, b in zip(got.layers, want.layers, strict=True):
         assert a.K.size and a.K.shape == b.K.shape and not a.V.size and not b.V.size

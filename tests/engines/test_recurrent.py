@@ -21,10 +21,9 @@ from intactkv_export.engines import llama_engine
 from intactkv_export.engines import torch_engine as engine
 from intactkv_export.errors import IntactKVError
 from intactkv_export.models.proven import PROVEN, RECURRENT
-from intactkv_export.prefix import ikv
 from intactkv_export.torch_model import from_huggingface, load
 from intactkv_export.torch_model.from_gguf import check_header
-from tests.support import random_hybrids, recurrent_state
+from tests.support import both_engines, random_hybrids, recurrent_state
 from tests.support.cache_rows import random_tokens
 
 TOLERANCE = 1e-5
@@ -97,15 +96,8 @@ def test_only_k_and_v_are_rounded(hybrids):
 @pytest.mark.parametrize("name", ["lfm2", "granite-h", "falcon-h1", "nemotron-h-moe", "qwen3-next", "qwen3.5", "mamba"])
 def test_both_engines_make_the_same_file(hybrids, tmp_path, name):
     """What the description of the GGUF says of layers, heads, RoPE and sizes of states is the checkpoint's too."""
-    gguf = hybrids[name].with_name(f"{name}.gguf")
-    files = {}
-    for which, reference in (("torch", hybrids[name]), ("llama", gguf)):
-        out = tmp_path / f"{which}.ikv"
-        prefix(reference, gguf, system_prompt="Be brief.", engine=which, out=out)
-        files[which] = ikv.read(out)
-    got, want = files["torch"], files["llama"]
-    assert got.manifest["engine"]["name"] == "torch" and got.tokens == want.tokens and len(got.tokens) > 8
-    assert got.manifest["model"] == want.manifest["model"] and got.states.keys() == want.states.keys()
+    got, want = both_engines.files(hybrids[name], tmp_path)
+    assert got.states.keys() == want.states.keys()
     for a, b in zip(got.layers, want.layers, strict=True):
         assert max(error(a.K, b.K), error(a.V, b.V)) < 1e-3
     for il, both in want.states.items():

@@ -5,7 +5,6 @@ As random_models has them, which many tests build all of; these are for the engi
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +105,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 def build_all(root: Path) -> dict[str, Path]:
     """{name: Hugging Face directory} of all in `root`, each with its F32 GGUF beside it as NAME.gguf."""
-    made = {name: build(name, root / name) for name in MODELS}
-    random_models.to_gguf(made.values())
-    return made
+    return random_models.build_all(build, MODELS, root)
 
 
 def build(name: str, directory: Path) -> Path:
@@ -119,6 +116,5 @@ def build(name: str, directory: Path) -> Path:
     if "sliding_window" in differs:
         settings["sliding_window"] = differs["sliding_window"]  # None is not the class's default
     random_models.write(directory, model_type, settings)
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **besides}))
+    random_models.say(directory, besides)
     return directory

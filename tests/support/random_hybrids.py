@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +192,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 def build_all(root: Path) -> dict[str, Path]:
     """{name: Hugging Face directory} of all in `root`, each with its F32 GGUF beside it as NAME.gguf."""
-    made = {name: build(name, root / name) for name in MODELS}
-    random_models.to_gguf(made.values())
-    return made
+    return random_models.build_all(build, MODELS, root)
 
 
 def build(name: str, directory: Path) -> Path:
@@ -203,9 +200,5 @@ def build(name: str, directory: Path) -> Path:
     model_type, differs, written = MODELS[name]
     settings = {key: value for key, value in {**_BASE, **differs}.items() if value is not None}
     random_models.write(directory, model_type, settings)
-    path = directory / "config.json"
-    config = {**json.loads(path.read_text()), **written}
-    path.write_text(
-        json.dumps({key: value for key, value in config.items() if key not in written or value is not None})
-    )
+    random_models.say(directory, written)
     return directory

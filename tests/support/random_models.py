@@ -15,7 +15,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -289,14 +289,29 @@ def _tokenizer(directory: Path) -> None:
     )
 
 
-def to_gguf(directories: Iterable[Path], *arguments: str) -> None:
+def build_all(make: Callable[[str, Path], Path], names: Iterable[str], root: Path) -> dict[str, Path]:
+    """{name: Hugging Face directory} of each in `root`, by make(name, directory), with its F32 GGUF beside it as
+    NAME.gguf."""
+    made = {name: make(name, root / name) for name in names}
+    to_gguf(made.values())
+    return made
+
+
+def say(directory: Path, settings: dict[str, Any]) -> None:
+    """Have a model's config.json say what those of real checkpoints do; None: without this one."""
+    path = directory / "config.json"
+    config = {**json.loads(path.read_text()), **settings}
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in settings or v is not None}))
+
+
+def to_gguf(directories: Iterable[Path]) -> None:
     """Write NAME.gguf beside each: upstream's converter, F32, in one process, as most of its time goes into imports.
 
-    Architectures whose tokenizer it looks for as BPE alone get ours as well. arguments: further ones.
+    Architectures whose tokenizer it looks for as BPE alone get ours as well.
     """
     code = (
-        "import json, pathlib, runpy, sys\n"
-        "converter, arguments, *dirs = sys.argv[1:]\n"
+        "import pathlib, runpy, sys\n"
+        "converter, *dirs = sys.argv[1:]\n"
         "sys.path.insert(0, converter.rpartition('/')[0])\n"
         "from intactkv_export.models import weights\n"
         "weights.settings_of_the_file(pathlib.Path(converter))\n"
@@ -311,11 +326,11 @@ def to_gguf(directories: Iterable[Path], *arguments: str) -> None:
         "for own in (ChatGLMModel, Exaone4Model, Gemma4Model, Glm4Model, NemotronHModel, StableLMModel):\n"
         "    own.set_vocab = TextModel._set_vocab_sentencepiece\n"
         "for d in dirs:\n"
-        "    sys.argv = [converter, d, '--outtype', 'f32', '--outfile', d + '.gguf', *json.loads(arguments)]\n"
+        "    sys.argv = [converter, d, '--outtype', 'f32', '--outfile', d + '.gguf']\n"
         "    runpy.run_path(converter, run_name='__main__')\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(library.converter_path()), json.dumps(arguments), *map(str, directories)],
+        [sys.executable, "-c", code, str(library.converter_path()), *map(str, directories)],
         capture_output=True,
         text=True,
     )

@@ -27,8 +27,7 @@ OTHERS = ("olmo3", "granitemoeshared", "cohere")
 @pytest.fixture(scope="module")
 def families(tmp_path_factory):
     root = tmp_path_factory.mktemp("families")
-    made = {name: random_families.build(name, root / name) for name in NAMES + OTHERS}
-    random_models.to_gguf(made.values())
+    made = random_models.build_all(random_families.build, NAMES + OTHERS, root)
     return {name: path.with_name(f"{name}.gguf") for name, path in made.items()}
 
 

@@ -28,7 +28,7 @@ def hybrids(tmp_path_factory):
     root, made = tmp_path_factory.mktemp("hybrids"), {}
     for name in NAMES:
         directory = random_hybrids.build(name, root / name)
-        random_models.to_gguf([directory], *(["--no-mtp"] if "qwen" in name else []))
+        random_models.to_gguf([directory])
         gguf = directory.with_name(f"{name}.gguf")
         prefix(gguf, gguf, system_prompt="Be brief.", engine="llama", out=root / f"{name}.ikv")
         made[name] = directory, gguf, root / f"{name}.ikv"
