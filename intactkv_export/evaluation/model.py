@@ -26,7 +26,7 @@ class Evaluated:
 
         self.llama, self._L = IntactLlama(model, None, kv_type, **settings), L
         self.tokens = tokens
-        self._steps_back = not (self.llama._is_recurrent or self.llama._is_hybrid)
+        self._steps_back = not self.llama._has_states
         self._saved: dict[int, bytes] = {}  # of a model that cannot step back: the sequence at these positions
 
     def close(self) -> None:
@@ -85,7 +85,7 @@ class Evaluated:
         """
         llama = self.llama
         if not llama._ctx.kv_cache_seq_rm(0, at, -1):
-            self._restore(self._saved[at])
+            self._set_state(self._saved[at], "state of a sequence that it has saved")
         for start in range(0, len(tokens), llama.n_batch):
             part = slice(start, start + llama.n_batch)
             llama._batch.set_batch(batch=tokens[part], n_past=at + start, logits_all=False)
@@ -99,18 +99,18 @@ class Evaluated:
         if not self._steps_back:
             self._saved[at] = sequence_state(self.llama.ctx)
 
-    def _restore(self, saved: bytes) -> None:
-        data = (ctypes.c_uint8 * len(saved)).from_buffer_copy(saved)
+    def _set_state(self, sequence: bytes, what: str) -> None:
+        data = (ctypes.c_uint8 * len(sequence)).from_buffer_copy(sequence)
         if self._L.llama_state_seq_set_data(self.llama.ctx, data, len(data), 0) == 0:
-            raise IntactKVError("llama.cpp refused the state of a sequence that it has saved")
+            raise IntactKVError(f"llama.cpp refused the {what}")
 
     def _round(self) -> None:
         """Make the intact cells ordinary: from now on attention reads their rounded copies."""
         ctx = self.llama.ctx
         rounded = state.without_intact_cells(sequence_state(ctx), bindings.describe(ctx))
-        data = (ctypes.c_uint8 * len(rounded)).from_buffer_copy(rounded)
-        if self._L.llama_state_seq_set_data(ctx, data, len(data), 0) == 0 or self.llama.intact_cells:
-            raise IntactKVError("llama.cpp refused the rounded copy of the prefix")
+        self._set_state(rounded, "rounded copy of the prefix")
+        if self.llama.intact_cells:
+            raise IntactKVError("llama.cpp kept cells intact in the rounded copy of the prefix")
 
 
 def _last(n: int) -> np.ndarray:
