@@ -7,6 +7,7 @@ place here.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isclose, log
 from typing import Any
 
 # Hugging Face text model_type -> RoPE layout of the GGUF: which values RoPE pairs (torch_model/rope_pairs.py)
@@ -45,6 +46,10 @@ PROVEN: dict[str, str] = {
     "stablelm": "neox",
     "apertus": "neox",
     "arcee": "norm",
+    "ministral3": "norm",
+    "hunyuan_v1_dense": "neox",
+    "hunyuan_v1_moe": "neox",
+    "minimax_m2": "neox",
     "gemma3n_text": "neox",
     "gemma4_text": "neox",
     "lfm2": "neox",
@@ -103,6 +108,10 @@ _ROPE_SCALING = {
     "qwen3_moe": {"default", "yarn"},
     "gpt_oss": {"default", "yarn"},
     "gemma4_text": {"default", "proportional"},
+    "olmo3": {"default", "yarn"},
+    "ministral3": {"yarn"},
+    "hunyuan_v1_dense": {"default", "dynamic"},
+    "hunyuan_v1_moe": {"default", "dynamic"},
     "apertus": {"default", "llama3"},
     "deepseek_v2": {"default", "yarn"},
     "deepseek_v3": {"default", "yarn"},
@@ -115,6 +124,8 @@ _SETTINGS: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "olmo3": {"attention_bias": (False, (False,))},
     "cohere": {"use_qk_norm": (False, (False,)), "attention_bias": (False, (False,))},
     "cohere2": {"attention_bias": (False, (False,))},
+    "hunyuan_v1_dense": {"attention_bias": (False, (False,))},
+    "hunyuan_v1_moe": {"attention_bias": (False, (False,))},
     "glm4_moe": {"n_group": (1, (1,)), "topk_group": (1, (1,)), "norm_topk_prob": (True, (True,))},
     "granitemoe": {"attention_bias": (False, (False,))},
     "granitemoeshared": {"attention_bias": (False, (False,))},
@@ -220,7 +231,7 @@ def supports(config: Any) -> bool:
         and all(text.get(key, least) in same for key, (least, same) in _SETTINGS.get(model_type, {}).items())
         and not full.get("quantization_config")
         and not any(r.get(key) is not None for r in each for key in _unproven(model_type, r))
-        and all(r.get(key) in (None, value) for r in each for key, value in _ROPE_FIXED.items())
+        and all(_bounds(model_type, r) for r in each)
     )
 
 
@@ -229,13 +240,29 @@ def _unproven(model_type: str, rope: Mapping[str, Any]) -> tuple[str, ...]:
     proven = {"truncate"} if model_type == "gpt_oss" else set()  # from_huggingface.read_config sets it
     if model_type in LATENT and rope.get("mscale") == rope.get("mscale_all_dim"):
         proven = {"mscale", "mscale_all_dim"}
+    if model_type == "ministral3" and rope.get("mscale") == 1.0:  # llama.cpp assumes it
+        proven = {"mscale", "mscale_all_dim"}
+    if _kind(rope) == "yarn" and isclose(rope.get("attention_factor") or 0, 0.1 * log(rope["factor"]) + 1):
+        proven |= {"attention_factor"}  # what llama.cpp computes
     return tuple(key for key in _ROPE_UNPROVEN if key not in proven)
+
+
+def _bounds(model_type: str, rope: Mapping[str, Any]) -> bool:
+    """Whether llama.cpp has YaRN's bounds, and the base that a fixed alpha makes."""
+    fixed = {} if model_type == "ministral3" else _ROPE_FIXED
+    return all(rope.get(key) in (None, value) for key, value in fixed.items()) and (
+        _kind(rope) != "dynamic" or bool(rope.get("alpha"))
+    )
 
 
 def rope_types(config: Any) -> set[str]:
     """The kinds of RoPE scaling that a model's layers have, "default" for none. config: as of supports()."""
     full = config if isinstance(config, Mapping) else config.to_dict()
-    return {r.get("rope_type", r.get("type", "default")) for r in _ropes(full.get("text_config") or full)}
+    return {_kind(r) for r in _ropes(full.get("text_config") or full)}
+
+
+def _kind(rope: Mapping[str, Any]) -> str:
+    return str(rope.get("rope_type", rope.get("type", "default")))
 
 
 def _same_experts(model_type: str, text: Mapping[str, Any]) -> bool:

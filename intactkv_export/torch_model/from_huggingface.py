@@ -34,7 +34,7 @@ def quiet() -> Iterator[None]:
 
 def read_config(hf_dir: str | Path) -> Any:
     """A checkpoint's configuration, as llama.cpp computes the model: without a window that it ignores, YaRN's bounds
-    whole numbers.
+    whole numbers, the base of RoPE that an alpha makes.
 
     Raises IntactKVError if it cannot be read, or the K/V layout is not proven.
     """
@@ -68,6 +68,9 @@ def _as_llama_cpp(text: Any) -> None:
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("truncate") is False:  # gpt-oss; ggml_rope_yarn_corr_dims rounds
         rope["truncate"] = True
+    if rope.get("alpha"):  # HunYuan's: the converter writes the base that it makes
+        n_rot = _head_dim(text)
+        rope |= {"rope_type": "default", "rope_theta": rope["rope_theta"] * rope["alpha"] ** (n_rot / (n_rot - 2))}
     if text.model_type in _WINDOW_KEPT:
         return
     if getattr(text, "sliding_window", None):
@@ -123,6 +126,15 @@ def load(
             "get the complete checkpoint"
         )
     return net.eval()
+
+
+# The soft cap of Gemma 2's attention, and the sinks of gpt-oss's
+_EAGER_ONLY = {"gemma2", "gpt_oss"}
+
+
+def attention_of(model_type: str, asked: str) -> str:
+    """The implementation of attention that computes a model as it is: the one asked for, "sdpa" or "eager", or this."""
+    return "eager" if model_type in _EAGER_ONLY else asked
 
 
 def cache_argument(module: Any) -> str:
@@ -217,6 +229,13 @@ def layer_type(text: Any, il: int) -> str:
     if types:
         return types[il]
     return "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
+
+
+def is_turned(attention: Any) -> bool:
+    """Whether a layer's attention has RoPE: SmolLM3 says which have none, of Cohere 2 it is those without a window."""
+    if attention.config.model_type == "cohere2":
+        return attention.sliding_window is not None
+    return bool(getattr(attention, "use_rope", True))
 
 
 _NO_ROWS = {"conv", "linear_attention", "mamba", "mlp", "moe"}  # layer types without K and V

@@ -6,7 +6,6 @@ rows, that transformers uses. Its rows of K in llama.cpp's layout, its cache wit
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,12 +18,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from intactkv_export.errors import IntactKVError, UsageError
-from intactkv_export.models import FLOATS, LATENT, RECURRENT, UNEVEN, check_dtype, gguf_file, is_reordered
+from intactkv_export.models import FLOATS, LATENT, NEIGHBOURS, RECURRENT, UNEVEN, check_dtype, gguf_file, is_reordered
 from intactkv_export.prefix import Prefix
 from intactkv_export.torch_model import attention, experts, from_gguf, from_huggingface
 from intactkv_export.torch_model.caches import STATES, Layout, MixedCache, RoomyLayer, StateLayer, StateLayout
-
-_EAGER_ONLY = {"gemma2"}  # the soft cap of its attention
+from intactkv_export.torch_model.rope_pairs import turned_back
 
 
 @dataclass(frozen=True)
@@ -162,18 +160,20 @@ class TorchModel:
         K: by layer, llama.cpp's rows [n, n_head_kv, head_dim] after RoPE at `positions`, n of them. The same in
         float32. V has no position. So rows of any text can be what the training of extra cells begins with.
         """
-        decoder = self.net.get_decoder()
+        rotary = self.net.get_decoder().rotary_emb
         text = self.net.config.get_text_config(decoder=True)
-        ids = torch.as_tensor(positions, device=self.device)[None]
-        like = torch.empty(0, dtype=torch.float32, device=self.device)
-        by_kind = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+        ids = torch.as_tensor(positions, dtype=torch.float32, device=self.device)
         turned = []
         for il, (rows, layer) in enumerate(zip(K, self.decoder_layers, strict=True)):
-            cached = self.layout.to_cache(torch.as_tensor(rows).to(like), "K")  # [n_head_kv, n, head_dim]
-            if getattr(layer.self_attn, "use_rope", True):
-                kind = {"layer_type": from_huggingface.layer_type(text, il)} if by_kind else {}
-                cos, sin = decoder.rotary_emb(like, position_ids=ids, **kind)
-                cached = _turned_back(cached, cos[0], sin[0])
+            cached = self.layout.to_cache(torch.as_tensor(rows).to(self.device, torch.float32), "K")
+            kind = from_huggingface.layer_type(text, il)
+            if from_huggingface.is_turned(layer.self_attn):
+                frequencies = getattr(rotary, f"{kind}_inv_freq", None)
+                frequencies = rotary.inv_freq if frequencies is None else frequencies
+                gain = getattr(layer.self_attn, "key_layernorm", None)  # HunYuan's, which comes after RoPE
+                gain = torch.ones(()) if gain is None else gain.weight.float()
+                neighbours = text.model_type in NEIGHBOURS
+                cached = turned_back(cached / gain, ids[:, None] * frequencies.float(), neighbours) * gain
             turned.append(self.layout.to_rows(cached, "K"))
         return turned
 
@@ -205,7 +205,8 @@ def load(
     """A Hugging Face directory, or a GGUF of any type that gguf-py can dequantize.
 
     device: "cpu", "cuda", "cuda:1", "mps". dtype: of weights and arithmetic, "float32", "float16" or "bfloat16".
-    attention: "sdpa", or "eager" (what Gemma 2 gets in any case). round_activations: of a GGUF, see from_gguf.load().
+    attention: "sdpa", or "eager" (what some get in any case, see from_huggingface.attention_of()). round_activations:
+    of a GGUF, see from_gguf.load().
     rope_factors: those that a LongRoPE model has at every position, see from_huggingface.fix_longrope(); a prefix's
     manifest names them (prefix_factors()). states: whether the caller carries the states of recurrent layers; a model
     with some is refused if not.
@@ -223,9 +224,9 @@ def load(
         else:
             config = from_huggingface.read_config(path)
             _check_plain(config.get_text_config(decoder=True).model_type, path, states)
-            if config.get_text_config(decoder=True).model_type in _EAGER_ONLY:
-                attention = "eager"
-            from_huggingface.fix_longrope(config.get_text_config(decoder=True), rope_factors, path)
+            text = config.get_text_config(decoder=True)
+            attention = from_huggingface.attention_of(text.model_type, attention)
+            from_huggingface.fix_longrope(text, rope_factors, path)
             net = from_huggingface.load(path, config, device, dtype, attention=attention)
             experts.set_up(net, device, rounds=False)
     net.requires_grad_(False)
@@ -273,16 +274,3 @@ def prefix_rows(prefix: Prefix) -> tuple[list[np.ndarray], list[np.ndarray]]:
 def prefix_states(prefix: Prefix) -> list[tuple[np.ndarray, np.ndarray]]:
     """The states of a prefix file's recurrent layers in order, r and s, float32: the argument `states` of cache()."""
     return [(r.copy(), s.copy()) for _, (r, s) in sorted(prefix.states.items())]
-
-
-def _turned_back(cached: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """K [n_head_kv, n, head_dim] in transformers' order, turned back by what RoPE turned it: cos, sin [n, n_rot].
-
-    YaRN and LongRoPE make K longer too, at every position alike: that stays.
-    """
-    n_rot = cos.shape[-1]
-    length = (cos.square() + sin.square()).sqrt()
-    part, rest = cached[..., :n_rot], cached[..., n_rot:]
-    first, second = part.chunk(2, -1)
-    back = (part * cos - torch.cat([-second, first], -1) * sin) / length
-    return torch.cat([back, rest], -1)

@@ -54,6 +54,20 @@ _GEMMA3N = dict(
     intermediate_size=[256] * 6,
     tie_word_embeddings=True,
 )
+_OLMO3_YARN = dict(
+    full_attention=_rope(
+        rope_type="yarn",
+        factor=8.0,
+        original_max_position_embeddings=256,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        attention_factor=1.2079441541679836,
+    ),
+    sliding_attention=_rope(),
+)
+_TEMPERATURE = dict(random_models._BETAS, original_max_position_embeddings=16)  # fewer than the tests' texts have
+_ALPHA = _rope(rope_type="dynamic", alpha=1000.0, factor=1.0)
+_MISTRAL_SMALL = dict(architectures=["Mistral3ForConditionalGeneration"])  # llama.cpp's architecture is another
 
 # name: (HF model_type, what differs from _BASE, what config.json says besides: real checkpoints do)
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -65,6 +79,18 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "glm": ("glm", dict(attention_bias=True, rope_parameters=_PARTIAL), {}),
     "glm4": ("glm4", dict(rope_parameters=_PARTIAL), {}),
     "glm4-moe": ("glm4_moe", dict(_SHARED, use_qk_norm=True, rope_parameters=_PARTIAL), {}),
+    "glm4-moe-scaled": (
+        "glm4_moe",
+        dict(
+            _SHARED,
+            n_routed_experts=8,
+            n_shared_experts=2,
+            routed_scaling_factor=2.5,
+            attention_bias=True,
+            rope_parameters=_PARTIAL,
+        ),
+        {},
+    ),
     "starcoder2": ("starcoder2", dict(head_dim=None, sliding_window=None, rope_parameters=_rope()), {}),
     "granitemoe": ("granitemoe", dict(_GRANITE, **_EXPERTS, head_dim=None, rope_parameters=_rope()), {}),
     "granitemoeshared": (
@@ -89,6 +115,20 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "exaone4": ("exaone4", dict(sliding_window=None, layer_types=["full_attention"] * 4, rope_parameters=_rope()), {}),
     "gpt-oss": ("gpt_oss", dict(_OSS, rope_parameters=_YARN), {}),
+    "olmo3-yarn": ("olmo3", dict(_WINDOWS, head_dim=None, rope_parameters=_OLMO3_YARN), {}),
+    "ministral3": ("ministral3", dict(sliding_window=None, rope_parameters=_TEMPERATURE), {}),
+    "mistral-small3": ("mistral", dict(sliding_window=None, rope_parameters=_rope(1e6)), _MISTRAL_SMALL),
+    "hunyuan": ("hunyuan_v1_dense", dict(rope_parameters=_ALPHA, max_position_embeddings=32768), {}),
+    "hunyuan-moe": (
+        "hunyuan_v1_moe",
+        dict(num_experts=4, moe_topk=2, rope_parameters=_rope()),
+        dict(moe_intermediate_size=[256] * 4, moe_topk=[2] * 4, num_shared_expert=[1] * 4),
+    ),
+    "minimax-m2": (
+        "minimax_m2",
+        dict(_EXPERTS, rope_parameters=_PARTIAL),
+        dict(rotary_dim=32, scoring_func="sigmoid"),
+    ),
     "seed-oss": ("seed_oss", dict(rope_parameters=_rope()), {}),
     "nemotron": ("nemotron", dict(head_dim=None, rope_parameters=_PARTIAL), {}),
     "stablelm": ("stablelm", dict(head_dim=None, rope_parameters=_PARTIAL), {}),

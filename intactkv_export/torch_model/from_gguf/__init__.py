@@ -14,12 +14,11 @@ import torch
 
 from intactkv_export.errors import IntactKVError
 from intactkv_export.models import RECURRENT
-from intactkv_export.torch_model import experts
+from intactkv_export.torch_model import experts, from_huggingface
 from intactkv_export.torch_model.from_gguf.configuration import configuration, family_of
 from intactkv_export.torch_model.from_gguf.header import Header
 from intactkv_export.torch_model.from_gguf.rope import rope
 from intactkv_export.torch_model.from_gguf.tensors import Tensors
-from intactkv_export.torch_model.from_huggingface import fix_longrope
 
 
 def check_header(path: str | Path, name: str | Path | None = None, states: bool = True) -> None:
@@ -60,12 +59,12 @@ def load(
     family = family_of(header)
     tensors = Tensors(header, family)
     config = AutoConfig.for_model(**configuration(header, family))
-    fix_longrope(config, rope_factors, path)
-    attention = "eager" if config.model_type == "gemma2" else attention
+    from_huggingface.fix_longrope(config, rope_factors, path)
+    attention = from_huggingface.attention_of(config.model_type, attention)
     with init_empty_weights(include_buffers=False):
         net = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
     experts.set_up(net, device, round_activations)
-    weights = dict(tensors.weights(list(net.state_dict()), net.dtype, device))
+    weights = dict(tensors.weights(net.state_dict(), device))
     net.load_state_dict(weights, strict=False, assign=True)
     net.tie_weights()
     missing = sorted(name for name, weight in net.state_dict().items() if weight.is_meta)

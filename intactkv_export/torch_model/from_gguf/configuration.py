@@ -27,6 +27,8 @@ def family_of(header: Header) -> Family:
             f"cannot read from a GGUF, only {', '.join(_FAMILIES)}, and with experts {', '.join(_WITH_EXPERTS)}: "
             f"{INSTEAD}"
         )
+    if not isinstance(family, Family):
+        family = family(header)
     check_longrope(header)
     keys = [key for key in ("attention.sliding_window", "rope.scaling.factor") if header.get(key, 0)]
     if family.only_plain and (found := keys + [name for name in _NOT_PLAIN if name in header.tensors]):
@@ -34,8 +36,13 @@ def family_of(header: Header) -> Family:
             f"{header.path} of architecture {header.arch!r} has {found[0]}, with which torch cannot read a GGUF of it: "
             f"{INSTEAD}"
         )
+    if what := family.unproven(header):
+        raise IntactKVError(
+            f"{header.path} of architecture {header.arch!r} has {what}, with which torch cannot read a GGUF of it: "
+            f"{INSTEAD}"
+        )
     scale = header.get("expert_weights_scale", 1.0)
-    if scale not in (0.0, 1.0):
+    if scale not in (0.0, 1.0) and not family.scaled:
         raise IntactKVError(
             f"{header.path} multiplies what its experts give by {scale}, which torch cannot read from a GGUF: {INSTEAD}"
         )
