@@ -242,7 +242,7 @@ def _unproven(model_type: str, rope: Mapping[str, Any]) -> tuple[str, ...]:
         proven = {"mscale", "mscale_all_dim"}
     if model_type == "ministral3" and rope.get("mscale") == 1.0:  # llama.cpp assumes it
         proven = {"mscale", "mscale_all_dim"}
-    if _kind(rope) == "yarn" and isclose(rope.get("attention_factor") or 0, 0.1 * log(rope["factor"]) + 1):
+    if _kind(rope) == "yarn" and isclose(rope.get("attention_factor") or 0, 0.1 * log(rope.get("factor") or 1) + 1):
         proven |= {"attention_factor"}  # what llama.cpp computes
     return tuple(key for key in _ROPE_UNPROVEN if key not in proven)
 

@@ -21,7 +21,15 @@ from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.models import FLOATS, LATENT, NEIGHBOURS, RECURRENT, UNEVEN, check_dtype, gguf_file, is_reordered
 from intactkv_export.prefix import Prefix
 from intactkv_export.torch_model import attention, experts, from_gguf, from_huggingface
-from intactkv_export.torch_model.caches import STATES, Layout, MixedCache, RoomyLayer, StateLayer, StateLayout
+from intactkv_export.torch_model.caches import (
+    STATES,
+    LatentLayout,
+    Layout,
+    MixedCache,
+    RoomyLayer,
+    StateLayer,
+    StateLayout,
+)
 from intactkv_export.torch_model.rope_pairs import turned_back
 
 
@@ -96,11 +104,11 @@ class TorchModel:
         before the first token.
         """
         kinds = (kv_type, kv_type) if isinstance(kv_type, str) else kv_type
+        kinds = (kinds[0], kinds[0]) if isinstance(self.layout, LatentLayout) else kinds
         place = {"device": self.device, "dtype": self.net.dtype}
-        k, v = (
-            [self.to_cache(torch.as_tensor(x).to(**place), kind).expand(batch, -1, -1, -1) for x in rows]
-            for rows, kind in ((K, "K"), (V, "V"))
-        )
+        sides = ([torch.as_tensor(x).to(**place) for x in rows] for rows in (K, V))
+        cached = [self.layout.cached(*rows) for rows in zip(*sides, strict=True)]
+        k, v = ([x[side].expand(batch, -1, -1, -1) for x in cached] for side in (0, 1))
         if after is not None:
             return after.followed(k, v)
         return MixedCache(k, v, self.layout, kinds, grows, tail, extra, in_sight, self._states(states, batch))
@@ -172,8 +180,9 @@ class TorchModel:
                 frequencies = rotary.inv_freq if frequencies is None else frequencies
                 gain = getattr(layer.self_attn, "key_layernorm", None)  # HunYuan's, which comes after RoPE
                 gain = torch.ones(()) if gain is None else gain.weight.float()
-                neighbours = text.model_type in NEIGHBOURS
-                cached = turned_back(cached / gain, ids[:, None] * frequencies.float(), neighbours) * gain
+                still, part = cached.tensor_split([self.layout.n_still], -1)
+                angles, neighbours = ids[:, None] * frequencies.float(), text.model_type in NEIGHBOURS
+                cached = torch.cat([still, turned_back(part / gain, angles, neighbours) * gain], -1)
             turned.append(self.layout.to_rows(cached, "K"))
         return turned
 
@@ -232,7 +241,10 @@ def load(
     net.requires_grad_(False)
     text = net.config.get_text_config(decoder=True)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    layout = Layout(text.num_key_value_heads, head_dim, is_reordered(text.model_type))
+    reordered = is_reordered(text.model_type)
+    layout = Layout(text.num_key_value_heads, head_dim, reordered)
+    if text.model_type in LATENT:
+        layout = LatentLayout.of(text, reordered)
     recurrent = sorted({*range(text.num_hidden_layers)} - {*from_huggingface.attention_layers(text)})
     state_layout = StateLayout.of(text) if recurrent else None
     return TorchModel(net.eval(), text.num_hidden_layers, text.vocab_size, layout, tuple(recurrent), state_layout)
@@ -240,7 +252,7 @@ def load(
 
 def _check_plain(model_type: str, path: str | Path, states: bool) -> None:
     """Raises IntactKVError for a model whose cache is not one of K and V alone, with the same heads in all layers."""
-    if model_type in (RECURRENT | LATENT | UNEVEN) - (STATES if states else set()):
+    if model_type in (RECURRENT | LATENT | UNEVEN) - (STATES | LATENT if states else set()):
         kept = "states of recurrent layers" if model_type in RECURRENT else "latents (MLA)"
         kept = "layers that share K and V, or have other heads" if model_type in UNEVEN else kept
         raise IntactKVError(

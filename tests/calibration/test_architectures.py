@@ -18,7 +18,7 @@ from intactkv_export.conversion import convert
 from intactkv_export.errors import UsageError
 from intactkv_export.models import gguf_file
 from intactkv_export.prefix import ikv
-from tests.support import random_families, random_hybrids, random_models
+from tests.support import random_families, random_hybrids, random_latents, random_models
 from tests.support.cache_rows import random_tokens
 from tests.support.log_probs import divergence, llama_log_probs
 
@@ -41,6 +41,14 @@ def test_llama_cpp_is_nearer_to_the_reference(tmp_path, name):
     """A prompt, then the first token alone: behind the trained file llama.cpp says more nearly what the reference says,
     of texts that were not trained on."""
     directory = random_families.build(name, tmp_path / name)
+    random_models.to_gguf([directory])
+    nearer_in_llama_cpp(directory.with_name(f"{name}.gguf"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["deepseek2", "glm4-moe-lite"])
+def test_latents(tmp_path, name):
+    """MLA: the rows that are trained are latents."""
+    directory = random_latents.build(name, tmp_path / name)
     random_models.to_gguf([directory])
     nearer_in_llama_cpp(directory.with_name(f"{name}.gguf"), tmp_path)
 

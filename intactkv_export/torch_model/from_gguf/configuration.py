@@ -6,14 +6,14 @@ from typing import Any
 
 from intactkv_export.errors import IntactKVError
 from intactkv_export.models import RECURRENT
-from intactkv_export.torch_model.from_gguf import dense, mixtures, recurrent
+from intactkv_export.torch_model.from_gguf import dense, latent, mixtures, recurrent
 from intactkv_export.torch_model.from_gguf.family import Family
 from intactkv_export.torch_model.from_gguf.header import INSTEAD, Header
 from intactkv_export.torch_model.from_gguf.rope import check_longrope, rope
 
 # By architecture
 _FAMILIES = dense.FAMILIES | recurrent.FAMILIES
-_WITH_EXPERTS = mixtures.FAMILIES
+_WITH_EXPERTS = mixtures.FAMILIES | latent.WITH_EXPERTS
 _NOT_PLAIN = ("rope_freqs.weight", "blk.0.ffn_gate_shexp.weight")
 
 

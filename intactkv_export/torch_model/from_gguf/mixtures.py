@@ -35,7 +35,7 @@ def _experts(model_type: str, n_experts: str = "num_experts") -> dict[str, Any]:
     return {"model_type": model_type, "own": own}
 
 
-def _routed(header: Header) -> dict[str, Any]:
+def routed(header: Header) -> dict[str, Any]:
     """Experts chosen by sigmoids, in groups, behind layers that have none; others that every token takes."""
     return {
         "n_routed_experts": header.get("expert_count"),
@@ -52,7 +52,7 @@ def _routed(header: Header) -> dict[str, Any]:
 
 def _glm4_moe(header: Header) -> dict[str, Any]:
     qk_norm = "blk.0.attn_q_norm.weight" in header.tensors
-    return _routed(header) | partly_rotary(header) | {"use_qk_norm": qk_norm}
+    return routed(header) | partly_rotary(header) | {"use_qk_norm": qk_norm}
 
 
 def _ernie_moe(header: Header) -> dict[str, Any]:

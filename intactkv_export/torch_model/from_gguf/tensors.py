@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from math import prod
 from typing import Any
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from intactkv_export.errors import IntactKVError
-from intactkv_export.models import is_reordered
+from intactkv_export.models import LATENT, is_reordered
 from intactkv_export.torch_model import experts
+from intactkv_export.torch_model.from_gguf import latent
 from intactkv_export.torch_model.from_gguf.family import Family
 from intactkv_export.torch_model.from_gguf.header import INSTEAD, LONG, SHORT, Header
 from intactkv_export.torch_model.rope_pairs import neighbours_to_halves
@@ -64,7 +65,7 @@ class Tensors:
             if experts.is_stacked(name):
                 yield name, self._stacked(own, like, device)
             else:
-                weight = self._in_order(name, np.concatenate([self._header.dequantized(x) for x in own]))
+                weight = self._in_order(name, self._family.joined([self._header.dequantized(x) for x in own]))
                 if weight.squeeze().shape == like.squeeze().shape:  # of one row the converter makes a vector
                     weight = weight.reshape(like.shape)
                 yield name, torch.from_numpy(np.ascontiguousarray(weight)).to(device, like.dtype)
@@ -94,12 +95,16 @@ class Tensors:
     def round_activations(self, net: Any) -> None:
         """Before each matrix of the net, round what comes in as ggml does for that matrix's type."""
         for name, module in net.named_modules():
-            if isinstance(module, torch.nn.Linear):
+            if isinstance(module, torch.nn.Linear) and not name.endswith(latent.BOTH):
                 kind = self._before(f"{name}.weight")
                 module.register_forward_pre_hook(lambda _, x, kind=kind: (_rounded(x[0], kind),))
             elif experts.are(module):
                 first, last = (self._activations(self._own_names(f"{name}.{x}")[0]) for x in experts.parameters(module))
                 module.round_inputs = partial(_rounded, kind=first), partial(_rounded, kind=last)
+
+    def roundings(self, name: str) -> list[Callable[[Tensor], Tensor]]:
+        """Of a module, what comes in is rounded so before each of the tensors that are its matrix."""
+        return [partial(_rounded, kind=self._activations(x)) for x in self._own_names(f"{name}.weight")]
 
     def _before(self, name: str) -> str:
         """What activations are rounded to before a matrix of transformers."""
@@ -133,7 +138,8 @@ class Tensors:
         """Undo what upstream's converter does to a tensor of transformers."""
         if self._family.one_more and name.endswith("norm.weight") and ".linear_attn." not in name:
             return weight - 1
-        if name.split(".")[-2] in ("q_proj", "k_proj") and is_reordered(self._family.model_type):
+        reordered = is_reordered(self._family.model_type) and self._family.model_type not in LATENT
+        if name.split(".")[-2] in ("q_proj", "k_proj") and reordered:
             n_heads = len(weight) // self._header.head_dim  # of a hybrid, the header lists them by layer
             by_head = weight.reshape(n_heads, -1, weight.size // len(weight)).swapaxes(1, 2)
             return neighbours_to_halves(by_head).swapaxes(1, 2).reshape(weight.shape)
