@@ -68,9 +68,9 @@ class Family:
     own: Callable[[Header], dict[str, Any]] = _nothing
     in_order: Callable[[Header, str, np.ndarray], np.ndarray] = _as_it_is
     parts: Callable[[Header, str], list[str]] = _one
-    joined: Callable[[list[np.ndarray]], np.ndarray] = np.concatenate
     unproven: Callable[[Header], str] = _all_proven
     scaled: bool = False
     only_plain: bool = False
     one_more: bool = False
     interleaved: bool = False
+    joined: Callable[[list[np.ndarray]], np.ndarray] = np.concatenate
