@@ -19,7 +19,7 @@ from statistics import median
 import numpy as np
 
 from intactkv_export.engines import torch_engine
-from intactkv_export.libllama import Context, bindings, state
+from intactkv_export.libllama import N_BATCH, Context, bindings, state
 from tests.support import random_families, random_hybrids, random_latents, random_models
 
 SIDES = ("K", "V", "r", "s")
@@ -55,7 +55,8 @@ def errors(directory: Path, gguf: Path, n_tokens: int) -> dict[str, dict[int, fl
     tokens = [1, *np.random.default_rng(0).integers(6, random_models.VOCAB - 16, n_tokens - 1).tolist()]
     with Context(gguf, n_tokens + 1, "f32", 1) as context:
         about = bindings.describe(context.ptr)
-        context.decode(tokens, 0)
+        for start in range(0, n_tokens, N_BATCH):
+            context.decode(tokens[start : start + N_BATCH], start)
         data = context.state()
     K, V = state.rows_by_layer(data, about, n_tokens)
     states = state.states_by_layer(data, about, n_tokens)

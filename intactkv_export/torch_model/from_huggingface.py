@@ -60,7 +60,19 @@ def read_config(hf_dir: str | Path) -> Any:
 
 
 # Models whose sliding windows upstream's converter writes into the GGUF; it ignores those of Mistral, Qwen and Phi-3
-_WINDOW_KEPT = {"gemma2", "gemma3_text", "olmo3", "cohere2", "gpt_oss"} | UNEVEN
+_WINDOW_KEPT = {
+    "gemma2",
+    "gemma3_text",
+    "olmo3",
+    "cohere2",
+    "gpt_oss",
+    "cohere2_moe",
+    "exaone_moe",
+    "granite_swa",
+    "granitemoe_swa",
+} | UNEVEN
+# Models whose norms llama.cpp computes without the epsilon that the GGUF has: it does not read it
+_WITHOUT_EPSILON = {"qwen2_vl_text", "qwen2_5_vl_text"}
 
 
 def _as_llama_cpp(text: Any) -> None:
@@ -68,6 +80,10 @@ def _as_llama_cpp(text: Any) -> None:
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("truncate") is False:  # gpt-oss; ggml_rope_yarn_corr_dims rounds
         rope["truncate"] = True
+    if text.model_type in _WITHOUT_EPSILON:
+        text.rms_norm_eps = 0.0
+    if text.model_type == "falcon_mamba":  # the norms of B, C and dt, for which llama.cpp has no number of their own
+        text.mixer_rms_eps = text.layer_norm_epsilon
     if text.model_type in _WINDOW_KEPT:
         return
     if getattr(text, "sliding_window", None):
@@ -90,7 +106,6 @@ def load(
     """The model in evaluation mode; every weight comes from the checkpoint."""
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     place: dict[str, Any] = {}
     if offload_dir is not None:
@@ -100,7 +115,7 @@ def load(
     try:
         # The default, eager: the only attention of transformers that applies Gemma 2's soft cap, and softmax
         # stays in float32
-        net, report = AutoModelForCausalLM.from_pretrained(
+        net, report = auto_class(config).from_pretrained(
             hf_dir,
             config=config,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype or "float32"),
@@ -122,7 +137,27 @@ def load(
             f"{hf_dir} lacks {len(absent)} of the model's tensors, the first is {absent[0]!r}: "
             "get the complete checkpoint"
         )
+    _turn_as_llama_cpp(net, config.get_text_config(decoder=True))
     return net.eval()
+
+
+def _turn_as_llama_cpp(net: Any, text: Any) -> None:
+    """Qwen3-VL's last pairs of a head belong to no section of IM-RoPE: llama.cpp leaves them as they are."""
+    if text.model_type != "qwen3_vl_text":
+        return
+    sections = text.rope_parameters.get("mrope_section") or [24, 20, 20]
+    rope = net.get_decoder().rotary_emb
+    for pair in range(len(rope.inv_freq)):
+        if pair >= 3 * sections[pair % 3]:
+            rope.inv_freq[pair] = 0.0
+
+
+def auto_class(config: Any) -> Any:
+    """What loads a model: some that see images are no causal language models to transformers, their text alone is."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    text_alone = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if text_alone else AutoModelForImageTextToText
 
 
 def cache_argument(module: Any) -> str:
@@ -162,8 +197,11 @@ def check(text: Any, model: Mapping[str, Any], hf_dir: str) -> None:
         same(f"head_dim of V of layer {il}", head_dim_v, layer["head_dim_v"])
         if turns:
             _check_rope(same, text, il, layer, model["rope"])
-        window = (text.sliding_window or 0) if kind == "sliding_attention" else 0
-        same(f"sliding window of layer {il}", window, n_swa)
+        window = {
+            "sliding_attention": getattr(text, "sliding_window", None),
+            "chunked_attention": getattr(text, "attention_chunk_size", None),
+        }.get(kind)
+        same(f"sliding window of layer {il}", window or 0, n_swa)
 
 
 def _check_rope(same: Callable[[str, Any, Any], None], text: Any, il: int, layer: Any, described: Any) -> None:
@@ -228,7 +266,15 @@ def _shape(text: Any, il: int) -> tuple[int, int, int]:
     if text.model_type in LATENT:
         return 1, text.kv_lora_rank + text.qk_rope_head_dim, 0
     own = _own(text, il)
-    return own.num_key_value_heads, _head_dim(own), _head_dim(own)
+    return _n_head_kv(own), _head_dim(own), _head_dim(own)
+
+
+def _n_head_kv(text: Any) -> int:
+    """Of a layer's configuration; the oldest models have no word for it but multi_query, one head for all."""
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        return 1
+    n = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None)
+    return n or text.num_attention_heads
 
 
 def _own(text: Any, il: int) -> Any:
