@@ -26,7 +26,7 @@ from intactkv_export.engines import recurrent
 from intactkv_export.engines.rows import to_float16
 from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama import KV, States
-from intactkv_export.models import LATENT, RECURRENT, check_dtype, is_reordered
+from intactkv_export.models import HALVED, LATENT, RECURRENT, check_dtype, is_reordered
 from intactkv_export.work import Steps
 
 _CHUNK = 512  # tokens a forward pass: bounds the attention matrix, [heads, _CHUNK, n_tokens]
@@ -136,6 +136,9 @@ def compute_float32(
             k, v = np.concatenate([k, turned], -1), v[..., :0]
         elif is_reordered(text.model_type):
             k = np.ascontiguousarray(rope_pairs.halves_to_neighbours(k))
+        elif text.model_type in HALVED:
+            n_rot = from_huggingface.n_rot(text, text.rope_parameters)
+            k[..., :n_rot] = rope_pairs.neighbours_to_halves(k[..., :n_rot])
         K[il], V[il] = k, v
     states = recurrent.states(cache, text)
     if model is not None:

@@ -77,8 +77,12 @@ PROVEN: dict[str, str] = {
     "exaone_moe": "neox",
     "granite_swa": "norm",
     "granitemoe_swa": "norm",
+    "afmoe": "neox",
+    "hrm_text": "neox",
+    "youtu": "norm",
+    "glm4v_text": "neox",
+    "paddleocr_vl_text": "neox",
     "phi": "neox",
-    "phimoe": "neox",
     "falcon": "neox",
     "gpt_neox": "neox",
     "gpt2": "none",
@@ -88,7 +92,7 @@ PROVEN: dict[str, str] = {
 # Those of whose layers some share the K and V of others, or have other heads
 UNEVEN = {"gemma3n_text", "gemma4_text"}
 # Those that keep a latent instead of K and V (MLA)
-LATENT = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite"}
+LATENT = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"}
 # Those of type "norm" for which transformers pairs neighbours too: the converter leaves the rows of W_q and W_k
 NEIGHBOURS = {
     "cohere",
@@ -101,6 +105,8 @@ NEIGHBOURS = {
     "deepseek_v2",
     "llama4_text",
 }
+# The other way round: transformers pairs neighbours, and the converter puts the halves together
+HALVED = {"glm4v_text"}
 # Those with recurrent layers, whose states engines/recurrent.py lays out
 RECURRENT = {
     "lfm2",
@@ -116,6 +122,11 @@ RECURRENT = {
     "mamba2",
     "falcon_mamba",
 }
+# Those that llama.cpp computes in another way than transformers, which no setting changes
+_OTHERWISE = {
+    "bamba": "llama.cpp turns other values of its heads: RoPE is of their first half, and the converter puts the values "
+    "in order for one of whole heads",
+}
 # Whether the weights of the experts that a token takes add up to 1, where config.json may say so (norm_topk_prob, false
 # if it does not): llama.cpp has it in its code, one way for each architecture
 NORMALIZED = {"qwen2_moe": False, "qwen3_moe": True, "olmoe": False}
@@ -129,6 +140,8 @@ _WRAPPED = {
     "qwen2_vl": ("qwen2_vl_text",),
     "qwen2_5_vl": ("qwen2_5_vl_text",),
     "qwen3_vl": ("qwen3_vl_text",),
+    "glm4v": ("glm4v_text",),
+    "paddleocr_vl": ("paddleocr_vl_text",),
     "llama4": ("llama4_text",),
     "mistral3": ("mistral", "ministral3"),
 }
@@ -247,12 +260,20 @@ _SETTINGS: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "exaone_moe": {"scoring_func": (None, ("sigmoid",)), "n_group": (1, (1,)), "topk_group": (1, (1,))},
     "granite_swa": {"attention_bias": (False, (False,)), "mlp_bias": (False, (False,))},
     "granitemoe_swa": {"attention_bias": (False, (False,))},
+    "afmoe": {
+        "mup_enabled": (False, (True,)),
+        "global_attn_every_n_layers": (4, (4,)),
+        "route_norm": (None, (True,)),
+        "attention_bias": (False, (False,)),
+    },
+    "hrm_text": {"attention_bias": (False, (False,)), "mlp_bias": (False, (False,))},
+    "youtu": {"rope_interleave": (True, (True,)), "attention_bias": (False, (False,))},
     "phi": {"qk_layernorm": (False, (False,)), "hidden_act": ("gelu_new", ("gelu_new",))},
-    "phimoe": {"attention_bias": (False, (False,))},
     "falcon": {
         "alibi": (False, (False,)),
         "bias": (False, (False,)),
         "parallel_attn": (True, (True,)),
+        "new_decoder_architecture": (False, (False,)),  # its cache holds K and V once for each head of Q
         "activation": ("gelu", ("gelu",)),
     },
     "gpt_neox": {"attention_bias": (True, (True,)), "hidden_act": ("gelu", ("gelu", "gelu_new", "gelu_fast"))},
@@ -275,8 +296,8 @@ _SETTINGS: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
 }
 # Those for which llama.cpp reads all of YaRN's settings
 _OWN_YARN = {"ministral3"}
-# Those whose RoPE scaling is another base (scaled_base)
-_DYNAMIC = {"hunyuan_v1_dense": 50.0, "hunyuan_v1_moe": 1000.0}
+# Those whose RoPE scaling is another base, by their own alpha
+_ALPHA = {"hunyuan_v1_dense", "hunyuan_v1_moe"}
 # Settings of a RoPE scaling that upstream's converter drops or llama.cpp combines in another way
 _ROPE_UNPROVEN = (
     "attention_factor",
@@ -291,8 +312,17 @@ _ROPE_FIXED = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
 def is_reordered(model_type: str) -> bool:
-    """Whether the values of a head of K are in another order in llama.cpp than in transformers (rope_pairs)."""
+    """Whether transformers pairs halves of a head of K and llama.cpp neighbours (rope_pairs)."""
     return PROVEN[model_type] == "norm" and model_type not in NEIGHBOURS
+
+
+def why_not(config: Any) -> str:
+    """Why the K/V layout of a model is not proven, "" if it is. config: as of supports()."""
+    if supports(config):
+        return ""
+    full = config if isinstance(config, Mapping) else config.to_dict()
+    model_type = full.get("model_type")
+    return _OTHERWISE.get(str(model_type)) or f"the K/V layout of model type {model_type!r}, with its settings, is not proven"
 
 
 def supports(config: Any) -> bool:
@@ -315,6 +345,7 @@ def supports(config: Any) -> bool:
         and _same_experts(model_type, text)
         and all(text.get(key, least) in same for key, (least, same) in _SETTINGS.get(model_type, {}).items())
         and not full.get("quantization_config")
+        and all(r.get("alpha") for r in each if model_type in _ALPHA and "dynamic" in (r.get("rope_type"), r.get("type")))
         and not any(r.get(key) is not None for r in each for key in _unproven(model_type, r))
         and (model_type in _OWN_YARN or all(r.get(k) in (None, v) for r in each for k, v in _ROPE_FIXED.items()))
     )
@@ -323,7 +354,7 @@ def supports(config: Any) -> bool:
 def _unproven(model_type: str, rope: Mapping[str, Any]) -> tuple[str, ...]:
     """Of _ROPE_UNPROVEN; two mscale cancel in what is cached if they are equal, where llama.cpp reads them."""
     proven = {"truncate"} if model_type == "gpt_oss" else set()  # from_huggingface.read_config sets it
-    if model_type in LATENT | _OWN_YARN | _DYNAMIC.keys() and rope.get("mscale") == rope.get("mscale_all_dim"):
+    if model_type in LATENT | _OWN_YARN | _ALPHA and rope.get("mscale") == rope.get("mscale_all_dim"):
         proven = {"mscale", "mscale_all_dim"}
     return tuple(key for key in _ROPE_UNPROVEN if key not in proven)
 

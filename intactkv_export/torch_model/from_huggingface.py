@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from intactkv_export.errors import IntactKVError, first_line
-from intactkv_export.models import LATENT, PROVEN, UNEVEN, supports
+from intactkv_export.models import LATENT, PROVEN, UNEVEN, why_not
 
 
 @contextmanager
@@ -44,17 +44,16 @@ def read_config(hf_dir: str | Path) -> Any:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         config = AutoConfig.from_pretrained(hf_dir, trust_remote_code=False, local_files_only=True)
-        proven = supports(config)
+        reason = why_not(config)
     except (OSError, ValueError, KeyError) as e:
         raise IntactKVError(
             f"cannot read the model configuration {path}: {first_line(e)}: give a directory that "
             "transformers can load, or use the llama engine"
         ) from e
-    if not proven or raw.get("quantization_config"):
-        raise IntactKVError(
-            f"the K/V layout of {hf_dir} (model type {config.model_type!r}) is not proven for the torch "
-            f"engine, which knows unquantized {', '.join(PROVEN)}: use the llama engine"
-        )
+    if raw.get("quantization_config"):
+        reason = "a quantized checkpoint is not proven"
+    if reason:
+        raise IntactKVError(f"the torch engine cannot compute {hf_dir}: {reason}: use the llama engine")
     _as_llama_cpp(config.get_text_config(decoder=True))
     return config
 
@@ -70,6 +69,7 @@ _WINDOW_KEPT = {
     "exaone_moe",
     "granite_swa",
     "granitemoe_swa",
+    "afmoe",
 } | UNEVEN
 # Models whose norms llama.cpp computes without the epsilon that the GGUF has: it does not read it
 _WITHOUT_EPSILON = {"qwen2_vl_text", "qwen2_5_vl_text"}
@@ -209,12 +209,23 @@ def _check_rope(same: Callable[[str, Any, Any], None], text: Any, il: int, layer
     kind = layer_type(text, il)
     rope = text.rope_parameters.get(kind, text.rope_parameters)
     turned = getattr(text, "position_embedding_type", "rope") == "rope"  # Granite's hybrids are not
-    same(f"RoPE base of layer {il}", float(rope["rope_theta"]) if turned else 0.0, layer["rope_base"])
+    base = rope["rope_theta"] * _of_base(rope, _head_dim(_own(text, il)))
+    same(f"RoPE base of layer {il}", float(base) if turned else 0.0, layer["rope_base"])
     if rope["rope_type"] != "proportional":  # Gemma 4's, which turns all of larger heads
-        same("n_rot", int(_head_dim(_own(text, il)) * rope.get("partial_rotary_factor", 1.0)), described["n_rot"])
+        same("n_rot", n_rot(_own(text, il), rope), described["n_rot"])
     if kind != "sliding_attention":
         scaled = rope["rope_type"] in ("linear", "yarn")
         same("RoPE scale", 1.0 / rope["factor"] if scaled else 1.0, described["scale"])
+
+
+def n_rot(text: Any, rope: Mapping[str, Any]) -> int:
+    """How many values of a head RoPE turns."""
+    return int(_head_dim(text) * rope.get("partial_rotary_factor", 1.0))
+
+
+def _of_base(rope: Mapping[str, Any], head_dim: int) -> float:
+    """What the base of RoPE is multiplied by: Hunyuan's alpha makes it larger."""
+    return rope["alpha"] ** (head_dim / (head_dim - 2)) if rope["rope_type"] == "dynamic" else 1.0
 
 
 def fix_longrope(text: Any, factors: str | None, path: str | Path) -> None:
