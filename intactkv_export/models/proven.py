@@ -65,7 +65,9 @@ PROVEN: dict[str, str] = {
     "qwen2_vl_text": "neox",
     "qwen2_5_vl_text": "neox",
     "qwen3_vl_text": "neox",
+    "qwen3_vl_moe_text": "neox",
     "ministral3": "norm",
+    "mistral4": "norm",
     "minimax_m2": "neox",
     "llama4_text": "norm",
     "dots1": "neox",
@@ -92,7 +94,7 @@ PROVEN: dict[str, str] = {
 # Those of whose layers some share the K and V of others, or have other heads
 UNEVEN = {"gemma3n_text", "gemma4_text"}
 # Those that keep a latent instead of K and V (MLA)
-LATENT = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"}
+LATENT = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu", "mistral4"}
 # Those of type "norm" for which transformers pairs neighbours too: the converter leaves the rows of W_q and W_k
 NEIGHBOURS = {
     "cohere",
@@ -129,7 +131,7 @@ _OTHERWISE = {
 }
 # Whether the weights of the experts that a token takes add up to 1, where config.json may say so (norm_topk_prob, false
 # if it does not): llama.cpp has it in its code, one way for each architecture
-NORMALIZED = {"qwen2_moe": False, "qwen3_moe": True, "olmoe": False}
+NORMALIZED = {"qwen2_moe": False, "qwen3_moe": True, "olmoe": False, "qwen3_vl_moe_text": True}
 # multimodal model_type -> those that its text model may have, the first if config.json does not say: the prefix is text
 _WRAPPED = {
     "gemma3": ("gemma3_text",),
@@ -140,10 +142,11 @@ _WRAPPED = {
     "qwen2_vl": ("qwen2_vl_text",),
     "qwen2_5_vl": ("qwen2_5_vl_text",),
     "qwen3_vl": ("qwen3_vl_text",),
+    "qwen3_vl_moe": ("qwen3_vl_moe_text",),
     "glm4v": ("glm4v_text",),
     "paddleocr_vl": ("paddleocr_vl_text",),
     "llama4": ("llama4_text",),
-    "mistral3": ("mistral", "ministral3"),
+    "mistral3": ("mistral", "ministral3", "mistral4"),
 }
 _ROPE_SCALING = {
     "llama": {"default", "linear", "llama3", "yarn"},
@@ -160,6 +163,7 @@ _ROPE_SCALING = {
     "qwen2_vl_text": {"default", "mrope"},
     "qwen2_5_vl_text": {"default", "mrope"},
     "ministral3": {"yarn"},
+    "mistral4": {"yarn"},
     "llama4_text": {"default", "llama3"},
     "hunyuan_v1_dense": {"default", "dynamic"},
     "hunyuan_v1_moe": {"default", "dynamic"},
@@ -233,6 +237,13 @@ _SETTINGS: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
     },
     "deepseek_v3": {"scoring_func": (None, ("sigmoid",)), "rope_interleave": (True, (True,))},
     "glm4_moe_lite": {"rope_interleave": (True, (True,))},
+    "mistral4": {
+        "scoring_func": (None, (None, "softmax")),
+        "n_group": (1, (1,)),
+        "norm_topk_prob": (True, (True,)),
+        "rope_interleave": (True, (True,)),
+        "attention_bias": (False, (False,)),
+    },
     "minimax_m2": {"scoring_func": (None, ("sigmoid",))},
     "llama4_text": {
         "attention_chunk_size": (8192, (8192,)),

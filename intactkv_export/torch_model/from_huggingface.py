@@ -143,7 +143,7 @@ def load(
 
 def _turn_as_llama_cpp(net: Any, text: Any) -> None:
     """Qwen3-VL's last pairs of a head belong to no section of IM-RoPE: llama.cpp leaves them as they are."""
-    if text.model_type != "qwen3_vl_text":
+    if text.model_type not in ("qwen3_vl_text", "qwen3_vl_moe_text"):
         return
     sections = text.rope_parameters.get("mrope_section") or [24, 20, 20]
     rope = net.get_decoder().rotary_emb

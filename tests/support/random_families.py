@@ -171,6 +171,23 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         ),
         {},
     ),
+    "qwen3-vl-moe": (
+        "qwen3_vl_moe",
+        dict(
+            text_config={
+                **_BASE,
+                "head_dim": 128,
+                "rope_parameters": _IMROPE,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 96,
+                "norm_topk_prob": True,
+            },
+            vision_config=_EYE3,
+            **_IMAGE,
+        ),
+        {},
+    ),
     "mistral-small3": (
         "mistral3",
         dict(
@@ -184,6 +201,23 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "mistral3",
         dict(
             text_config={**_BASE, "model_type": "ministral3", "rope_parameters": _MINISTRAL3},
+            vision_config=_PIXTRAL,
+        ),
+        {},
+    ),
+    "mistral-small4": (
+        "mistral3",
+        dict(
+            text_config={
+                **_BASE,
+                **random_models._LATENT_EXPERTS,
+                "head_dim": 128,
+                "rms_norm_eps": 1e-6,
+                "model_type": "mistral4",
+                "first_k_dense_replace": 0,
+                "norm_topk_prob": True,
+                "rope_parameters": {**_MINISTRAL3, "beta_fast": 32.0, "beta_slow": 1.0},
+            },
             vision_config=_PIXTRAL,
         ),
         {},
@@ -241,7 +275,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         dict(num_hidden_layers=1, num_key_value_heads=None, rope_parameters=_rope()),
         {},
     ),
-    "youtu": ("youtu", {key: value for key, value in random_models._LATENT.items()}, {}),
+    "youtu": ("youtu", dict(random_models._LATENT, rms_norm_eps=1e-6), {}),
     "glm4v": (
         "glm4v",
         dict(
@@ -288,4 +322,17 @@ def build(name: str, directory: Path) -> Path:
         settings["sliding_window"] = differs["sliding_window"]  # None is not the class's default
     random_models.write(directory, model_type, settings)
     random_models.say(directory, besides)
+    if model_type == "qwen3_vl_moe":
+        _transpose_experts(directory / "model.safetensors")
     return directory
+
+
+def _transpose_experts(path: Path) -> None:
+    """As the hub has them, [experts, columns, rows]: transformers reads them so, and writes them the other way."""
+    from safetensors.torch import load_file, save_file
+
+    from intactkv_export.torch_model import experts
+
+    tensors = load_file(path)
+    turned = {name: x.transpose(1, 2).contiguous() if experts.is_stacked(name) else x for name, x in tensors.items()}
+    save_file(turned, path, metadata={"format": "pt"})
