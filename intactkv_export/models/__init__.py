@@ -2,7 +2,17 @@
 
 from intactkv_export.models import gguf_file, imatrix, reference, tensor_types, text_file, weights
 from intactkv_export.models.dtypes import DTYPES, FLOATS, check_dtype
-from intactkv_export.models.proven import HALVED, LATENT, NORMALIZED, PROVEN, RECURRENT, UNEVEN, is_reordered, supports, why_not
+from intactkv_export.models.proven import (
+    HALVED,
+    LATENT,
+    NORMALIZED,
+    PROVEN,
+    RECURRENT,
+    UNEVEN,
+    is_reordered,
+    supports,
+    why_not,
+)
 from intactkv_export.models.reference import (
     KEY_CONVERTED,
     KEY_REFERENCE,

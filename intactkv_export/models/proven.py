@@ -126,8 +126,8 @@ RECURRENT = {
 }
 # Those that llama.cpp computes in another way than transformers, which no setting changes
 _OTHERWISE = {
-    "bamba": "llama.cpp turns other values of its heads: RoPE is of their first half, and the converter puts the values "
-    "in order for one of whole heads",
+    "bamba": "llama.cpp turns other values of its heads: RoPE is of their first half, and upstream's converter orders "
+    "the values for one of whole heads",
 }
 # Whether the weights of the experts that a token takes add up to 1, where config.json may say so (norm_topk_prob, false
 # if it does not): llama.cpp has it in its code, one way for each architecture
@@ -327,13 +327,21 @@ def is_reordered(model_type: str) -> bool:
     return PROVEN[model_type] == "norm" and model_type not in NEIGHBOURS
 
 
+def text_types(model_type: str) -> tuple[str, ...]:
+    """The types that a model's text model may have: its own, but of those that see images too."""
+    return _WRAPPED.get(model_type, (model_type,))
+
+
 def why_not(config: Any) -> str:
     """Why the K/V layout of a model is not proven, "" if it is. config: as of supports()."""
     if supports(config):
         return ""
     full = config if isinstance(config, Mapping) else config.to_dict()
     model_type = full.get("model_type")
-    return _OTHERWISE.get(str(model_type)) or f"the K/V layout of model type {model_type!r}, with its settings, is not proven"
+    return (
+        _OTHERWISE.get(str(model_type))
+        or f"the K/V layout of model type {model_type!r}, with its settings, is not proven"
+    )
 
 
 def supports(config: Any) -> bool:
@@ -345,7 +353,7 @@ def supports(config: Any) -> bool:
     full = config if isinstance(config, Mapping) else config.to_dict()
     text = full.get("text_config") or full
     outer = full.get("model_type", "")
-    inner = _WRAPPED.get(outer, (outer,))
+    inner = text_types(outer)
     # The first Qwen2-VL and Qwen2.5-VL have no text_config, their settings are those of the text
     model_type = (text.get("model_type") if text is not full else None) or inner[0]
     if model_type not in PROVEN or model_type not in inner:
@@ -356,7 +364,9 @@ def supports(config: Any) -> bool:
         and _same_experts(model_type, text)
         and all(text.get(key, least) in same for key, (least, same) in _SETTINGS.get(model_type, {}).items())
         and not full.get("quantization_config")
-        and all(r.get("alpha") for r in each if model_type in _ALPHA and "dynamic" in (r.get("rope_type"), r.get("type")))
+        and all(
+            r.get("alpha") for r in each if model_type in _ALPHA and "dynamic" in (r.get("rope_type"), r.get("type"))
+        )
         and not any(r.get(key) is not None for r in each for key in _unproven(model_type, r))
         and (model_type in _OWN_YARN or all(r.get(k) in (None, v) for r in each for k, v in _ROPE_FIXED.items()))
     )

@@ -61,7 +61,14 @@ _EYE = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidd
 # a large epsilon: llama.cpp has none for these
 _QWEN_VL = {**_BASE, "head_dim": None, "rms_norm_eps": 1e-3, "rope_parameters": _MROPE}
 # as the first Qwen2-VL and Qwen2.5-VL on the hub have it: the text's settings beside the vision's
-_FLAT = {**_BASE, "text_config": None, "head_dim": None, "rms_norm_eps": 1e-3, "rope_theta": 1000000.0, "use_sliding_window": False}
+_FLAT = {
+    **_BASE,
+    "text_config": None,
+    "head_dim": None,
+    "rms_norm_eps": 1e-3,
+    "rope_theta": 1000000.0,
+    "use_sliding_window": False,
+}
 _FLAT["rope_scaling"] = {"type": "mrope", "mrope_section": [8, 12, 12]}
 # 61 and 62 of the 64 pairs are turned by neither of the three: llama.cpp leaves them as they are
 _IMROPE = _rope(10000.0, mrope_section=[24, 20, 20], mrope_interleaved=True)
@@ -205,23 +212,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         ),
         {},
     ),
-    "mistral-small4": (
-        "mistral3",
-        dict(
-            text_config={
-                **_BASE,
-                **random_models._LATENT_EXPERTS,
-                "head_dim": 128,
-                "rms_norm_eps": 1e-6,
-                "model_type": "mistral4",
-                "first_k_dense_replace": 0,
-                "norm_topk_prob": True,
-                "rope_parameters": {**_MINISTRAL3, "beta_fast": 32.0, "beta_slow": 1.0},
-            },
-            vision_config=_PIXTRAL,
-        ),
-        {},
-    ),
     "minimax-m2": ("minimax_m2", dict(_EXPERTS, rotary_dim=32), {"scoring_func": "sigmoid"}),
     "llama4": ("llama4_text", _SCOUT4, {}),
     "llama4-128": ("llama4_text", dict(_MAVERICK4, rope_parameters=_rope(500000.0)), {}),
@@ -241,7 +231,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "jais2": ("jais2", dict(head_dim=None, rope_parameters=_rope()), {}),
     "cohere2-moe": (
         "cohere2_moe",
-        dict(_TWO_WINDOWS, num_experts=4, num_experts_per_tok=2, num_shared_experts=1, logit_scale=0.1, rms_norm_eps=None),
+        dict(
+            _TWO_WINDOWS, num_experts=4, num_experts_per_tok=2, num_shared_experts=1, logit_scale=0.1, rms_norm_eps=None
+        ),
         {},
     ),
     "exaone-moe": (
@@ -275,7 +267,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         dict(num_hidden_layers=1, num_key_value_heads=None, rope_parameters=_rope()),
         {},
     ),
-    "youtu": ("youtu", dict(random_models._LATENT, rms_norm_eps=1e-6), {}),
     "glm4v": (
         "glm4v",
         dict(
@@ -301,7 +292,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "phi2": ("phi", dict(_NEOX, intermediate_size=1024, rope_parameters=_PARTIAL), {}),
     "falcon": ("falcon", dict(_NEOX, num_kv_heads=1, rope_parameters=_rope()), {}),
-    "gpt-neox": ("gpt_neox", dict(_NEOX, rope_parameters=dict(_rope(), partial_rotary_factor=0.25)), {"rotary_pct": 0.25}),
+    "gpt-neox": (
+        "gpt_neox",
+        dict(_NEOX, rope_parameters=dict(_rope(), partial_rotary_factor=0.25)),
+        {"rotary_pct": 0.25},
+    ),
     "gpt2": ("gpt2", _GPT2, {"n_ctx": 2048}),
     "starcoder": ("gpt_bigcode", _GPT2, {}),
     "bloom": ("bloom", dict(_OLD, hidden_size=256, n_layer=4, n_head=4), {}),
