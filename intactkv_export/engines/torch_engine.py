@@ -1,7 +1,7 @@
 """The torch engine: IntactKV of a Hugging Face model, computed by transformers, in llama.cpp's layout.
 
 The rows llama.cpp keeps in its cache are K after RoPE and V, per KV head; of recurrent layers it keeps what
-engines/recurrent.py lays out. Four things differ from transformers:
+engines/recurrent.py lays out. What differs from transformers:
 
 - The order of K's values in models of RoPE type "norm": torch_model/rope_pairs.py.
 - A context of llama.cpp uses one set of LongRoPE factors for all positions (`llama_model::get_rope_factors`);
@@ -10,6 +10,8 @@ engines/recurrent.py lays out. Four things differ from transformers:
 - YaRN's bounds are whole numbers in llama.cpp, and gpt-oss's checkpoints say that they are not: from_huggingface too.
 - llama.cpp runs Mistral, Qwen and Phi-3 without the sliding window that some of their checkpoints have: so does
   transformers here (from_huggingface.read_config).
+- llama.cpp norms Qwen2-VL and Qwen2.5-VL without an epsilon, Falcon-Mamba with one epsilon for all norms, and leaves
+  the last pairs of Qwen3-VL's heads unturned: so does transformers here (from_huggingface).
 
 Everything is computed in float32 (or the dtype asked for) and rounded to float16 once, at the end.
 """
