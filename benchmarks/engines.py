@@ -5,8 +5,8 @@
 Tiny models with random weights (tests/support), as a Hugging Face directory and as an F32 GGUF that upstream's
 converter made of it. Both engines compute in float32; llama.cpp's cache is F32, without flash attention, which works in
 F16 inside. --as-ggml: torch computes GELU as ggml does, by a table of F16, and the deviation in Gemma 3n's activations
-of n - 1 values: what is left is rounding. Of each layer and side the relative error ||a - b|| / ||b||: the worst and the median over the layers. A
-table in Markdown.
+of n - 1 values: what is left is rounding. Of each layer and side the relative error ||a - b|| / ||b||: the worst and
+the median over the layers. A table in Markdown.
 """
 
 from __future__ import annotations

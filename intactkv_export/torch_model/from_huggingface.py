@@ -140,8 +140,8 @@ def load(
     text = config.get_text_config(decoder=True)
     if text.model_type == "mamba2" and text.n_groups > 1 and not any(hasattr(m, "group_size") for m in net.modules()):
         raise IntactKVError(
-            f"this version of transformers norms the {text.n_groups} groups of {hf_dir} together, and llama.cpp each by "
-            "itself: install a newer one, or use the llama engine"
+            f"this version of transformers norms the {text.n_groups} groups of {hf_dir} together, and llama.cpp each "
+            "by itself: install a newer one, or use the llama engine"
         )
     _turn_as_llama_cpp(net, text)
     return net.eval()
