@@ -5,15 +5,19 @@ Measured, relative error of the worst layer: 1e-6; those with GELU up to 3e-4, w
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="the extra [convert] is not installed")
+torch = pytest.importorskip("torch", reason="the extra [convert] is not installed")
 
 from intactkv_export.engines import choose
 from intactkv_export.engines import torch_engine as engine
 from intactkv_export.errors import UsageError
+from intactkv_export.libllama import Context, bindings, state
 from intactkv_export.models import locate
 from intactkv_export.models.proven import supports
+from intactkv_export.torch_model import from_huggingface
+from intactkv_export.torch_model.rope_pairs import halves_to_neighbours
 from tests.engines.test_recurrent import error
 from tests.support import both_engines, random_architectures, random_families
 from tests.support.cache_rows import Llama, random_tokens
@@ -63,11 +67,46 @@ def test_more_tokens_than_one_pass(families):
     assert max(error(got[il], K[il]) for il in K) < 1e-4  # angles of RoPE in float32: exact to 2e-5 here
 
 
-def test_bamba_is_refused_with_the_reason(tmp_path):
-    directory = random_architectures.build("Bamba", tmp_path / "bamba")
-    assert choose("auto", locate(directory)) == "llama"
+@pytest.fixture(scope="module")
+def bamba(tmp_path_factory):
+    directory = random_architectures.build("Bamba", tmp_path_factory.mktemp("bamba") / "bamba")
+    assert random_architectures.to_gguf([directory]) == {}
+    return directory
+
+
+def test_bamba_is_refused_with_the_reason(bamba):
+    assert choose("auto", locate(bamba)) == "llama"
     with pytest.raises(UsageError, match="turns other values of its heads.*bamba.*: use the llama engine"):
-        choose("torch", locate(directory))
+        choose("torch", locate(bamba))
+
+
+def test_what_llama_cpp_turns_in_bamba(bamba):
+    """The reason above. When this fails, upstream computes it as transformers does, and it can be proven."""
+    import transformers
+
+    tokens = random_tokens(24)
+    with Context(bamba.with_name("bamba.gguf"), len(tokens) + 1, "f32", 1) as context:
+        about = bindings.describe(context.ptr)
+        context.decode(tokens, 0)
+        K, V = state.rows_by_layer(context.state(), about, len(tokens))
+    config = transformers.AutoConfig.from_pretrained(bamba)
+    net = transformers.AutoModelForCausalLM.from_pretrained(bamba, dtype=torch.float32, attn_implementation="eager")
+    cache, base = transformers.DynamicCache(config=config), net.eval().base_model
+    with torch.no_grad():
+        base(input_ids=torch.tensor([tokens]), use_cache=True, **{from_huggingface.cache_argument(base): cache})
+    k, v = (x[0].transpose(0, 1).double().numpy() for x in (cache.layers[1].keys, cache.layers[1].values))
+    n_rot, first = about["rope"]["n_rot"], np.arange(about["rope"]["n_rot"] // 2)
+    angles = np.arange(len(tokens))[:, None, None] * config.rope_parameters["rope_theta"] ** (-2.0 * first / n_rot)
+
+    def turned(x, second, angles):
+        x, y = x.copy(), x
+        x[..., first] = y[..., first] * np.cos(angles) - y[..., second] * np.sin(angles)
+        x[..., second] = y[..., first] * np.sin(angles) + y[..., second] * np.cos(angles)
+        return x
+
+    as_llama_cpp = turned(turned(k, first + n_rot // 2, -angles), first + k.shape[-1] // 2, angles)
+    assert error(v, V[1]) < TOLERANCE < 0.1 < error(halves_to_neighbours(k), K[1])
+    assert error(halves_to_neighbours(as_llama_cpp), K[1]) < TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
                 mamba_n_heads=4,
                 mamba_d_head=64,
                 mamba_d_state=64,
-                file=dict(attn_layer_indices=[1, 3]),
+                file=dict(attn_layer_indices=[1, 3], attn_rotary_emb=16),
             ),
         ),
         (
