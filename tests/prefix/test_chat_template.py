@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2.sandbox import SecurityError
 
 from intactkv_export import cli
 from intactkv_export.errors import IntactKVError, UsageError
@@ -349,6 +350,46 @@ def test_arguments_of_calls_are_objects_where_the_template_takes_them() -> None:
     assert items.render([talk[0], bad]) == "null"
     assert "!" in texts.render(talk)
     assert call["function"]["arguments"] == '{"a": [1, 2]}'  # type: ignore[index]  # it is the caller's
+
+
+def test_a_list_of_the_templates_own_is_appended_to_and_popped_from() -> None:
+    """As the server does it; the loop over such a list that makes it longer has an end."""
+    text = "{% set own = namespace(l=[]) %}{% for x in 'ab' %}{% set _ = own.l.append(x) %}{% endfor %}"
+    assert rendered(text + "{{ own.l.pop(0) }},{{ own.l.append('c') | join('-') }},{{ own.l.pop() }}") == "a,b-c,c"
+    copied = "{% set l = messages[1:] %}{% set _ = l.append(7) %}{{ l | length }},{{ messages | length }}"
+    assert rendered(copied) == "1,1"  # of a template that shows no system message the user's has its text
+    with pytest.raises(OverflowError, match="has more than 10000 elements"):
+        rendered("{% set l = [1] %}{% for i in l %}{% set _ = l.append(i) %}{% endfor %}")
+    with pytest.raises(IndexError):
+        rendered("{{ [].pop() }}")
+    for cyclic in ("{{ l }}", "{{ l | tojson }}"):
+        with pytest.raises(RecursionError):
+            rendered("{% set l = [] %}{% set _ = l.append(l) %}" + cyclic)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "messages.append(1)", "messages.pop()", "messages[1].content.append(1)", "tools.append(1)", "tools.pop(0)",
+        "tools[0].function.parameters.required.append('x')", "kept.append(1)", "messages[0].update(role='x')",
+        "[].extend([1])", "[].insert(0, 1)", "[1].clear()", "[1].reverse()", "[1].remove(1)", "{}.update(a=1)",
+        "{'a': 1}.pop('a')", "messages['append'](1)", "(messages | attr('append'))(1)",
+    ],
+)  # fmt: skip
+def test_nothing_else_is_changed(change: str) -> None:
+    parts = [{"type": "text", "text": "Hi"}]
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": parts}]
+    function = {**TOOL["function"], "parameters": {"type": "object", "properties": {}, "required": ["a"]}}
+    rendering = Rendering([{"type": "function", "function": function}], {"kept": [1]})
+    before = json.dumps([messages, rendering.fields])
+    with pytest.raises(SecurityError):
+        Template("{% set _ = " + change + " %}", "", "", rendering).render(messages)
+    assert json.dumps([messages, rendering.fields]) == before
+
+
+def test_what_appends_is_no_way_out_of_the_sandbox() -> None:
+    for name in ("__globals__", "__closure__", "__self__", "__code__", "__class__", "__call__"):
+        assert rendered(f"{{{{ [].append.{name} }}}}{{{{ [].pop.{name} }}}}") == ""
 
 
 # From the command to the conversation
