@@ -3,6 +3,7 @@ test_server_renders.py."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import warnings
@@ -22,6 +23,7 @@ from intactkv_export.prefix import manifest as manifests
 from intactkv_export.prefix.chat_template import with_date
 from intactkv_export.prefix.chat_template.server_jinja import to_json
 from intactkv_export.runtime import IntactLlama, open_chat
+from tests.support.chat_templates import CALLING, templates
 from tests.support.smol import Smol
 
 SYSTEM = "You are terse."
@@ -382,8 +384,9 @@ def test_nothing_else_is_changed(change: str) -> None:
     function = {**TOOL["function"], "parameters": {"type": "object", "properties": {}, "required": ["a"]}}
     rendering = Rendering([{"type": "function", "function": function}], {"kept": [1]})
     before = json.dumps([messages, rendering.fields])
+    shown = "{% for m in messages %}{{ m.content }}{% endfor %}"  # so that they come as they are
     with pytest.raises(SecurityError):
-        Template("{% set _ = " + change + " %}", "", "", rendering).render(messages)
+        Template(shown + "{% set _ = " + change + " %}", "", "", rendering).render(messages)
     assert json.dumps([messages, rendering.fields]) == before
 
 
@@ -439,6 +442,27 @@ def test_conversations_begin_with_it(agent: tuple[Path, Path]) -> None:
     assert talk.begins_with_prefix() and not said
     assert "".join(talk.say("Hi")) is not None and talk.llama.prefix_stats["loads"] == 1
     talk.llama.close()
+
+
+@pytest.mark.parametrize("name", ["Kimi-K2-Instruct", "Kimi-K2-Thinking"])
+def test_tool_results_where_a_template_collects_calls(smol: Smol, tmp_path: Path, name: str) -> None:
+    """Answered behind the prefix; what the server renders of them is compared in test_server_renders.py."""
+    template = next((path.read_text() for path in templates() if path.stem == name), None)
+    if template is None:
+        pytest.skip("upstream's chat templates are not beside its converter")
+    reference, model, out = (tmp_path / each for each in ("reference.gguf", "model.gguf", "kimi.ikv"))
+    ikv.rewrite(smol.reference, {"tokenizer.chat_template": template}, reference)
+    ikv.rewrite(smol.gguf, {"tokenizer.chat_template": template}, model)
+    command = ["prefix", reference, "-m", model, "-o", out, "-s", SYSTEM, "-t", "2", "--dtype", "auto"]
+    assert cli.main([str(word) for word in command]) == 0
+    llama = IntactLlama(model, out, n_ctx=1024, n_threads=2)
+    calls = copy.deepcopy(CALLING)
+    answer = llama.create_chat_completion([*llama.prefix_messages, *calls], max_tokens=1)
+    assert answer["usage"]["completion_tokens"] == 1 and llama.prefix_stats["loads"] == 1
+    text = llama.detokenize(llama.input_ids[: llama.n_tokens].tolist(), special=True).decode()
+    assert "## Return of functions.get_weather:0\n21" in text or "## Return of call00001\n21" in text, text
+    assert calls == CALLING
+    llama.close()
 
 
 @pytest.mark.parametrize(

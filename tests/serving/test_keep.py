@@ -196,11 +196,12 @@ def test_a_model_without_attention_layers(programs: None, tmp_path: Path, batch:
         (kept,) = until(lambda: kept_in(directory))
         until(lambda: not notes_in(directory))
     prefix = ikv.read(kept)
-    assert prefix.manifest["text"].endswith(f"<system>{SYSTEM}\n<user>") and len(prefix.tokens) > 1000
+    text = prefix.manifest["text"].replace("\u2581", " ")  # spaces, as such a vocabulary writes them
+    assert text.endswith(f"<system>{SYSTEM}\n<user>") and len(prefix.tokens) > 512
+    os.utime(kept, (1e9, 1e9))
     with served(*arguments) as second:
         assert [p["tokens"] for p in second["prefixes"]] == [len(prefix.tokens)]
-        answer, _ = ask(second["url"], QUESTIONS[3])
-        os.utime(kept, (1e9, 1e9))
         for text in QUESTIONS:
-            ask(second["url"], text)
-        assert kept.stat().st_mtime > 1e9 and kept_in(directory) == [kept] and not notes_in(directory)
+            assert ask(second["url"], text)
+        assert kept.stat().st_mtime > 1e9  # it was used
+        assert kept_in(directory) == [kept] and not notes_in(directory)
