@@ -48,7 +48,7 @@ def test_another_system_prompt_is_told_of_once(programs: None, smol: Smol) -> No
     (line,) = lines
     assert line == (
         f"llama-server: intactkv: a prompt does not begin with the prefix {smol.ikv}: {same} of its "
-        f"{len(smol.tokens)} tokens are the same, and what follows them is computed as usual; a request needs the "
+        f"{len(smol.tokens)} tokens are the same, and the prompt is computed as usual; a request needs the "
         "system prompt, the tools and the template's arguments that it was made with (this is said once)"
     )
     assert 0 < same < len(smol.tokens)

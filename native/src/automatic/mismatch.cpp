@@ -65,9 +65,10 @@ void mismatch::look(const std::vector<llama_token> & prompt, const prefixes & he
     const std::string which = n_missed == 1
             ? "does not begin with the prefix " + nearest->name
             : "begins with none of the " + std::to_string(n_missed) + " prefixes, the nearest is " + nearest->name;
-    LLAMA_LOG_WARN("intactkv: a prompt %s: %zu of its %zu tokens are the same, and what follows them is computed as "
-                   "usual; a request needs the system prompt, the tools and the template's arguments that it was made "
-                   "with (this is said once)\n",
+    LLAMA_LOG_WARN(
+            "intactkv: a prompt %s: %zu of its %zu tokens are the same, and the prompt is computed as usual; a "
+            "request needs the system prompt, the tools and the template's arguments that it was made with (this "
+            "is said once)\n",
             which.c_str(), n_same, nearest->tokens.size());
 }
 
