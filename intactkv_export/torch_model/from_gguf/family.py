@@ -1,0 +1,33 @@
+"""What is particular to one architecture, where its GGUF differs from a plain Llama's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from intactkv_export.torch_model.from_gguf.header import Header
+
+
+def _nothing(header: Header) -> dict[str, Any]:
+    return {}
+
+
+def _as_it_is(header: Header, name: str, weight: np.ndarray) -> np.ndarray:
+    return weight
+
+
+@dataclass(frozen=True)
+class Family:
+    """model_type: transformers' name. own: keys of its configuration that others have not, or in another way, as
+    llama.cpp's src/models/ARCH.cpp reads them. in_order: undoes what upstream's converter does to a tensor, given by
+    transformers' name. only_plain: it is proven as its checkpoints mostly are: RoPE that is not scaled, no sliding
+    window, no matrices that are not there. one_more: the converter adds 1 to the weights of norms."""
+
+    model_type: str
+    own: Callable[[Header], dict[str, Any]] = _nothing
+    in_order: Callable[[Header, str, np.ndarray], np.ndarray] = _as_it_is
+    only_plain: bool = False
+    one_more: bool = False

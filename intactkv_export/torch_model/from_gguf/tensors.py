@@ -1,0 +1,103 @@
+"""The tensors of a GGUF under the names, and in the order of rows, that transformers has; and what ggml rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property, partial
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from intactkv_export.models import is_reordered
+from intactkv_export.torch_model import experts
+from intactkv_export.torch_model.from_gguf.family import Family
+from intactkv_export.torch_model.from_gguf.header import Header
+from intactkv_export.torch_model.rope_pairs import neighbours_to_halves
+from intactkv_export.torch_model.rounding import rounded, straight
+
+# Type of a matrix -> what activations are rounded to before it; q8_K for all others
+_ACTIVATIONS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+_ACTIVATIONS |= dict.fromkeys(("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "MXFP4"), "q8_0")
+
+
+class Tensors:
+    """Those of one model."""
+
+    def __init__(self, header: Header, family: Family) -> None:
+        self._header, self._family = header, family
+
+    def llama3_factors(self) -> Tensor | None:
+        """What divides each RoPE frequency, [n_rot/2]: Llama 3's scaling, worked out by the converter."""
+        name = "rope_freqs.weight"
+        return torch.from_numpy(self._header.dequantized(name)) if name in self._header.tensors else None
+
+    def weights(self, names: list[str], dtype: torch.dtype, device: str) -> Iterator[tuple[str, Tensor]]:
+        """Each of the transformers model's tensors that the GGUF has."""
+        for name in names:
+            own = self._own_names(name)
+            if not all(x in self._header.tensors for x in own):
+                continue
+            if experts.is_stacked(name):
+                yield name, self._stacked(own, dtype, device)
+            else:
+                weight = self._in_order(name, self._header.dequantized(own[0]))
+                yield name, torch.from_numpy(np.ascontiguousarray(weight)).to(device, dtype)
+
+    def _stacked(self, names: list[str], dtype: torch.dtype, device: str) -> Tensor:
+        """Matrices of all experts, those of each one above the other, [n_expert, rows, columns].
+
+        One at a time: a layer's experts may be most of what the memory holds.
+        """
+        shapes = [self._header.tensors[name][1].shape for name in names]  # columns, rows, experts
+        n_rows = [shape[1] for shape in shapes]
+        out = torch.empty(shapes[0][2], sum(n_rows), shapes[0][0], dtype=dtype, device=device)
+        for i in range(len(out)):
+            for part, name in zip(out[i].split(n_rows), names, strict=True):
+                part.copy_(torch.from_numpy(self._header.dequantized(name, i)))
+        return out
+
+    def round_activations(self, net: Any) -> None:
+        """Before each matrix of the net, round what comes in as ggml does for that matrix's type."""
+        for name, module in net.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                (own,) = self._own_names(f"{name}.weight")
+                kind = self._activations(own if own in self._header.tensors else "token_embd.weight")  # tied
+                module.register_forward_pre_hook(lambda _, x, kind=kind: (_rounded(x[0], kind),))
+            elif experts.are(module):
+                first, last = (self._activations(self._own_names(f"{name}.{x}")[0]) for x in experts.PARTS)
+                module.round_inputs = partial(_rounded, kind=first), partial(_rounded, kind=last)
+
+    def _activations(self, name: str) -> str:
+        """What activations are rounded to before they meet a matrix."""
+        return _ACTIVATIONS.get(self._header.kind(self._header.tensors[name][1]).name, "q8_K")
+
+    def _own_names(self, name: str) -> list[str]:
+        """The GGUF's name of a tensor of transformers, several of one that holds several; "" if it has none."""
+        name = name.replace(".block_sparse_moe.", ".mlp.").replace(
+            ".mlp.router.", ".mlp.gate."
+        )  # names that gguf-py knows
+        name = name.replace(".dt_bias", ".dt_proj.bias")
+        parts = experts.parts(name) if experts.is_stacked(name) else [name]
+        return [self._names.get_name(part, try_suffixes=(".weight", ".bias")) or "" for part in parts]
+
+    @cached_property
+    def _names(self) -> gguf.TensorNameMap:
+        arch = next(key for key, own in gguf.MODEL_ARCH_NAMES.items() if own == self._header.arch)
+        return gguf.get_tensor_name_map(arch, self._header.get("block_count"))
+
+    def _in_order(self, name: str, weight: np.ndarray) -> np.ndarray:
+        """Undo what upstream's converter does to a tensor of transformers."""
+        if self._family.one_more and name.endswith("norm.weight") and ".linear_attn." not in name:
+            return weight - 1
+        heads = {"q_proj": "attention.head_count", "k_proj": "attention.head_count_kv"}.get(name.split(".")[-2])
+        if heads and is_reordered(self._family.model_type):
+            by_head = weight.reshape(self._header.get(heads), -1, weight.size // len(weight)).swapaxes(1, 2)
+            return neighbours_to_halves(by_head).swapaxes(1, 2).reshape(weight.shape)
+        return self._family.in_order(self._header, name, weight)
+
+
+def _rounded(x: Tensor, kind: str) -> Tensor:
+    return straight(x, lambda x: rounded(x.float(), kind).to(x.dtype))
