@@ -35,7 +35,8 @@ DIRECT: dict[str, Callable[[Path], Path]] = {
     "latents of Mistral 4": lambda path: tiny_ggufs.write(path, "deepseek2", 128, 64, 1, latent=256),
     "M-RoPE (Qwen2.5-VL)": lambda path: tiny_ggufs.write(path, "qwen2vl", **SECTIONS),
     "IM-RoPE (Qwen3-VL)": lambda path: tiny_ggufs.write(path, "qwen3vl", **SECTIONS),
-    "sinks (gpt-oss)": lambda path: tiny_ggufs.write(path, "gpt-oss"),
+    # all experts: where some are chosen, roundings choose others
+    "sinks (gpt-oss)": lambda path: tiny_ggufs.write(path, "gpt-oss", n_expert_used=tiny_ggufs.N_EXPERT),
     "shared K and V (Gemma 4)": gemma4_ggufs.write,
     "Mamba 2 layers": lambda path: tiny_ggufs.write(path, "granitehybrid", n_head_kv=[2, 0, 2]),
 }
@@ -53,7 +54,7 @@ KINDS = [*DIRECT, *UPSTREAM, *TRANSFORMERS]
 
 
 @pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def gguf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     root = tmp_path_factory.mktemp("gpu")
     made: dict[str, Path] = {}
 
@@ -63,6 +64,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         if kind in TRANSFORMERS:
             pytest.importorskip("torch")
             pytest.importorskip("transformers")
+            request.getfixturevalue("converter")
             name = TRANSFORMERS[kind]
             random_models.to_gguf([random_families.build(name, root / name)])
             return root / f"{name}.gguf"
@@ -217,14 +219,17 @@ def noise(
     return get
 
 
-def bound(noise: float) -> float:
-    return 4 * noise + 4e-3  # F16 rows are rounded once more where the cache is rotated
+def bound(noise: float, kv: str) -> float:
+    """F16 rows are rounded once more where the cache is rotated. Attention in an F16 cache is upstream's alone: its noise
+    is not ours."""
+    return 4 * (noise if kv == "f16" else min(noise, 4e-3)) + 4e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_is_small(noise: Callable[[str], float], kind: str, record_property: Any) -> None:
     record_property("noise", noise(kind))
-    assert noise(kind) < 0.02
+    # CUDA adds up V of one token in F16; Gemma 4 does not scale its scores: 0.05 on an H100, and 4e-3 all others
+    assert noise(kind) < (0.1 if "Gemma" in kind else 0.01)
 
 
 @pytest.mark.parametrize("kv", ["f16", "q8_0", "q4_0"])
@@ -242,7 +247,7 @@ def test_as_on_the_cpu(
 ) -> None:
     apart = distance(scenario(Case(there, gguf(kind), kv)), expected(scenario, kind))
     record_property("distance", apart)
-    assert apart < bound(noise(kind)), noise(kind)
+    assert apart < bound(noise(kind), kv), noise(kind)
 
 
 @pytest.mark.parametrize("tail", [0, 16])
@@ -268,12 +273,15 @@ def test_a_prefix_and_its_tail_are_not_rounded(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_rounded_cache_would_be_seen(
+def test_these_bounds_would_see_a_fault(
     gguf: Callable[[str], Path],
     there: Place,
     expected: Callable[[Scenario, str], np.ndarray],
     noise: Callable[[str], float],
     kind: str,
 ) -> None:
-    rounded = distance(computed(Case(there, gguf(kind), "q4_0", 0)), expected(computed, kind))
-    assert rounded > bound(noise(kind))
+    """A prefix that is lost, and one that is rounded."""
+    want, case = expected(by_hand, kind), Case(there, gguf(kind), "q4_0", 0)
+    assert distance(behind(case.context(), 0), want) > 2 * bound(noise(kind), "q4_0")
+    if kind != "Qwen3-Next":  # whose tiny model hardly heeds its attention
+        assert distance(computed(case), want) > bound(noise(kind), "q4_0")
