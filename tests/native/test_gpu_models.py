@@ -220,15 +220,14 @@ def noise(
 
 
 def bound(noise: float, kv: str) -> float:
-    """F16 rows are rounded once more where the cache is rotated. Attention in an F16 cache is upstream's alone: its noise
-    is not ours."""
+    """F16 rows are rounded once more where the cache is rotated. Attention in an F16 cache is upstream's alone."""
     return 4 * (noise if kv == "f16" else min(noise, 4e-3)) + 4e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_is_small(noise: Callable[[str], float], kind: str, record_property: Any) -> None:
     record_property("noise", noise(kind))
-    # CUDA adds up V of one token in F16; Gemma 4 does not scale its scores: 0.05 on an H100, and 4e-3 all others
+    # On an H100 0.05 of Gemma 4's in an F16 cache, prefix or not, which is upstream's; at most 4e-3 of the others'
     assert noise(kind) < (0.1 if "Gemma" in kind else 0.01)
 
 
