@@ -282,5 +282,5 @@ def test_these_bounds_would_see_a_fault(
     """A prefix that is lost, and one that is rounded."""
     want, case = expected(by_hand, kind), Case(there, gguf(kind), "q4_0", 0)
     assert distance(behind(case.context(), 0), want) > 2 * bound(noise(kind), "q4_0")
-    if kind != "Qwen3-Next":  # whose tiny model hardly heeds its attention
+    if kind not in ("Qwen3-Next", "shared K and V (Gemma 3n)"):  # whose tiny models hardly heed their attention
         assert distance(computed(case), want) > bound(noise(kind), "q4_0")
