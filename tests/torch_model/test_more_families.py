@@ -31,7 +31,7 @@ from tests.torch_model.test_extra_cells import at_positions
 NAMES = (
     "olmo", "olmo2", "olmo3", "olmo3-yarn", "arcee", "seed-oss", "exaone4", "starcoder2", "stablelm", "nemotron",
     "granitemoe", "glm", "glm4", "glm4-moe", "glm4-moe-scaled", "cohere", "cohere2", "ernie4.5", "ernie4.5-moe",
-    "ministral3", "mistral-small3", "hunyuan", "hunyuan-moe", "minimax-m2", "gpt-oss",
+    "ministral3", "mistral3", "hunyuan", "hunyuan-moe", "minimax-m2", "gpt-oss",
 )  # fmt: skip
 OTHERS = ("granitemoeshared", "apertus")
 WINDOWS = ("olmo3", "olmo3-yarn", "cohere2", "gpt-oss")

@@ -7,9 +7,11 @@
 
 #pragma once
 
+#include "automatic/mismatch.h"
 #include "automatic/plan.h"
 #include "automatic/prefixes.h"
 #include "keeping/keeper.h"
+#include "keeping/prompts.h"
 
 #include <cstdint>
 #include <map>
@@ -33,7 +35,9 @@ public:
 
     explicit automatic(llama_context & ctx) :
         ctx(ctx),
-        held(&ctx) {}
+        held(&ctx),
+        seen(ctx),
+        unlike(ctx) {}
 
     // Throws std::runtime_error. view: of a verified file that fits the context
     // source: something that lives as long as the context holds it
@@ -54,9 +58,9 @@ public:
     // Computes what a sequence (-1: each) has that was deferred: it is about to be saved. false: it cannot be
     bool finish(llama_seq_id seq_id);
 
-    // A state was read into a sequence; whether it waits for the rest of a prefix. Throws std::runtime_error: of one that
-    // this context does not hold
-    bool restored(llama_seq_id seq_id);
+    // A state was read into a sequence (own: of its own, from before); whether it waits for the rest of a prefix. Throws
+    // std::runtime_error: of one that this context does not hold
+    bool restored(llama_seq_id seq_id, bool own);
 
     // Into a sequence, which it replaces; "" or why not
     std::string load(int32_t i, llama_seq_id seq_id);
@@ -70,12 +74,16 @@ private:
     prefixes held;
     std::vector<std::shared_ptr<const void>> sources;
     uint64_t n_loaded = 0;
+    prompts seen;
+    mismatch unlike;
     std::unique_ptr<keeper> kept;
     bool inside = false; // decode() computes what is left of a batch
     bool waits = false;  // tokens of some sequence were deferred (deferred.h)
 
     // outputs of the goes before the last, by index in the caller's batch
     std::vector<std::pair<uint32_t, std::vector<float>>> outputs;
+
+    std::vector<std::vector<float>> rows; // of every token, by index in the caller's batch (every_row.cpp)
 
     // what the last batch has left for the program to read
     struct kept_outputs {
@@ -90,6 +98,7 @@ private:
     void give_back(const kept_outputs & last);
 
     bool is_plain(const llama_batch_ext & batch) const;
+    void look_at_prompts(const llama_batch_ext & batch);
     void settle();
     int finish(const std::vector<llama_seq_id> & seqs);
     std::vector<llama_seq_id> left_waiting(const llama_batch_ext & batch, const std::vector<start> & starts) const;
@@ -98,6 +107,10 @@ private:
     int go_on(const llama_batch_ext & batch, const std::vector<start> & starts, size_t round, size_t n_rounds);
     void undo(const std::vector<start> & starts);
     void collect(const std::vector<uint32_t> & batch_index, bool last);
+    bool every_row() const;
+    std::vector<std::pair<float *, size_t>> row_buffers() const;
+    void keep_rows(const std::vector<uint32_t> & batch_index);
+    void give_rows();
     int compute(const llama_batch_ext & batch);
 };
 
