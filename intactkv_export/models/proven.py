@@ -153,7 +153,6 @@ _SETTINGS: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "nemotron_h": {
         "n_group": (1, (1,)),
         "topk_group": (1, (1,)),
-        "moe_latent_size": (None, (None,)),
         "sliding_window": (None, (None,)),
         "mamba_proj_bias": (False, (False,)),
         "use_conv_bias": (True, (True,)),
