@@ -227,9 +227,9 @@ kind of memory.
 **Works** means that all of this holds. The llama engine computes a prefix, and it is loaded in F16, q8_0 and q4_0
 caches. With a tail, logits of the text behind it are those of an F16 cache (relative error at most {error_f16},
 {error_q8_0} and {error_q4_0}); without one, the first token's are nearer to them than without a prefix. In the model
-quantized to Q4_0 the prefix of the unquantized one makes no logits worse (by more than 5%: so much a few texts
-scatter), and that of another text does (a random model can tell in {told} of {works}). Given by `llama_decode` itself
-it gives the same bits; so does a sequence saved and loaded. **Refused**: the reason is what `convert`, `prefix` and
+quantized to Q4_0 prefixes of the unquantized one do not make logits worse, and those of other prompts do (a random
+model can tell in {told} of {works}; four prompts, their mean). Given by `llama_decode` itself a prefix gives the same
+bits; so does a sequence saved and loaded. **Refused**: the reason is what `convert`, `prefix` and
 loading say. Quality is not shown here: weights are random.
 
 Torch engine: it computes the same prefix. Can be calibrated: `calibrate` and `convert --calibrate` take it. Not asked:
