@@ -1,4 +1,4 @@
-"""The states of recurrent layers after a prompt, from transformers' cache to llama.cpp's layout (caches/state_layout.py)."""
+"""The states of recurrent layers after a prompt: transformers' cache as llama.cpp's rows (caches/state_layout.py)."""
 
 from __future__ import annotations
 

@@ -242,14 +242,26 @@ def load(
     text = net.config.get_text_config(decoder=True)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     layout = Layout(text.num_key_value_heads, head_dim, is_reordered(text.model_type))
-    keep = from_huggingface.attention_layers(text), from_huggingface.recurrent_layers(text)
-    state_layout = StateLayout.of(text) if keep[1] else None
-    return TorchModel(net.eval(), text.num_hidden_layers, text.vocab_size, layout, *map(tuple, keep), state_layout)
+    attending, recurrent = from_huggingface.attention_layers(text), from_huggingface.recurrent_layers(text)
+    return TorchModel(
+        net.eval(),
+        text.num_hidden_layers,
+        text.vocab_size,
+        layout,
+        tuple(attending),
+        tuple(recurrent),
+        StateLayout.of(text) if recurrent else None,
+    )
 
 
 def _check_plain(model_type: str, path: str | Path, states: bool) -> None:
     """Raises IntactKVError for a model whose cache is not one of K and V alone, with the same heads in all layers."""
-    if model_type in (RECURRENT | LATENT | UNEVEN) - (STATES if states else set()):
+    if model_type in STATES and not states:
+        raise IntactKVError(
+            f"{path} of model type {model_type!r} has states of recurrent layers, which cannot be analyzed yet: give "
+            "the number of a prefix's tokens yourself"
+        )
+    if model_type in (RECURRENT | LATENT | UNEVEN) - STATES:
         kept = "states of recurrent layers" if model_type in RECURRENT else "latents (MLA)"
         kept = "layers that share K and V, or have other heads" if model_type in UNEVEN else kept
         raise IntactKVError(

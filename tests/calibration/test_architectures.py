@@ -21,6 +21,18 @@ from tests.support import random_families, random_hybrids, random_models
 from tests.support.cache_rows import random_tokens
 from tests.support.log_probs import divergence, llama_log_probs
 
+HYBRIDS = (
+    "lfm2",
+    "lfm2-moe",
+    "granite-h",
+    "granite-h-dense",
+    "falcon-h1",
+    "nemotron-h",
+    "nemotron-h-moe",
+    "qwen3-next",
+    "qwen3.5",
+    "qwen3.5-moe",
+)
 SETTINGS = {"steps": 16, "batch": 4, "seq_len": 32, "sequences": 32, "lr": 3e-2}
 
 
@@ -64,7 +76,7 @@ def test_longrope(models, tmp_path, n_ctx, as_gguf):
     assert result.after < 0.93 * result.before and result.manifest["best_step"] > 0
 
 
-@pytest.mark.parametrize("name", ["lfm2", "qwen3.5"])
+@pytest.mark.parametrize("name", HYBRIDS)
 def test_a_hybrid_and_its_states(tmp_path, name):
     """The first token, then a prompt: K, V and states are trained; llama.cpp says behind the file what torch says."""
     directory = random_hybrids.build(name, tmp_path / name)

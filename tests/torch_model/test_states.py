@@ -10,10 +10,15 @@ import pytest
 
 pytest.importorskip("torch", reason="the extra [convert] is not installed")
 
+import gguf as gguf_py
 import torch
+from safetensors.torch import load_file
 
 from intactkv_export import torch_model
+from intactkv_export.errors import IntactKVError
+from intactkv_export.models import gguf_file
 from intactkv_export.prefix import ikv
+from intactkv_export.torch_model.from_gguf import check_header
 from tests.support import random_hybrids, random_models
 from tests.support.cache_rows import random_tokens
 from tests.support.hybrids import prefix_of
@@ -68,6 +73,46 @@ def test_weights_are_the_directorys(hybrids, name):
     with torch.no_grad():
         a, b = (model.forward([random_tokens(75)]) for model in (whole, read))
     assert (a - b).abs().max() < 1e-5 * a.abs().max()
+
+
+def test_q_k_v_and_gate_in_one_matrix(hybrids, tmp_path):
+    """As the first GGUFs of Qwen3-Next have them, which llama.cpp reads too."""
+    directory, gguf, path = hybrids["qwen3-next"]
+    weights = load_file(directory / "model.safetensors")
+    reader, old = gguf_py.GGUFReader(gguf), tmp_path / "old.gguf"
+    writer = gguf_py.GGUFWriter(old, "qwen3next")
+    for field in reader.fields.values():
+        if field.types and not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            writer.add_key_value(field.name, field.contents(), field.types[0], *field.types[1:2])
+    for tensor in reader.tensors:
+        layer, _, part = tensor.name.removeprefix("blk.").partition(".")
+        if part == "attn_qkv.weight":
+            whole = weights[f"model.layers.{layer}.linear_attn.in_proj_qkvz.weight"].numpy()
+            writer.add_tensor(f"blk.{layer}.ssm_in.weight", whole)
+        elif part != "attn_gate.weight":
+            writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tokens = random_tokens(48)
+    got, same = (behind(torch_model.load(file, states=True), path, tokens, "f16") for file in (old, gguf))
+    assert torch.equal(got, same)
+    assert divergence(llama_log_probs(old, path, "f16", ikv.read(path).tokens, [tokens]), got) < 2e-7
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("granite-h", {"granitehybrid.rope.scaling.finetuned": True}, "'granitehybrid' has RoPE, with which"),
+        ("nemotron-h-moe", {"nemotron_h_moe.expert_group_count": 2}, "has experts in groups, with which"),
+    ],
+)
+def test_what_torch_cannot_read(hybrids, tmp_path, name, changes, message):
+    with open(tmp_path / "other.gguf", "wb") as file:
+        gguf_file.copy(hybrids[name][1], file, changes)
+    with pytest.raises(IntactKVError, match=message):
+        check_header(tmp_path / "other.gguf")
 
 
 @pytest.mark.parametrize("name", NAMES)

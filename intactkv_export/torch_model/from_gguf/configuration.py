@@ -6,14 +6,14 @@ from typing import Any
 
 from intactkv_export.errors import IntactKVError
 from intactkv_export.models import RECURRENT
-from intactkv_export.torch_model.from_gguf import dense, mixtures, recurrent
+from intactkv_export.torch_model.from_gguf import dense, hybrids, mixtures
 from intactkv_export.torch_model.from_gguf.family import Family
 from intactkv_export.torch_model.from_gguf.header import INSTEAD, Header
 from intactkv_export.torch_model.from_gguf.rope import check_longrope, rope
 
 # By architecture
-_FAMILIES = dense.FAMILIES | recurrent.FAMILIES
-_WITH_EXPERTS = mixtures.FAMILIES | recurrent.WITH_EXPERTS
+_FAMILIES = dense.FAMILIES | hybrids.FAMILIES
+_WITH_EXPERTS = mixtures.FAMILIES | hybrids.WITH_EXPERTS
 _NOT_PLAIN = ("rope_freqs.weight", "blk.0.ffn_gate_shexp.weight")
 
 
@@ -34,9 +34,9 @@ def family_of(header: Header) -> Family:
             f"{header.path} of architecture {header.arch!r} has {found[0]}, with which torch cannot read a GGUF of it: "
             f"{INSTEAD}"
         )
-    if found := family.unproven(header):
+    if what := family.unproven(header):
         raise IntactKVError(
-            f"{header.path} of architecture {header.arch!r} has {found}, with which torch cannot read a GGUF of it: "
+            f"{header.path} of architecture {header.arch!r} has {what}, with which torch cannot read a GGUF of it: "
             f"{INSTEAD}"
         )
     scale = header.get("expert_weights_scale", 1.0)

@@ -33,8 +33,8 @@ class Family:
     llama.cpp's src/models/ARCH.cpp reads them. in_order: undoes what upstream's converter does to a tensor, given by
     transformers' name. parts: names that gguf-py knows of the tensors whose rows, one below the other, are such a one.
     unproven: what this model has that is not proven, in words; "" for nothing. scaled: own() knows what the outputs of
-    experts are multiplied by. only_plain: it is proven as its checkpoints mostly are: RoPE that is not scaled, no sliding
-    window, no matrices that are not there. one_more: the converter adds 1 to the weights of norms."""
+    experts are multiplied by. only_plain: it is proven as its checkpoints mostly are: RoPE that is not scaled, no
+    sliding window, no matrices that are not there. one_more: the converter adds 1 to the weights of norms."""
 
     model_type: str
     own: Callable[[Header], dict[str, Any]] = _nothing

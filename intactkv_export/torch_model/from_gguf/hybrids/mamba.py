@@ -10,20 +10,13 @@ import numpy as np
 from intactkv_export.torch_model.from_gguf.dense import granite
 from intactkv_export.torch_model.from_gguf.family import Family
 from intactkv_export.torch_model.from_gguf.header import Header
+from intactkv_export.torch_model.from_gguf.hybrids.kinds import kinds
 from intactkv_export.torch_model.from_huggingface import NO_LEAST_STEP
 
 # Tokens that are computed at once, each with all: the same sums in another order. Checkpoints say 128 or 256; a text of
 # few tokens is filled up to it, and for the backward pass each head keeps as many values a token.
 _CHUNK = 64
 _BIASES = ("ssm_conv1d.bias", "ssm_dt.bias", "exp_probs_b.bias")  # that such models have
-
-
-def kinds(header: Header, signs: Mapping[str, str], otherwise: str = "full_attention") -> list[str]:
-    """layer_types of a hybrid. signs: a tensor of a layer -> what such a layer is; the first that it has."""
-    return [
-        next((kind for sign, kind in signs.items() if f"blk.{il}.{sign}" in header.tensors), otherwise)
-        for il in range(header.n_layer)
-    ]
 
 
 def _sizes(header: Header, names: Mapping[str, str]) -> dict[str, Any]:
@@ -93,6 +86,7 @@ def _nemotron_h(header: Header) -> dict[str, Any]:
         "layers_block_type": kinds(header, signs, "mlp"),
         "layer_norm_epsilon": epsilon,
         "time_step_min": NO_LEAST_STEP,
+        "num_experts_per_tok": 0,  # the class's default is 2, with experts or without
     }
 
 

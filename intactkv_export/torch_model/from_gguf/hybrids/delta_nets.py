@@ -1,4 +1,4 @@
-"""Families with recurrent layers: short convolutions and gated delta nets; those with Mamba 2 are in mamba.py."""
+"""Families with gated delta nets beside attention layers."""
 
 from __future__ import annotations
 
@@ -6,45 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from intactkv_export.torch_model.from_gguf import mamba
 from intactkv_export.torch_model.from_gguf.family import Family
 from intactkv_export.torch_model.from_gguf.header import Header
-from intactkv_export.torch_model.from_gguf.mamba import kinds
+from intactkv_export.torch_model.from_gguf.hybrids.kinds import kinds
 from intactkv_export.torch_model.from_gguf.rope import rope
-
-
-def _lfm2(header: Header) -> dict[str, Any]:
-    return {
-        "norm_eps": header.get("attention.layer_norm_rms_epsilon"),
-        "layer_types": kinds(header, {"shortconv.conv.weight": "conv"}),
-        "conv_L_cache": header.get("shortconv.l_cache"),
-        "conv_bias": "blk.0.shortconv.conv.bias" in header.tensors,
-        "block_auto_adjust_ff_dim": False,
-    }
-
-
-def _lfm2_moe(header: Header) -> dict[str, Any]:
-    return _lfm2(header) | {
-        "num_dense_layers": header.get("leading_dense_block_count"),
-        "num_experts": header.get("expert_count"),
-        "num_experts_per_tok": header.get("expert_used_count"),
-        "moe_intermediate_size": header.get("expert_feed_forward_length"),
-        "use_expert_bias": True,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 1.0,
-    }
-
-
-def _parts_of_lfm2(header: Header, name: str) -> list[str]:
-    if name.endswith(".expert_bias"):
-        return [f"{name}.bias"]
-    names = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-    before, found, part = name.removesuffix(".weight").partition(".feed_forward.experts.")
-    return [f"{before.removeprefix('model.')}{found}{names[part]}.weight"] if found else [name]
-
-
-def _order_of_lfm2(header: Header, name: str, weight: np.ndarray) -> np.ndarray:
-    return weight[:, None] if name.endswith(".conv.conv.weight") else weight
 
 
 def _delta(header: Header) -> dict[str, Any]:
@@ -133,12 +98,8 @@ def _order_of_qwen35(header: Header, name: str, weight: np.ndarray) -> np.ndarra
     return weight if part == "norm" else by_k(_of_delta(part, weight), 1)
 
 
-FAMILIES = mamba.FAMILIES | {
-    "lfm2": Family("lfm2", _lfm2, _order_of_lfm2),
-    "qwen35": Family("qwen3_5_text", _delta, _order_of_qwen35, one_more=True),
-}
-WITH_EXPERTS = mamba.WITH_EXPERTS | {
-    "lfm2moe": Family("lfm2_moe", _lfm2_moe, _order_of_lfm2, _parts_of_lfm2),
+FAMILIES = {"qwen35": Family("qwen3_5_text", _delta, _order_of_qwen35, one_more=True)}
+WITH_EXPERTS = {
     "qwen3next": Family("qwen3_next", _delta_moe, _order_of_qwen3next, _parts_of_qwen3next, one_more=True),
     "qwen35moe": Family("qwen3_5_moe_text", _delta_moe, _order_of_qwen35, one_more=True),
 }
