@@ -22,7 +22,7 @@ def states(cache: Any, text: Any) -> States:
 
     text: the configuration.
     """
-    from intactkv_export.torch_model.caches import StateLayout
+    from intactkv_export.torch_model import StateLayout
 
     found: States = {}
     for il, layer in enumerate(cache.layers):

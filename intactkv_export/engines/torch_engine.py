@@ -1,7 +1,7 @@
 """The torch engine: IntactKV of a Hugging Face model, computed by transformers, in llama.cpp's layout.
 
 The rows llama.cpp keeps in its cache are K after RoPE and V, per KV head; of recurrent layers it keeps what
-engines/recurrent.py lays out. Four things differ from transformers:
+torch_model/caches/state_layout.py lays out. Four things differ from transformers:
 
 - The order of K's values in models of RoPE type "norm": torch_model/rope_pairs.py.
 - A context of llama.cpp uses one set of LongRoPE factors for all positions (`llama_model::get_rope_factors`);

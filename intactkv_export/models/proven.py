@@ -69,7 +69,7 @@ UNEVEN = {"gemma3n_text", "gemma4_text"}
 LATENT = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite"}
 # Those of type "norm" for which transformers pairs neighbours too: the converter leaves the rows of W_q and W_k
 NEIGHBOURS = {"cohere", "cohere2", "glm", "glm4", "ernie4_5", "ernie4_5_moe", "deepseek_v2"}
-# Those with recurrent layers, whose states engines/recurrent.py lays out
+# Those with recurrent layers, whose states torch_model/caches/state_layout.py lays out
 RECURRENT = {
     "lfm2",
     "lfm2_moe",
