@@ -9,7 +9,7 @@ from typing import Any
 from intactkv_export import extras
 from intactkv_export.errors import IntactKVError, UsageError, first_line
 from intactkv_export.libllama import Rope
-from intactkv_export.models import Reference, supports
+from intactkv_export.models import Reference, why_not
 
 NAMES = ("auto", "llama", "torch")
 
@@ -69,10 +69,8 @@ def _why_not_torch(reference: Reference, rope: Rope | None) -> str:
         return f"it knows no RoPE settings other than the model's own, and {rope} is given"
     if missing := extras.missing("torch"):
         return extras.sentence(missing, "it")
-    config = _config(reference)
-    if not supports(config):
-        return f"the K/V layout of {reference.path} (model type {config.get('model_type')!r}) is not proven for it"
-    return ""
+    reason = why_not(_config(reference))
+    return f"{reason} ({reference.path})" if reason else ""
 
 
 def _config(reference: Reference) -> dict[str, Any]:

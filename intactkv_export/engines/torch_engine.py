@@ -1,7 +1,7 @@
 """The torch engine: IntactKV of a Hugging Face model, computed by transformers, in llama.cpp's layout.
 
 The rows llama.cpp keeps in its cache are K after RoPE and V, per KV head; of recurrent layers it keeps what
-torch_model/caches/state_layout.py lays out. Four things differ from transformers:
+torch_model/caches/state_layout.py lays out. What differs from transformers:
 
 - The order of K's values in models of RoPE type "norm": torch_model/rope_pairs.py.
 - A context of llama.cpp uses one set of LongRoPE factors for all positions (`llama_model::get_rope_factors`);
@@ -10,6 +10,8 @@ torch_model/caches/state_layout.py lays out. Four things differ from transformer
 - YaRN's bounds are whole numbers in llama.cpp, and gpt-oss's checkpoints say that they are not: from_huggingface too.
 - llama.cpp runs Mistral, Qwen and Phi-3 without the sliding window that some of their checkpoints have: so does
   transformers here (from_huggingface.read_config).
+- llama.cpp norms Qwen2-VL and Qwen2.5-VL without an epsilon, Falcon-Mamba with one epsilon for all norms, and leaves
+  the last pairs of Qwen3-VL's heads unturned: so does transformers here (from_huggingface).
 
 Everything is computed in float32 (or the dtype asked for) and rounded to float16 once, at the end.
 """
@@ -26,7 +28,7 @@ from intactkv_export.engines import recurrent
 from intactkv_export.engines.rows import to_float16
 from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama import KV, States
-from intactkv_export.models import LATENT, RECURRENT, check_dtype, is_reordered
+from intactkv_export.models import HALVED, LATENT, RECURRENT, check_dtype, is_reordered
 from intactkv_export.work import Steps
 
 _CHUNK = 512  # tokens a forward pass: bounds the attention matrix, [heads, _CHUNK, n_tokens]
@@ -136,6 +138,9 @@ def compute_float32(
             k, v = np.concatenate([k, turned], -1), v[..., :0]
         elif is_reordered(text.model_type):
             k = np.ascontiguousarray(rope_pairs.halves_to_neighbours(k))
+        elif text.model_type in HALVED:
+            n_rot = from_huggingface.n_rot(text, text.rope_parameters)
+            k[..., :n_rot] = rope_pairs.neighbours_to_halves(k[..., :n_rot])
         K[il], V[il] = k, v
     states = recurrent.states(cache, text)
     if model is not None:

@@ -2,7 +2,17 @@
 
 from intactkv_export.models import gguf_file, imatrix, reference, tensor_types, text_file, weights
 from intactkv_export.models.dtypes import DTYPES, FLOATS, check_dtype
-from intactkv_export.models.proven import LATENT, NORMALIZED, PROVEN, RECURRENT, UNEVEN, is_reordered, supports
+from intactkv_export.models.proven import (
+    HALVED,
+    LATENT,
+    NORMALIZED,
+    PROVEN,
+    RECURRENT,
+    UNEVEN,
+    is_reordered,
+    supports,
+    why_not,
+)
 from intactkv_export.models.reference import (
     KEY_CONVERTED,
     KEY_REFERENCE,
@@ -15,7 +25,8 @@ from intactkv_export.models.reference import (
 from intactkv_export.models.text_file import read_text
 
 __all__ = [
-    "DTYPES", "FLOATS", "KEY_CONVERTED", "KEY_REFERENCE", "LATENT", "NORMALIZED", "PROVEN", "RECURRENT",
+    "DTYPES", "FLOATS", "HALVED", "KEY_CONVERTED", "KEY_REFERENCE", "LATENT", "NORMALIZED", "PROVEN", "RECURRENT",
     "UNEVEN", "Reference", "check_convertible", "check_dtype", "check_same_reference", "gguf_file", "identity",
     "imatrix", "is_reordered", "locate", "read_text", "reference", "supports", "tensor_types", "text_file", "weights",
+    "why_not",
 ]  # fmt: skip

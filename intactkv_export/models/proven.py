@@ -62,13 +62,53 @@ PROVEN: dict[str, str] = {
     "deepseek_v2": "norm",
     "deepseek_v3": "norm",
     "glm4_moe_lite": "norm",
+    "qwen2_vl_text": "neox",
+    "qwen2_5_vl_text": "neox",
+    "qwen3_vl_text": "neox",
+    "qwen3_vl_moe_text": "neox",
+    "ministral3": "norm",
+    "mistral4": "norm",
+    "minimax_m2": "neox",
+    "llama4_text": "norm",
+    "dots1": "neox",
+    "hy_v3": "neox",
+    "hunyuan_v1_dense": "neox",
+    "hunyuan_v1_moe": "neox",
+    "jais2": "neox",
+    "cohere2_moe": "norm",
+    "exaone_moe": "neox",
+    "granite_swa": "norm",
+    "granitemoe_swa": "norm",
+    "afmoe": "neox",
+    "hrm_text": "neox",
+    "youtu": "norm",
+    "glm4v_text": "neox",
+    "paddleocr_vl_text": "neox",
+    "phi": "neox",
+    "falcon": "neox",
+    "gpt_neox": "neox",
+    "gpt2": "none",
+    "gpt_bigcode": "none",
+    "bloom": "none",
 }
 # Those of whose layers some share the K and V of others, or have other heads
 UNEVEN = {"gemma3n_text", "gemma4_text"}
 # Those that keep a latent instead of K and V (MLA)
-LATENT = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite"}
+LATENT = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu", "mistral4"}
 # Those of type "norm" for which transformers pairs neighbours too: the converter leaves the rows of W_q and W_k
-NEIGHBOURS = {"cohere", "cohere2", "glm", "glm4", "ernie4_5", "ernie4_5_moe", "deepseek_v2"}
+NEIGHBOURS = {
+    "cohere",
+    "cohere2",
+    "cohere2_moe",
+    "glm",
+    "glm4",
+    "ernie4_5",
+    "ernie4_5_moe",
+    "deepseek_v2",
+    "llama4_text",
+}
+# The other way round: transformers pairs neighbours, and the converter puts the halves together
+HALVED = {"glm4v_text"}
 # Those with recurrent layers, whose states torch_model/caches/state_layout.py lays out
 RECURRENT = {
     "lfm2",
@@ -84,16 +124,30 @@ RECURRENT = {
     "mamba2",
     "falcon_mamba",
 }
+# Those that llama.cpp computes in another way than transformers, which no setting changes
+_OTHERWISE = {
+    "bamba": "llama.cpp turns other values of its heads: RoPE is of their first half, and upstream's converter orders "
+    "the values for one of whole heads",
+}
 # Whether the weights of the experts that a token takes add up to 1, where config.json may say so (norm_topk_prob, false
 # if it does not): llama.cpp has it in its code, one way for each architecture
-NORMALIZED = {"qwen2_moe": False, "qwen3_moe": True, "olmoe": False}
+NORMALIZED = {"qwen2_moe": False, "qwen3_moe": True, "olmoe": False, "qwen3_vl_moe_text": True}
+# multimodal model_type -> those that its text model may have, the first if config.json does not say: the prefix is text
 _WRAPPED = {
-    "gemma3": "gemma3_text",
-    "gemma3n": "gemma3n_text",
-    "gemma4": "gemma4_text",
-    "qwen3_5": "qwen3_5_text",
-    "qwen3_5_moe": "qwen3_5_moe_text",
-}  # multimodal model_type -> its text model: the prefix is text
+    "gemma3": ("gemma3_text",),
+    "gemma3n": ("gemma3n_text",),
+    "gemma4": ("gemma4_text",),
+    "qwen3_5": ("qwen3_5_text",),
+    "qwen3_5_moe": ("qwen3_5_moe_text",),
+    "qwen2_vl": ("qwen2_vl_text",),
+    "qwen2_5_vl": ("qwen2_5_vl_text",),
+    "qwen3_vl": ("qwen3_vl_text",),
+    "qwen3_vl_moe": ("qwen3_vl_moe_text",),
+    "glm4v": ("glm4v_text",),
+    "paddleocr_vl": ("paddleocr_vl_text",),
+    "llama4": ("llama4_text",),
+    "mistral3": ("mistral", "ministral3", "mistral4"),
+}
 _ROPE_SCALING = {
     "llama": {"default", "linear", "llama3", "yarn"},
     "qwen2": {"default", "yarn"},
@@ -106,6 +160,13 @@ _ROPE_SCALING = {
     "apertus": {"default", "llama3"},
     "deepseek_v2": {"default", "yarn"},
     "deepseek_v3": {"default", "yarn"},
+    "qwen2_vl_text": {"default", "mrope"},
+    "qwen2_5_vl_text": {"default", "mrope"},
+    "ministral3": {"yarn"},
+    "mistral4": {"yarn"},
+    "llama4_text": {"default", "llama3"},
+    "hunyuan_v1_dense": {"default", "dynamic"},
+    "hunyuan_v1_moe": {"default", "dynamic"},
 }
 # Settings that llama.cpp has in its code, or upstream's converter ignores, one value for each architecture: what
 # transformers takes if config.json does not say, and which values mean what llama.cpp computes
@@ -175,13 +236,78 @@ _SETTINGS: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
     },
     "deepseek_v3": {"scoring_func": (None, ("sigmoid",)), "rope_interleave": (True, (True,))},
     "glm4_moe_lite": {"rope_interleave": (True, (True,))},
+    "mistral4": {
+        "scoring_func": (None, (None, "softmax")),
+        "n_group": (1, (1,)),
+        "norm_topk_prob": (True, (True,)),
+        "rope_interleave": (True, (True,)),
+        "attention_bias": (False, (False,)),
+    },
+    "minimax_m2": {"scoring_func": (None, ("sigmoid",))},
+    "llama4_text": {
+        "attention_chunk_size": (8192, (8192,)),
+        "attn_temperature_tuning": (True, (True, 4)),  # some of the first say 4
+        "floor_scale": (8192, (8192,)),
+        "attn_scale": (0.1, (0.1,)),
+        "no_rope_layer_interval": (4, (4,)),
+        "attention_bias": (False, (False,)),
+    },
+    "dots1": {
+        "scoring_func": (None, ("sigmoid",)),
+        "n_group": (1, (1, None)),
+        "topk_group": (1, (1, None)),
+        "attention_bias": (False, (False,)),
+    },
+    "hy_v3": {"route_norm": (True, (True,)), "attention_bias": (False, (False,)), "mlp_bias": (False, (False,))},
+    "hunyuan_v1_dense": {"attention_bias": (False, (False,))},
+    "hunyuan_v1_moe": {"attention_bias": (False, (False,))},
+    "jais2": {"attention_bias": (True, (True,)), "mlp_bias": (True, (True,)), "hidden_act": ("relu2", ("relu2",))},
+    "cohere2_moe": {
+        "attention_bias": (False, (False,)),
+        "norm_topk_prob": (True, (True,)),
+        "rms_norm_eps": (None, (None,)),
+    },
+    "exaone_moe": {"scoring_func": (None, ("sigmoid",)), "n_group": (1, (1,)), "topk_group": (1, (1,))},
+    "granite_swa": {"attention_bias": (False, (False,)), "mlp_bias": (False, (False,))},
+    "granitemoe_swa": {"attention_bias": (False, (False,))},
+    "afmoe": {
+        "mup_enabled": (False, (True,)),
+        "global_attn_every_n_layers": (4, (4,)),
+        "route_norm": (None, (True,)),
+        "attention_bias": (False, (False,)),
+    },
+    "hrm_text": {"attention_bias": (False, (False,)), "mlp_bias": (False, (False,))},
+    "youtu": {"rope_interleave": (True, (True,)), "attention_bias": (False, (False,))},
+    "phi": {"qk_layernorm": (False, (False,)), "hidden_act": ("gelu_new", ("gelu_new",))},
+    "falcon": {
+        "alibi": (False, (False,)),
+        "bias": (False, (False,)),
+        "parallel_attn": (True, (True,)),
+        "new_decoder_architecture": (False, (False,)),  # its cache holds K and V once for each head of Q
+        "activation": ("gelu", ("gelu",)),
+    },
+    "gpt_neox": {"attention_bias": (True, (True,)), "hidden_act": ("gelu", ("gelu", "gelu_new", "gelu_fast"))},
+    "gpt2": {
+        "activation_function": ("gelu_new", ("gelu_new",)),
+        "scale_attn_weights": (True, (True,)),
+        "scale_attn_by_inverse_layer_idx": (False, (False,)),
+    },
+    "gpt_bigcode": {
+        "multi_query": (True, (True,)),
+        "activation_function": ("gelu_pytorch_tanh", ("gelu_pytorch_tanh", "gelu_new")),
+        "scale_attn_weights": (True, (True,)),
+    },
+    "bloom": {"apply_residual_connection_post_layernorm": (False, (False,))},
     "mamba2": {
-        "n_groups": (8, (1,)),  # transformers normalizes all of them together
         "use_bias": (False, (False,)),
         "use_conv_bias": (True, (True,)),
         "time_step_limit": (None, _NO_LIMIT),
     },
 }
+# Those for which llama.cpp reads all of YaRN's settings
+_OWN_YARN = {"ministral3"}
+# Those whose RoPE scaling is another base, by their own alpha
+_ALPHA = {"hunyuan_v1_dense", "hunyuan_v1_moe"}
 # Settings of a RoPE scaling that upstream's converter drops or llama.cpp combines in another way
 _ROPE_UNPROVEN = (
     "attention_factor",
@@ -196,8 +322,25 @@ _ROPE_FIXED = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
 def is_reordered(model_type: str) -> bool:
-    """Whether the values of a head of K are in another order in llama.cpp than in transformers (rope_pairs)."""
+    """Whether transformers pairs halves of a head of K and llama.cpp neighbours (rope_pairs)."""
     return PROVEN[model_type] == "norm" and model_type not in NEIGHBOURS
+
+
+def text_types(model_type: str) -> tuple[str, ...]:
+    """The types that a model's text model may have: its own, but of those that see images too."""
+    return _WRAPPED.get(model_type, (model_type,))
+
+
+def why_not(config: Any) -> str:
+    """Why the K/V layout of a model is not proven, "" if it is. config: as of supports()."""
+    if supports(config):
+        return ""
+    full = config if isinstance(config, Mapping) else config.to_dict()
+    model_type = full.get("model_type")
+    return (
+        _OTHERWISE.get(str(model_type))
+        or f"the K/V layout of model type {model_type!r}, with its settings, is not proven"
+    )
 
 
 def supports(config: Any) -> bool:
@@ -209,8 +352,10 @@ def supports(config: Any) -> bool:
     full = config if isinstance(config, Mapping) else config.to_dict()
     text = full.get("text_config") or full
     outer = full.get("model_type", "")
-    model_type = text.get("model_type") or _WRAPPED.get(outer)
-    if model_type not in PROVEN or _WRAPPED.get(outer, outer) != model_type:
+    inner = text_types(outer)
+    # The first Qwen2-VL and Qwen2.5-VL have no text_config, their settings are those of the text
+    model_type = (text.get("model_type") if text is not full else None) or inner[0]
+    if model_type not in PROVEN or model_type not in inner:
         return False
     each = _ropes(text)
     return (
@@ -218,15 +363,18 @@ def supports(config: Any) -> bool:
         and _same_experts(model_type, text)
         and all(text.get(key, least) in same for key, (least, same) in _SETTINGS.get(model_type, {}).items())
         and not full.get("quantization_config")
+        and all(
+            r.get("alpha") for r in each if model_type in _ALPHA and "dynamic" in (r.get("rope_type"), r.get("type"))
+        )
         and not any(r.get(key) is not None for r in each for key in _unproven(model_type, r))
-        and all(r.get(key) in (None, value) for r in each for key, value in _ROPE_FIXED.items())
+        and (model_type in _OWN_YARN or all(r.get(k) in (None, v) for r in each for k, v in _ROPE_FIXED.items()))
     )
 
 
 def _unproven(model_type: str, rope: Mapping[str, Any]) -> tuple[str, ...]:
-    """Of _ROPE_UNPROVEN; models with latents have two mscale, which cancel in what is cached if they are equal."""
+    """Of _ROPE_UNPROVEN; two mscale cancel in what is cached if they are equal, where llama.cpp reads them."""
     proven = {"truncate"} if model_type == "gpt_oss" else set()  # from_huggingface.read_config sets it
-    if model_type in LATENT and rope.get("mscale") == rope.get("mscale_all_dim"):
+    if model_type in LATENT | _OWN_YARN | _ALPHA and rope.get("mscale") == rope.get("mscale_all_dim"):
         proven = {"mscale", "mscale_all_dim"}
     return tuple(key for key in _ROPE_UNPROVEN if key not in proven)
 
@@ -238,7 +386,8 @@ def rope_types(config: Any) -> set[str]:
 
 
 def _same_experts(model_type: str, text: Mapping[str, Any]) -> bool:
-    """Whether llama.cpp computes layers as their configuration says: all of experts, weighed as it does, unclipped."""
+    """Whether llama.cpp computes layers as their configuration says: all of experts, weighed as it does, unclipped, and
+    turned by one RoPE."""
     flash = (
         text.get("num_hidden_layers") in (47, 48) and text.get("vocab_size") == 154880
     )  # llama.cpp knows it by these
@@ -248,7 +397,25 @@ def _same_experts(model_type: str, text: Mapping[str, Any]) -> bool:
         and not text.get("mlp_only_layers")
         and text.get("decoder_sparse_step") in (None, 1)
         and text.get("clip_qkv") is None
+        and (model_type != "llama4_text" or _same_llama4(text))
+        and len(set(text.get("layer_rope_theta") or [0])) == 1  # Granite's with windows
+        and not text.get("no_rope_layers" if model_type.endswith("_swa") else "")
     )
+
+
+def _same_llama4(text: Mapping[str, Any]) -> bool:
+    """Of Llama 4's layers llama.cpp has in its code which are turned and which have experts, and what has norms."""
+    n, every = text.get("num_hidden_layers", 48), text.get("interleave_moe_layer_step", 1)
+    turned = [int((il + 1) % 4 != 0) for il in range(n)]
+    return (
+        (text.get("no_rope_layers") or turned) == turned
+        and (text.get("moe_layers") or list(range(every - 1, n, every))) == list(range(every - 1, n, every))
+        and (text.get("layer_types") or [_LLAMA4_LAYERS[x] for x in turned]) == [_LLAMA4_LAYERS[x] for x in turned]
+        and text.get("use_qk_norm", True) == (text.get("num_local_experts", 16) != 128)
+    )
+
+
+_LLAMA4_LAYERS = ("full_attention", "chunked_attention")
 
 
 def _ropes(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from intactkv_export.errors import IntactKVError, first_line
-from intactkv_export.models import LATENT, PROVEN, UNEVEN, supports
+from intactkv_export.models import LATENT, PROVEN, UNEVEN, why_not
 
 
 @contextmanager
@@ -44,17 +44,16 @@ def read_config(hf_dir: str | Path) -> Any:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         config = AutoConfig.from_pretrained(hf_dir, trust_remote_code=False, local_files_only=True)
-        proven = supports(config)
+        reason = why_not(config)
     except (OSError, ValueError, KeyError) as e:
         raise IntactKVError(
             f"cannot read the model configuration {path}: {first_line(e)}: give a directory that "
             "transformers can load, or use the llama engine"
         ) from e
-    if not proven or raw.get("quantization_config"):
-        raise IntactKVError(
-            f"the K/V layout of {hf_dir} (model type {config.model_type!r}) is not proven for the torch "
-            f"engine, which knows unquantized {', '.join(PROVEN)}: use the llama engine"
-        )
+    if raw.get("quantization_config"):
+        reason = "a quantized checkpoint is not proven"
+    if reason:
+        raise IntactKVError(f"the torch engine cannot compute {hf_dir}: {reason}: use the llama engine")
     _as_llama_cpp(config.get_text_config(decoder=True))
     return config
 
@@ -63,7 +62,20 @@ def read_config(hf_dir: str | Path) -> Any:
 # NVIDIA's code and llama.cpp know no bound
 NO_LEAST_STEP = 1e-30
 # Models whose sliding windows upstream's converter writes into the GGUF; it ignores those of Mistral, Qwen and Phi-3
-_WINDOW_KEPT = {"gemma2", "gemma3_text", "olmo3", "cohere2", "gpt_oss"} | UNEVEN
+_WINDOW_KEPT = {
+    "gemma2",
+    "gemma3_text",
+    "olmo3",
+    "cohere2",
+    "gpt_oss",
+    "cohere2_moe",
+    "exaone_moe",
+    "granite_swa",
+    "granitemoe_swa",
+    "afmoe",
+} | UNEVEN
+# Models whose norms llama.cpp computes without the epsilon that the GGUF has: it does not read it
+_WITHOUT_EPSILON = {"qwen2_vl_text", "qwen2_5_vl_text"}
 
 
 def _as_llama_cpp(text: Any) -> None:
@@ -73,6 +85,10 @@ def _as_llama_cpp(text: Any) -> None:
         rope["truncate"] = True
     if text.model_type == "nemotron_h":
         text.time_step_min = NO_LEAST_STEP
+    if text.model_type in _WITHOUT_EPSILON:
+        text.rms_norm_eps = 0.0
+    if text.model_type == "falcon_mamba":  # the norms of B, C and dt, for which llama.cpp has no number of their own
+        text.mixer_rms_eps = text.layer_norm_epsilon
     if text.model_type in _WINDOW_KEPT:
         return
     if getattr(text, "sliding_window", None):
@@ -95,7 +111,6 @@ def load(
     """The model in evaluation mode; every weight comes from the checkpoint."""
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     place: dict[str, Any] = {}
     if offload_dir is not None:
@@ -105,7 +120,7 @@ def load(
     try:
         # The default, eager: the only attention of transformers that applies Gemma 2's soft cap, and softmax
         # stays in float32
-        net, report = AutoModelForCausalLM.from_pretrained(
+        net, report = auto_class(config).from_pretrained(
             hf_dir,
             config=config,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype or "float32"),
@@ -127,7 +142,33 @@ def load(
             f"{hf_dir} lacks {len(absent)} of the model's tensors, the first is {absent[0]!r}: "
             "get the complete checkpoint"
         )
+    text = config.get_text_config(decoder=True)
+    if text.model_type == "mamba2" and text.n_groups > 1 and not any(hasattr(m, "group_size") for m in net.modules()):
+        raise IntactKVError(
+            f"this version of transformers norms the {text.n_groups} groups of {hf_dir} together, and llama.cpp each "
+            "by itself: install a newer one, or use the llama engine"
+        )
+    _turn_as_llama_cpp(net, text)
     return net.eval()
+
+
+def _turn_as_llama_cpp(net: Any, text: Any) -> None:
+    """Qwen3-VL's last pairs of a head belong to no section of IM-RoPE: llama.cpp leaves them as they are."""
+    if text.model_type not in ("qwen3_vl_text", "qwen3_vl_moe_text"):
+        return
+    sections = text.rope_parameters.get("mrope_section") or [24, 20, 20]
+    rope = net.get_decoder().rotary_emb
+    for pair in range(len(rope.inv_freq)):
+        if pair >= 3 * sections[pair % 3]:
+            rope.inv_freq[pair] = 0.0
+
+
+def auto_class(config: Any) -> Any:
+    """What loads a model: some that see images are no causal language models to transformers, their text alone is."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    text_alone = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if text_alone else AutoModelForImageTextToText
 
 
 def cache_argument(module: Any) -> str:
@@ -167,8 +208,11 @@ def check(text: Any, model: Mapping[str, Any], hf_dir: str) -> None:
         same(f"head_dim of V of layer {il}", head_dim_v, layer["head_dim_v"])
         if turns:
             _check_rope(same, text, il, layer, model["rope"])
-        window = (text.sliding_window or 0) if kind == "sliding_attention" else 0
-        same(f"sliding window of layer {il}", window, n_swa)
+        window = {
+            "sliding_attention": getattr(text, "sliding_window", None),
+            "chunked_attention": getattr(text, "attention_chunk_size", None),
+        }.get(kind)
+        same(f"sliding window of layer {il}", window or 0, n_swa)
 
 
 def _check_rope(same: Callable[[str, Any, Any], None], text: Any, il: int, layer: Any, described: Any) -> None:
@@ -176,12 +220,23 @@ def _check_rope(same: Callable[[str, Any, Any], None], text: Any, il: int, layer
     kind = layer_type(text, il)
     rope = text.rope_parameters.get(kind, text.rope_parameters)
     turned = getattr(text, "position_embedding_type", "rope") == "rope"  # Granite's hybrids are not
-    same(f"RoPE base of layer {il}", float(rope["rope_theta"]) if turned else 0.0, layer["rope_base"])
+    base = rope["rope_theta"] * _of_base(rope, _head_dim(_own(text, il)))
+    same(f"RoPE base of layer {il}", float(base) if turned else 0.0, layer["rope_base"])
     if rope["rope_type"] != "proportional":  # Gemma 4's, which turns all of larger heads
-        same("n_rot", int(_head_dim(_own(text, il)) * rope.get("partial_rotary_factor", 1.0)), described["n_rot"])
+        same("n_rot", n_rot(_own(text, il), rope), described["n_rot"])
     if kind != "sliding_attention":
         scaled = rope["rope_type"] in ("linear", "yarn")
         same("RoPE scale", 1.0 / rope["factor"] if scaled else 1.0, described["scale"])
+
+
+def n_rot(text: Any, rope: Mapping[str, Any]) -> int:
+    """How many values of a head RoPE turns."""
+    return int(_head_dim(text) * rope.get("partial_rotary_factor", 1.0))
+
+
+def _of_base(rope: Mapping[str, Any], head_dim: int) -> float:
+    """What the base of RoPE is multiplied by: Hunyuan's alpha makes it larger."""
+    return rope["alpha"] ** (head_dim / (head_dim - 2)) if rope["rope_type"] == "dynamic" else 1.0
 
 
 def fix_longrope(text: Any, factors: str | None, path: str | Path) -> None:
@@ -240,7 +295,15 @@ def _shape(text: Any, il: int) -> tuple[int, int, int]:
     if text.model_type in LATENT:
         return 1, text.kv_lora_rank + text.qk_rope_head_dim, 0
     own = _own(text, il)
-    return own.num_key_value_heads, _head_dim(own), _head_dim(own)
+    return _n_head_kv(own), _head_dim(own), _head_dim(own)
+
+
+def _n_head_kv(text: Any) -> int:
+    """Of a layer's configuration; the oldest models have no word for it but multi_query, one head for all."""
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        return 1
+    n = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None)
+    return n or text.num_attention_heads
 
 
 def _own(text: Any, il: int) -> Any:

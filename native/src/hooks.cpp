@@ -57,14 +57,16 @@ void before_saving(automatic * prefixes, int32_t seq_id, uint32_t flags) {
     }
 }
 
-bool after_restoring(llama_context & ctx, int32_t seq_id) {
+bool after_restoring(llama_context & ctx, int32_t seq_id, uint32_t flags) {
     llama_memory_i * memory = llama_get_memory(&ctx);
     try {
         const llama_memory_recurrent * states = states_of(memory);
-        if (states == nullptr || !deferred_of(*states, seq_id).there) {
+        if (states == nullptr) {
             return true;
         }
-        if (automatic * prefixes = automatic::of(&ctx); prefixes && prefixes->restored(seq_id)) {
+        automatic * prefixes = automatic::of(&ctx);
+        const bool known = prefixes && prefixes->restored(seq_id, flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY);
+        if (known || !deferred_of(*states, seq_id).there) {
             return true;
         }
         LLAMA_LOG_ERROR(

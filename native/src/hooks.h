@@ -35,9 +35,9 @@ bool decode(automatic & prefixes, const llama_batch_ext & batch, int & status);
 // cannot step back are wanted (flags), as for a server's checkpoints. Throws std::runtime_error: it cannot be
 void before_saving(automatic * prefixes, int32_t seq_id, uint32_t flags);
 
-// Behind a sequence's state that was read, in whatever way. false: it is that of a sequence which waits for the rest of a
+// Behind a sequence's state that was read from memory. false: it is that of a sequence which waits for the rest of a
 // prefix that this context does not hold; the reason is logged, and the sequence is empty
-bool after_restoring(llama_context & ctx, int32_t seq_id);
+bool after_restoring(llama_context & ctx, int32_t seq_id, uint32_t flags);
 
 // attention: what layer_attention::attend() has returned. Its nodes call functions of this process: a backend that takes
 // every op, as that of other machines does, must not be given them because the nodes around them are its own.

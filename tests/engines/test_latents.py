@@ -77,7 +77,7 @@ def test_no_model_to_train_with(latents):
 def test_every_family_is_tested(latents):
     configs = [json.loads((path / "config.json").read_text()) for path in latents.values()]
     assert all(supports(config) for config in configs)
-    assert {config["model_type"] for config in configs} == LATENT
+    assert {(config.get("text_config") or config)["model_type"] for config in configs} == LATENT
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_a_model_with_betas_of_its_own_takes_the_prefix_that_convert_made(tiny: 
     """llama_cpp.Llama's default is yarn_beta_fast=32, whatever the model says."""
     made = convert(tiny / "ministral3", tmp_path / "x", quant="Q8_0")
     rope = ikv.read(made.prefix).manifest["model"]["rope"]
-    assert made.engine == "llama" and (rope["beta_fast"], rope["beta_slow"]) == (4.0, 1.5)
+    assert made.engine == "torch" and (rope["beta_fast"], rope["beta_slow"]) == (4.0, 1.5)
     llama = IntactLlama(tmp_path / "x.gguf", n_ctx=128)
     assert llama.prefix is not None and bindings.describe(llama.ctx)["rope"] == rope
     llama.close()

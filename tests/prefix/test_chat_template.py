@@ -3,6 +3,7 @@ test_server_renders.py."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import warnings
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2.sandbox import SecurityError
 
 from intactkv_export import cli
 from intactkv_export.errors import IntactKVError, UsageError
@@ -21,6 +23,7 @@ from intactkv_export.prefix import manifest as manifests
 from intactkv_export.prefix.chat_template import with_date
 from intactkv_export.prefix.chat_template.server_jinja import to_json
 from intactkv_export.runtime import IntactLlama, open_chat
+from tests.support.chat_templates import CALLING, templates
 from tests.support.smol import Smol
 
 SYSTEM = "You are terse."
@@ -351,6 +354,47 @@ def test_arguments_of_calls_are_objects_where_the_template_takes_them() -> None:
     assert call["function"]["arguments"] == '{"a": [1, 2]}'  # type: ignore[index]  # it is the caller's
 
 
+def test_a_list_of_the_templates_own_is_appended_to_and_popped_from() -> None:
+    """As the server does it; the loop over such a list that makes it longer has an end."""
+    text = "{% set own = namespace(l=[]) %}{% for x in 'ab' %}{% set _ = own.l.append(x) %}{% endfor %}"
+    assert rendered(text + "{{ own.l.pop(0) }},{{ own.l.append('c') | join('-') }},{{ own.l.pop() }}") == "a,b-c,c"
+    copied = "{% set l = messages[1:] %}{% set _ = l.append(7) %}{{ l | length }},{{ messages | length }}"
+    assert rendered(copied) == "1,1"  # of a template that shows no system message the user's has its text
+    with pytest.raises(OverflowError, match="has more than 10000 elements"):
+        rendered("{% set l = [1] %}{% for i in l %}{% set _ = l.append(i) %}{% endfor %}")
+    with pytest.raises(IndexError):
+        rendered("{{ [].pop() }}")
+    for cyclic in ("{{ l }}", "{{ l | tojson }}"):
+        with pytest.raises(RecursionError):
+            rendered("{% set l = [] %}{% set _ = l.append(l) %}" + cyclic)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "messages.append(1)", "messages.pop()", "messages[1].content.append(1)", "tools.append(1)", "tools.pop(0)",
+        "tools[0].function.parameters.required.append('x')", "kept.append(1)", "messages[0].update(role='x')",
+        "[].extend([1])", "[].insert(0, 1)", "[1].clear()", "[1].reverse()", "[1].remove(1)", "{}.update(a=1)",
+        "{'a': 1}.pop('a')", "messages['append'](1)", "(messages | attr('append'))(1)",
+    ],
+)  # fmt: skip
+def test_nothing_else_is_changed(change: str) -> None:
+    parts = [{"type": "text", "text": "Hi"}]
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": parts}]
+    function = {**TOOL["function"], "parameters": {"type": "object", "properties": {}, "required": ["a"]}}
+    rendering = Rendering([{"type": "function", "function": function}], {"kept": [1]})
+    before = json.dumps([messages, rendering.fields])
+    shown = "{% for m in messages %}{{ m.content }}{% endfor %}"  # so that they come as they are
+    with pytest.raises(SecurityError):
+        Template(shown + "{% set _ = " + change + " %}", "", "", rendering).render(messages)
+    assert json.dumps([messages, rendering.fields]) == before
+
+
+def test_what_appends_is_no_way_out_of_the_sandbox() -> None:
+    for name in ("__globals__", "__closure__", "__self__", "__code__", "__class__", "__call__"):
+        assert rendered(f"{{{{ [].append.{name} }}}}{{{{ [].pop.{name} }}}}") == ""
+
+
 # From the command to the conversation
 
 
@@ -398,6 +442,27 @@ def test_conversations_begin_with_it(agent: tuple[Path, Path]) -> None:
     assert talk.begins_with_prefix() and not said
     assert "".join(talk.say("Hi")) is not None and talk.llama.prefix_stats["loads"] == 1
     talk.llama.close()
+
+
+@pytest.mark.parametrize("name", ["Kimi-K2-Instruct", "Kimi-K2-Thinking"])
+def test_tool_results_where_a_template_collects_calls(smol: Smol, tmp_path: Path, name: str) -> None:
+    """Answered behind the prefix; what the server renders of them is compared in test_server_renders.py."""
+    template = next((path.read_text() for path in templates() if path.stem == name), None)
+    if template is None:
+        pytest.skip("upstream's chat templates are not beside its converter")
+    reference, model, out = (tmp_path / each for each in ("reference.gguf", "model.gguf", "kimi.ikv"))
+    ikv.rewrite(smol.reference, {"tokenizer.chat_template": template}, reference)
+    ikv.rewrite(smol.gguf, {"tokenizer.chat_template": template}, model)
+    command = ["prefix", reference, "-m", model, "-o", out, "-s", SYSTEM, "-t", "2", "--dtype", "auto"]
+    assert cli.main([str(word) for word in command]) == 0
+    llama = IntactLlama(model, out, n_ctx=1024, n_threads=2)
+    calls = copy.deepcopy(CALLING)
+    answer = llama.create_chat_completion([*llama.prefix_messages, *calls], max_tokens=1)
+    assert answer["usage"]["completion_tokens"] == 1 and llama.prefix_stats["loads"] == 1
+    text = llama.detokenize(llama.input_ids[: llama.n_tokens].tolist(), special=True).decode()
+    assert "## Return of functions.get_weather:0\n21" in text or "## Return of call00001\n21" in text, text
+    assert calls == CALLING
+    llama.close()
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,8 @@ TOOLS_FIRST = {
     "meta-llama-Llama-3.2-3B-Instruct", "meta-llama-Llama-3.3-70B-Instruct", "moonshotai-Kimi-K2", "muse-glimmer",
     "tencent-Hy3",
 }  # fmt: skip
-# What comes of calls is put into lists, which our sandbox refuses, and the server does not
-CHANGES_LISTS = {"Kimi-K2-Instruct", "Kimi-K2-Thinking"}
+# The server has code of its own for the results of calls in such a template, of before its maker's last
+OTHER_RESULTS = {"google-gemma-4-31B-it-interleaved"}
 # Whether to think stands before the prompt, or costs as much
 THINKING_FIRST = {
     "Apertus-8B-Instruct", "Bielik-11B-v3.0-Instruct", "HuggingFaceTB-SmolLM3-3B", "google-gemma-4-31B-it",
@@ -81,9 +81,10 @@ def test_a_true_prefix_or_a_reason(name: str, row_of: Callable[[str], Row]) -> N
     if name == NONE:
         pytest.skip("upstream's chat templates are not beside its converter")
     row = row_of(name)
-    assert not row.false and not row.other_text
+    assert not row.false
+    assert {talk for _, talk in row.other_text} == ({"calls"} if name in OTHER_RESULTS else set())
     assert {talk for _, talk in row.refused} <= {"calls"}  # of templates that have none
-    assert {talk for _, talk in row.ours_refused} <= ({"calls"} if name in CHANGES_LISTS else set())
+    assert not row.ours_refused
     plain = DATED if name in BEHIND_THE_DATE else LATER if name in IN_THE_LAST_MESSAGE else WHOLE
     assert {made: row.kind(made) for made in row.prefix} == {
         made: WHOLE if made == "day" and plain == DATED else plain for made in row.prefix

@@ -19,7 +19,7 @@ from intactkv_export.engines import llama_engine
 from intactkv_export.prefix import ikv
 from intactkv_export.serving import choose_settings
 from tests.serving.conftest import request, served
-from tests.support import automatic, lowlevel, random_models
+from tests.support import automatic, hybrids, lowlevel, random_models
 from tests.support.lowlevel import Context
 from tests.support.smol import Smol
 
@@ -178,3 +178,30 @@ def test_one_is_made_again_at_full_precision(programs: None, smol: Smol, tmp_pat
     with keep(smol, directory) as facts:
         assert [p["file"] for p in facts["prefixes"]] == [str(out)]
     assert not path.exists()
+
+
+@pytest.mark.parametrize("batch", [2048, 64])
+def test_a_model_without_attention_layers(programs: None, tmp_path: Path, batch: int) -> None:
+    """No cell says which tokens a sequence has, and the server cuts each prompt, for checkpoints, and goes on behind
+    them: what three prompts begin with is kept all the same, and the next start has it."""
+    template = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+    raw = hybrids.write_rwkv7(tmp_path / "raw.gguf")
+    path = ikv.rewrite(raw, {"tokenizer.chat_template": template}, tmp_path / "rwkv7.gguf")
+    directory = tmp_path / "kept"
+    arguments = [path, "--ctx-size", 2048, "--parallel", 1, "--kv-type", "f16", "--keep", directory]
+    arguments += ["--", "--no-warmup", "--batch-size", batch, "--ubatch-size", min(batch, 512)]
+    with served(*arguments) as first:
+        for text in QUESTIONS[:3]:
+            ask(first["url"], text)
+        (kept,) = until(lambda: kept_in(directory))
+        until(lambda: not notes_in(directory))
+    prefix = ikv.read(kept)
+    text = prefix.manifest["text"].replace("\u2581", " ")  # spaces, as such a vocabulary writes them
+    assert text.endswith(f"<system>{SYSTEM}\n<user>") and len(prefix.tokens) > 512
+    os.utime(kept, (1e9, 1e9))
+    with served(*arguments) as second:
+        assert [p["tokens"] for p in second["prefixes"]] == [len(prefix.tokens)]
+        for text in QUESTIONS:
+            assert ask(second["url"], text)
+        assert kept.stat().st_mtime > 1e9  # it was used
+        assert kept_in(directory) == [kept] and not notes_in(directory)

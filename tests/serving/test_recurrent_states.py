@@ -71,3 +71,14 @@ def test_slots_are_saved_and_restored(server: Slots, made: tuple[Path, ikv.Prefi
     assert [x["logprob"] for x in got["completion_probabilities"]] == [
         x["logprob"] for x in want["completion_probabilities"]
     ]
+
+
+def test_an_empty_slot_takes_the_place_of_a_full_one(server: Slots, made: tuple[Path, ikv.Prefix]) -> None:
+    """llama.cpp's reader of states leaves a sequence's cells where the state has none; the server removes them."""
+    tokens = list(made[1].tokens) + server.tokens("And what of the day before?\n<assistant>")
+    fresh = server.complete(tokens, slot=1, cache_prompt=False)
+    server.act(0, "erase")
+    server.act(0, "save", "empty.state")
+    server.complete([*tokens, *server.tokens("Something else that was said, at some length.\n")])
+    server.act(0, "restore", "empty.state")
+    assert close(server.complete(tokens), fresh)

@@ -86,10 +86,11 @@ def _read_state(data, about, n_tokens, K, V):
         at += struct.calcsize("<" + fmt)
         return values
 
+    cell = "iI3ii" if "mrope" in about["rope"]["type"] else "iIi"  # positions of three numbers, "imrope" too
     for cache in about["caches"]:
         n_stream, n_cells = take("II")
         assert n_stream == 1
-        pos = [take("iIi")[0] for _ in range(n_cells)]
+        pos = [take(cell)[0] for _ in range(n_cells)]
         v_trans, n_layer = take("II")
         assert n_layer == len(cache["layers"])
         for kv, head_dim, transposed in ((K, "head_dim_k", False), (V, "head_dim_v", bool(v_trans))):

@@ -205,7 +205,7 @@ def _compare(row: Row, made: str, text: str, texts: Texts, vocabulary: Vocabular
         except Exception:  # a template is a program: anything can happen
             row.ours_refused.append((made, name))
             continue
-        if name in ("one turn", "several turns") and ours != theirs:
+        if name != "thinking" and ours != theirs:
             row.other_text.append((made, name))
         for who, whole in (("IntactLlama", ours), ("llama-server", theirs)):
             if vocabulary.tokenize(whole, special=True)[: len(prompt.tokens)] != prompt.tokens:

@@ -69,6 +69,7 @@ _SMALL_VISION: dict[str, Any] = dict(
     embed_dim=32, out_hidden_size=128,
 )  # fmt: skip
 _MROPE = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [8, 12, 12]}
+_MROPE32 = {**_MROPE, "mrope_section": [4, 6, 6]}  # of heads of 32 values
 _MLA = dict(num_key_value_heads=4)
 _WINDOWS = ["sliding_attention", "full_attention"] * 2
 _IMAGE = dict(image_token_id=500, video_token_id=501, vision_start_token_id=502, vision_end_token_id=503)
@@ -80,7 +81,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         changes,
     )
     for name, changes in [
-        ("AfmoeForCausalLM", {}),
+        ("AfmoeForCausalLM", dict(mup_enabled=True, file=dict(route_norm=True))),
         ("ApertusForCausalLM", {}),
         ("ArceeForCausalLM", {}),
         ("BloomForCausalLM", dict(hidden_size=256, n_head=4)),
@@ -104,7 +105,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         ("Ernie4_5ForCausalLM", {}),
         ("Ernie4_5_MoeForCausalLM", dict(moe_num_experts=4, moe_k=2, moe_num_shared_experts=1)),
         ("ExaoneMoeForCausalLM", dict(layer_types=_WINDOWS, file=dict(scoring_func="sigmoid"))),
-        ("Exaone4ForCausalLM", {}),
+        ("Exaone4ForCausalLM", dict(sliding_window=None, layer_types=["full_attention"] * 4)),  # as those up to 1.2B
         ("FalconForCausalLM", dict(num_kv_heads=1, hidden_size=256)),
         (
             "FalconH1ForCausalLM",
@@ -142,7 +143,14 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         ),
         ("GlmMoeDsaForCausalLM", _MLA),
         ("Glm4ForCausalLM", {}),
-        ("Glm4vForConditionalGeneration", {}),
+        (
+            "Glm4vForConditionalGeneration",
+            dict(
+                text_config=dict(
+                    rope_parameters={**_MROPE, "mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5},
+                )
+            ),
+        ),
         ("Glm4MoeForCausalLM", {}),
         ("GptOssForCausalLM", {}),
         ("GPT2LMHeadModel", dict(n_layer=2, n_head=4, file=dict(n_ctx=2048))),
@@ -156,7 +164,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
                 mamba_n_heads=4,
                 mamba_d_head=64,
                 mamba_d_state=64,
-                file=dict(attn_layer_indices=[1, 3]),
+                file=dict(attn_layer_indices=[1, 3], attn_rotary_emb=16),
             ),
         ),
         (
@@ -184,7 +192,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         ("LagunaForCausalLM", dict(layer_types=_WINDOWS)),
         ("Lfm2ForCausalLM", dict(layer_types=["conv", "full_attention"] * 2)),
         ("Lfm2MoeForCausalLM", dict(layer_types=["conv", "full_attention"] * 2, num_dense_layers=1)),
-        ("Llama4ForCausalLM", dict(attention_chunk_size=WINDOW)),
+        ("Llama4ForCausalLM", dict(attention_chunk_size=8192)),  # llama.cpp has no other
         ("FalconMambaForCausalLM", dict(intermediate_size=256)),
         ("MambaForCausalLM", dict(intermediate_size=256)),
         ("Mamba2ForCausalLM", dict(head_dim=64, num_heads=4, n_groups=2, state_size=64)),
@@ -210,8 +218,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         ("Olmo3ForCausalLM", {}),
         ("PaddleOCRVLForConditionalGeneration", dict(text_config=dict(rope_parameters=_MROPE))),
         ("PhiForCausalLM", dict(num_key_value_heads=4, intermediate_size=512)),
-        ("Qwen2VLForConditionalGeneration", dict(_IMAGE, text_config=dict(rope_parameters=_MROPE))),
-        ("Qwen2_5_VLForConditionalGeneration", dict(_IMAGE, text_config=dict(rope_parameters=_MROPE))),
+        ("Qwen2VLForConditionalGeneration", dict(_IMAGE, text_config=dict(rope_parameters=_MROPE32))),
+        ("Qwen2_5_VLForConditionalGeneration", dict(_IMAGE, text_config=dict(rope_parameters=_MROPE32))),
         ("Qwen3_5ForCausalLM", {}),
         ("Qwen3_5MoeForCausalLM", {}),
         ("Qwen3NextForCausalLM", {}),

@@ -196,7 +196,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             num_heads=8,
             head_dim=64,
             state_size=32,
-            n_groups=1,
+            n_groups=2,
             chunk_size=32,
         ),
         {},

@@ -218,12 +218,15 @@ def build(name: str, directory: Path | str, *, seed: int = 0, **changes: Any) ->
 def write(directory: Path | str, model_type: str, settings: dict[str, Any], seed: int = 0) -> Path:
     """A random model of a class of transformers, with settings of its configuration, in `directory`."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from intactkv_export.torch_model import from_huggingface
 
     directory = Path(directory)
     # Copied through JSON: a config class changes the dictionaries that it is given.
     config = AutoConfig.for_model(model_type, **json.loads(json.dumps(settings)))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    auto_class = AutoModelForImageTextToText if "vision_config" in settings else from_huggingface.auto_class(config)
+    model = auto_class.from_config(config, dtype=torch.float32)
     _fill(model, model_type, seed)
     model.save_pretrained(directory)
     _tokenizer(directory)
@@ -245,6 +248,9 @@ def _fill(model: Any, model_type: str, seed: int) -> None:
                 p.copy_(noise)
             else:
                 p.copy_(noise / p.shape[-1] ** 0.5)
+        for name, p in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # decides which experts are chosen
+                p.copy_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
 
 
 def _tokenizer(directory: Path) -> None:
@@ -317,13 +323,17 @@ def to_gguf(directories: Iterable[Path]) -> None:
         "weights.settings_of_the_file(pathlib.Path(converter))\n"
         "from conversion.base import TextModel\n"
         "from conversion.chatglm import ChatGLMModel\n"
+        "from conversion.command_r import Cohere2MoeModel\n"
         "from conversion.exaone import Exaone4Model\n"
         "from conversion.gemma import Gemma4Model\n"
         "from conversion.glm import Glm4Model\n"
+        "from conversion.hunyuan import HunYuanModel, HunYuanMoEModel, HYV3Model\n"
         "from conversion.nemotron import NemotronHModel\n"
         "from conversion.stablelm import StableLMModel\n"
         "TextModel._set_vocab_gpt2 = TextModel._set_vocab_glm = TextModel._set_vocab_sentencepiece\n"
-        "for own in (ChatGLMModel, Exaone4Model, Gemma4Model, Glm4Model, NemotronHModel, StableLMModel):\n"
+        "Cohere2MoeModel._set_vocab_gpt2 = TextModel._set_vocab_sentencepiece\n"
+        "for own in (ChatGLMModel, Exaone4Model, Gemma4Model, Glm4Model, HunYuanModel, HunYuanMoEModel, HYV3Model,\n"
+        "            NemotronHModel, StableLMModel):\n"
         "    own.set_vocab = TextModel._set_vocab_sentencepiece\n"
         "for d in dirs:\n"
         "    sys.argv = [converter, d, '--outtype', 'f32', '--outfile', d + '.gguf']\n"

@@ -1,7 +1,7 @@
 """Jinja as llama.cpp's server runs it, where that differs from the Python package.
 
-Its own engine is more lenient: what is undefined has attributes, can be called, added to a text. It prints lists
-as their elements, objects as nothing, and JSON with numbers of six digits.
+Its own engine is more lenient: what is undefined has attributes, can be called, added to a text; a list can be appended
+to and popped from. It prints lists as their elements, objects as nothing, and JSON with numbers of six digits.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from intactkv_export import library
 
 _ESCAPES = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+_LONGEST = 10_000  # elements of a list that is appended to: a loop over the list itself would have no end
 _ESCAPES = {**{chr(i): f"\\u{i:04x}" for i in range(32)}, **_ESCAPES}
 
 
@@ -28,7 +29,7 @@ def compile_template(template: str) -> jinja2.Template:
     library.load()
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Environment(
         loader=jinja2.BaseLoader(),
         trim_blocks=True,
         lstrip_blocks=True,
@@ -82,6 +83,33 @@ def _json(value: Any, indent: int | None, between: str, behind_key: str, line: s
         yield "}" if is_object else "]"
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """Changes nothing but lists that the template made, and those only as the server does: some templates collect the
+    calls that results answer."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is not list or attribute not in (
+            "append",
+            "pop",
+        ):  # not one that was given, which is of a kind of its own
+            return super().getattr(obj, attribute)
+
+        def append(item: Any) -> list[Any]:
+            if len(obj) >= _LONGEST:
+                raise OverflowError(f"a list of the template's has more than {_LONGEST} elements")
+            obj.append(item)
+            return obj
+
+        def pop(index: int = -1) -> Any:
+            return obj.pop(index)
+
+        return append if attribute == "append" else pop
+
+
+class _Given(list[Any]):
+    """A list that the template did not make."""
+
+
 class _Undefined(jinja2.ChainableUndefined):
     """Nothing, whatever is done with it; but what the sandbox forbids stays forbidden."""
 
@@ -106,12 +134,12 @@ class _Float(float):
     __str__ = __repr__
 
 
-def numbers(value: Any) -> Any:
-    """What a request brings, its numbers as the server prints them."""
+def given(value: Any) -> Any:
+    """What a request brings: its numbers as the server prints them, its lists not to be changed."""
     if isinstance(value, Mapping):
-        return {key: numbers(item) for key, item in value.items()}
+        return {key: given(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [numbers(item) for item in value]
+        return _Given(given(item) for item in value)
     return _Float(value) if isinstance(value, float) else value
 
 

@@ -25,7 +25,7 @@ from intactkv_export.errors import UsageError, first_line
 from intactkv_export.libllama import Vocabulary
 from intactkv_export.prefix.chat_template.day import asks_clock, beginning, date_variables
 from intactkv_export.prefix.chat_template.rendering import Rendering
-from intactkv_export.prefix.chat_template.server_jinja import compile_template, numbers
+from intactkv_export.prefix.chat_template.server_jinja import compile_template, given
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -78,8 +78,8 @@ class Template:
 
         tools: instead of the rendering's. now: where the rendering has no date; None: the clock's.
         """
-        given = None if self.rendering is None else self.rendering.date
-        now = now or datetime.now() if given is None else beginning(given)
+        day = None if self.rendering is None else self.rendering.date
+        now = now or datetime.now() if day is None else beginning(day)
         if self.rendering is None:
             self._formatter.strftime_now = now.strftime
             text: str = self._formatter(messages=messages, tools=tools).prompt
@@ -141,16 +141,16 @@ class Template:
     def _as_the_server(self, messages: Messages, tools: Sequence[Mapping[str, Any]], now: datetime) -> str:
         """Rendered with the server's variables; what it leaves undefined is undefined."""
         assert self.rendering is not None
-        args = {"preserve_reasoning": True, **numbers(self.rendering.args)}
-        given = {"tools": numbers(tools)} if tools else {}
+        args = {"preserve_reasoning": True, **given(self.rendering.args)}
+        with_tools = {"tools": given(tools)} if tools else {}
         if isinstance(effort := args.get("reasoning_effort"), str):
             args = {"reasoning_strength": effort, **args}
         if isinstance(keep := args.get("preserve_reasoning"), bool):
             names = ("clear_thinking", "truncate_history_thinking", "drop_thinking")
             args = {"preserve_thinking": keep, **dict.fromkeys(names, not keep), **args}
         clock = {"strftime_now": now.strftime, **date_variables(now)}
-        variables = {"bos_token": self._bos, "eos_token": self._eos, **clock, **given}
-        return self._rendered(messages, {"enable_thinking": self.thinks, **variables, **args})
+        variables = {"bos_token": self._bos, "eos_token": self._eos, **clock, **with_tools}
+        return self._rendered(given(messages), {"enable_thinking": self.thinks, **variables, **args})
 
     def _rendered(self, messages: Messages, variables: Mapping[str, Any]) -> str:
         usual = {"messages": messages, "raise_exception": _raise, "add_generation_prompt": True}
@@ -217,8 +217,8 @@ class Template:
         call = {"name": "add", "arguments": {"a": "1"}}
         calls = {**reply, "content": None, "tool_calls": [{"id": "call00001", "type": "function", "function": call}]}
         for answer in (reply, calls):
-            given = {"tools": [_TOOL]} if answer is calls else {}
-            shown = self._tried([user, answer], enable_thinking=True, add_generation_prompt=False, **given)
+            more = {"tools": [_TOOL]} if answer is calls else {}
+            shown = self._tried([user, answer], enable_thinking=True, add_generation_prompt=False, **more)
             if _PROBE in (shown or ""):
                 return True
         off, on = (self._tried([user], enable_thinking=asked) for asked in (False, True))

@@ -94,8 +94,8 @@ bool automatic::decode(const llama_batch_ext & batch, int & status) {
     if (plain && !wait) {
         return false;
     }
-    if (kept && !plain) {
-        kept->see(batch, held);
+    if (!plain && (kept || unlike.wanted())) {
+        look_at_prompts(batch);
     }
     inside = true;
     outputs.clear();
@@ -127,6 +127,15 @@ bool automatic::decode(const llama_batch_ext & batch, int & status) {
     inside = false;
     outputs.clear();
     return !starts.empty() || (wait && status != 0);
+}
+
+void automatic::look_at_prompts(const llama_batch_ext & batch) {
+    seen.see(batch, [&](const std::vector<llama_token> & prompt) {
+        if (kept) {
+            kept->count(prompt, held);
+        }
+        unlike.look(prompt, held);
+    });
 }
 
 // Sequences of a batch whose deferred tokens must be computed now: it does not go on as they wait for.
@@ -247,7 +256,8 @@ void automatic::give_back(const kept_outputs & last) {
 }
 
 // Into a sequence the state of one that waits may have been read.
-bool automatic::restored(llama_seq_id seq_id) {
+bool automatic::restored(llama_seq_id seq_id, bool own) {
+    seen.restored(seq_id, own);
     uint32_t n = 0;
     if (!held.deferred(seq_id, n)) {
         return false;

@@ -7,9 +7,11 @@
 
 #pragma once
 
+#include "automatic/mismatch.h"
 #include "automatic/plan.h"
 #include "automatic/prefixes.h"
 #include "keeping/keeper.h"
+#include "keeping/prompts.h"
 
 #include <cstdint>
 #include <map>
@@ -33,7 +35,9 @@ public:
 
     explicit automatic(llama_context & ctx) :
         ctx(ctx),
-        held(&ctx) {}
+        held(&ctx),
+        seen(ctx),
+        unlike(ctx) {}
 
     // Throws std::runtime_error. view: of a verified file that fits the context
     // source: something that lives as long as the context holds it
@@ -54,9 +58,9 @@ public:
     // Computes what a sequence (-1: each) has that was deferred: it is about to be saved. false: it cannot be
     bool finish(llama_seq_id seq_id);
 
-    // A state was read into a sequence; whether it waits for the rest of a prefix. Throws std::runtime_error: of one that
-    // this context does not hold
-    bool restored(llama_seq_id seq_id);
+    // A state was read into a sequence (own: of its own, from before); whether it waits for the rest of a prefix. Throws
+    // std::runtime_error: of one that this context does not hold
+    bool restored(llama_seq_id seq_id, bool own);
 
     // Into a sequence, which it replaces; "" or why not
     std::string load(int32_t i, llama_seq_id seq_id);
@@ -70,6 +74,8 @@ private:
     prefixes held;
     std::vector<std::shared_ptr<const void>> sources;
     uint64_t n_loaded = 0;
+    prompts seen;
+    mismatch unlike;
     std::unique_ptr<keeper> kept;
     bool inside = false; // decode() computes what is left of a batch
     bool waits = false;  // tokens of some sequence were deferred (deferred.h)
@@ -90,6 +96,7 @@ private:
     void give_back(const kept_outputs & last);
 
     bool is_plain(const llama_batch_ext & batch) const;
+    void look_at_prompts(const llama_batch_ext & batch);
     void settle();
     int finish(const std::vector<llama_seq_id> & seqs);
     std::vector<llama_seq_id> left_waiting(const llama_batch_ext & batch, const std::vector<start> & starts) const;

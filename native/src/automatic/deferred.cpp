@@ -15,24 +15,13 @@ static constexpr size_t HEADER = 5 * sizeof(uint32_t);              // number, p
 static constexpr size_t ENTRY = sizeof(int32_t) + sizeof(uint64_t); // type, bytes
 static constexpr size_t N_NOTE = 6;                                 // values that the note takes
 
-uint64_t hash_of(const std::vector<llama_token> & tokens) {
-    uint64_t res = 0xcbf29ce484222325; // FNV-1a
-    for (const llama_token token : tokens) {
-        for (int i = 0; i < 32; i += 8) {
-            res = (res ^ ((uint32_t) token >> i & 0xff)) * 0x100000001b3;
-        }
-    }
-    return res;
-}
-
 std::vector<uint8_t> deferred_state(const held_prefix & prefix, uint32_t n) {
     std::vector<uint8_t> res = prefix.states;
     const int32_t pos = (int32_t) n - 1;
     memcpy(res.data() + sizeof(uint32_t), &pos, sizeof(pos));
-    const uint64_t hash = hash_of(prefix.tokens);
     uint32_t note[N_NOTE] = { TAG, n };
     for (size_t i = 0; i < 4; ++i) {
-        note[2 + i] = hash >> 16 * i & 0xffff;
+        note[2 + i] = prefix.hash >> 16 * i & 0xffff;
     }
     bool noted = false;
     for (size_t at = HEADER; at + ENTRY <= res.size();) {

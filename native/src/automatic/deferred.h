@@ -29,6 +29,5 @@ struct deferred_note {
 
 // What a sequence has instead of a state
 deferred_note deferred_of(const llama_memory_recurrent & states, llama_seq_id seq_id);
-uint64_t hash_of(const std::vector<llama_token> & tokens);
 
 } // namespace intactkv

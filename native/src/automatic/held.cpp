@@ -209,6 +209,16 @@ bool held_prefix::serves(uint32_t pos) const {
     });
 }
 
+static uint64_t hash_of(const std::vector<llama_token> & tokens) {
+    uint64_t res = 0xcbf29ce484222325; // FNV-1a
+    for (const llama_token token : tokens) {
+        for (int i = 0; i < 32; i += 8) {
+            res = (res ^ ((uint32_t) token >> i & 0xff)) * 0x100000001b3;
+        }
+    }
+    return res;
+}
+
 held_prefix hold(const llama_context * ctx, const prefix_view & view, const std::string & name) {
     held_prefix res;
     res.name = name;
@@ -216,6 +226,7 @@ held_prefix hold(const llama_context * ctx, const prefix_view & view, const std:
     res.whole = view.calibrated;
     res.tokens.resize(view.n_tokens);
     memcpy(res.tokens.data(), view.tokens, view.n_tokens * sizeof(llama_token));
+    res.hash = hash_of(res.tokens);
     const uint8_t * at = view.state;
     try {
         for (const llama_kv_cache * kv : caches_of(ctx)) {

@@ -68,6 +68,7 @@ private:
 struct held_prefix {
     std::string name;
     std::vector<llama_token> tokens;
+    uint64_t hash = 0; // of the tokens
     uint32_t n_extra = 0;
     bool whole = false;            // trained together: of use to sequences that have all its tokens
     std::vector<held_rows> caches; // in the order of a saved state

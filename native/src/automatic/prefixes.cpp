@@ -232,7 +232,7 @@ const held_prefix * prefixes::deferred(llama_seq_id seq_id, uint32_t & n) const 
     }
     n = note.n;
     for (const held_prefix & p : list) {
-        if (p.tokens.size() > n && hash_of(p.tokens) == note.hash) {
+        if (p.tokens.size() > n && p.hash == note.hash) {
             return &p;
         }
     }

@@ -300,6 +300,18 @@ void arena::unmark(uint32_t strm, uint32_t cell) {
     set_row(strm, cell, -1);
 }
 
+void arena::forget_tokens(uint32_t strm, const std::vector<uint32_t> & cells) {
+    if (kv.has_cell_ext()) {
+        return;
+    }
+    auto & of = kv.v_cells[strm];
+    for (const uint32_t cell : cells) {
+        llama_kv_cell_ext ext = of.ext_get(cell);
+        ext.tok = LLAMA_TOKEN_NULL;
+        of.ext_set(cell, ext);
+    }
+}
+
 bool arena::all_exact() const {
     return std::all_of(kv.layers.begin(), kv.layers.end(),
             [](const auto & layer) { return is_exact(layer.k->type) && (!layer.v || is_exact(layer.v->type)); });

@@ -152,6 +152,9 @@ public:
     void mark(uint32_t strm, uint32_t cell, int32_t row, row_kind kind);
     void unmark(uint32_t strm, uint32_t cell);
 
+    // These were read from a state, which says no tokens as a rule: upstream's reader leaves token 0 in them
+    void forget_tokens(uint32_t strm, const std::vector<uint32_t> & cells);
+
     //
     // rows that stay (automatic/): whether cells name them or not, and several cells may
     //

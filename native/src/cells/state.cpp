@@ -216,6 +216,9 @@ std::vector<uint32_t> state_reader::read_list(llama_io_read_i & io, uint32_t fla
 
 void state_reader::finish(llama_io_read_i & io) {
     finish_intact(io);
+    if (a) {
+        a->forget_tokens(strm, cells);
+    }
     if (sight) {
         for (const uint32_t i : read_list(io, 0)) {
             keep_in_sight(*a, strm, cells[i]);

@@ -2,9 +2,7 @@
 
 #include "api/describe.h"
 #include "automatic/match.h"
-#include "cells/arena.h"
 
-#include "llama-batch.h"
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
@@ -65,72 +63,22 @@ keeper::keeper(const llama_context & ctx, std::string directory, uint32_t n_time
     ctx(ctx),
     directory(std::move(directory)),
     n_times(n_times),
-    counted(n_times),
-    prompts(ctx.n_seq_max()) {}
+    counted(n_times) {}
 
-// A prompt is what comes without being asked about, up to the first token that is. One reply's tokens come each asked
-// about, a draft's too.
-void keeper::see(const llama_batch_ext & batch, const prefixes & held) {
+void keeper::count(std::vector<llama_token> prompt, const prefixes & held) {
     try {
-        for (size_t i = 0; i < batch.tokens.size(); ++i) {
-            const llama_batch_ext::token & t = batch.tokens[i];
-            if (t.seq_ids.empty()) {
-                return;
-            }
-            const llama_seq_id seq_id = *std::min_element(t.seq_ids.begin(), t.seq_ids.end());
-            if (seq_id < 0 || (size_t) seq_id >= prompts.size()) {
-                return; // upstream refuses it
-            }
-            if (prompts[seq_id] && t.output) {
-                prompt(batch, seq_id, i, held);
-            }
-            prompts[seq_id] = !t.output;
+        note_use(prompt, held);
+        const size_t own = n_own(prompt);
+        const size_t n = counted.add({ prompt, own });
+        prompt.resize(cut(prompt, n));
+        if (prompt.size() < LEAST || is_covered(prompt, held)) {
+            return;
         }
+        written.push_back(prompt); // also if it cannot be: that is said once
+        write(prompt);
     } catch (const std::exception & err) {
         LLAMA_LOG_WARN("%s: a prompt that comes again and again cannot be kept: %s\n", __func__, err.what());
     }
-}
-
-void keeper::prompt(const llama_batch_ext & batch, int32_t seq_id, size_t last, const prefixes & held) {
-    std::vector<llama_token> tokens = tokens_of(batch, seq_id, last);
-    note_use(tokens, held);
-    const size_t own = n_own(tokens);
-    const size_t n = counted.add({ tokens, own });
-    tokens.resize(cut(tokens, n));
-    if (tokens.size() < LEAST || is_covered(tokens, held)) {
-        return;
-    }
-    written.push_back(tokens); // also if it cannot be: that is said once
-    write(tokens);
-}
-
-// From the sequence's first on, as long as there is one at each position.
-std::vector<llama_token> keeper::tokens_of(const llama_batch_ext & batch, int32_t seq_id, size_t last) const {
-    llama_pos first = batch.tokens[last].pos[0];
-    for (size_t i = 0; i < last; ++i) {
-        first = batch.tokens[i].seq_ids.count(seq_id) ? std::min(first, batch.tokens[i].pos[0]) : first;
-    }
-    std::vector<llama_token> res;
-    if (const auto caches = caches_of(&ctx); !caches.empty()) { // the first of them has all tokens
-        const arena & a = *caches[0]->intact;
-        const uint32_t strm = a.stream_of(seq_id);
-        for (const auto & [pos, cell] : a.cells_of(strm, seq_id)) {
-            const llama_token id = a.cells_in(strm).ext_get(cell).tok;
-            if (pos >= first || (size_t) pos > res.size()) {
-                break;
-            }
-            if ((size_t) pos == res.size() && id >= 0) { // extra cells are no tokens
-                res.push_back(id);
-            }
-        }
-    }
-    for (size_t i = 0; i <= last; ++i) {
-        const llama_batch_ext::token & t = batch.tokens[i];
-        if (t.seq_ids.count(seq_id) && !t.has_embd && t.id >= 0 && (size_t) t.pos[0] == res.size()) {
-            res.push_back(t.id);
-        }
-    }
-    return res;
 }
 
 // Up to the end of the last message; where what ends a turn is none of its tokens, or far from the end, all of it.

@@ -15,7 +15,6 @@
 #include <unordered_map>
 #include <vector>
 
-struct llama_batch_ext;
 struct llama_context;
 
 namespace intactkv {
@@ -32,21 +31,18 @@ public:
 
     keeper(const llama_context & ctx, std::string directory, uint32_t n_times);
 
-    // A batch that will be decoded. Throws nothing
-    void see(const llama_batch_ext & batch, const prefixes & held);
+    // A prompt, from its first token on. Throws nothing
+    void count(std::vector<llama_token> prompt, const prefixes & held);
 
 private:
     const llama_context & ctx;
     std::string directory;
     uint32_t n_times;
     beginnings counted;
-    std::vector<bool> prompts;                     // by sequence: has tokens behind which nothing was asked for yet
     std::vector<std::vector<llama_token>> written; // by this context
     std::unordered_map<std::string, std::chrono::steady_clock::time_point> last_used;
 
-    void prompt(const llama_batch_ext & batch, int32_t seq_id, size_t last, const prefixes & held);
     void note_use(const std::vector<llama_token> & tokens, const prefixes & held);
-    std::vector<llama_token> tokens_of(const llama_batch_ext & batch, int32_t seq_id, size_t last) const;
     size_t n_own(const std::vector<llama_token> & tokens) const;
     size_t cut(const std::vector<llama_token> & tokens, size_t n) const;
     bool is_covered(const std::vector<llama_token> & tokens, const prefixes & held) const;
