@@ -54,7 +54,7 @@ def compute(
     progress: Steps | None = None,
 ) -> tuple[KV, KV, States]:
     """K and V of `tokens` at positions 0.., each {layer: float16 array [n_tokens, n_head_kv, head_dim]}, and the states
-    of recurrent layers after the last token, {layer: (r, s)} in float32 (engines/recurrent.py).
+    of recurrent layers after the last token, {layer: (r, s)} in float32 (caches/state_layout.py).
 
     `model` is the description of the model that will read them (its GGUF in llama.cpp): heads, RoPE and LongRoPE
     factors must agree with the checkpoint; None skips the comparison. All positions are returned for all layers, also
