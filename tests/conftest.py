@@ -59,7 +59,8 @@ SLOW_MODULES = {
     "test_latents", "test_more_families", "test_recurrent",
     "test_hybrid", "test_keep", "test_keeping", "test_llama_engine", "test_model", "test_neon", "test_off_grid",
     "test_plots", "test_possible", "test_prefix_file", "test_process", "test_remake", "test_rope_settings", "test_rpc",
-    "test_sampled", "test_server_renders", "test_shift", "test_sizes", "test_stored_rows", "test_system_prompt",
+    "test_sampled", "test_server_renders", "test_shift", "test_sizes", "test_stack", "test_stored_rows",
+    "test_system_prompt",
     "test_tail", "test_talk", "test_terminal", "test_threads", "test_torch_engine", "test_upstream", "test_weights",
 }  # fmt: skip
 SLOW_FIXTURES = {"hf_dir", "models", "programs", "stock_lib"}

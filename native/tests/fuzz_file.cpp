@@ -1,5 +1,5 @@
 // Fuzz target for native/src/prefix_file. With clang's libFuzzer, SOURCE being the llama.cpp source that the build made:
-//   clang -O1 -c SOURCE/vendor/hash/sha256/sha256.c
+//   clang -O1 -c -ISOURCE/vendor/hash SOURCE/vendor/hash/sha256/sha256.c
 //   clang++ -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -o fuzz_file
 //     -Inative/src -ISOURCE/vendor -ISOURCE/vendor/hash -ISOURCE/ggml/include native/tests/fuzz_file.cpp
 //     native/src/prefix_file/*.cpp SOURCE/vendor/hash/hash.cpp sha256.o

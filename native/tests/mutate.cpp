@@ -32,9 +32,13 @@ static std::vector<bytes> seeds() {
     latents.head_dim_v = 0;
     sample ext = extra;
     ext.cell_ext = true;
-    return { sample::hybrid().file(), sample::recurrent().file(), sample().file(), windows.file(), long_one.file(),
-        extra.file(), ext.file(), latents.file(), gguf_sample(sample().file(), true),
-        gguf_sample(sample().file(), false), gguf_behind().file(sample().file()) };
+    sample hybrid_latents = sample::hybrid(); // Kimi Linear
+    hybrid_latents.head_dim_v = 0;
+    sample hybrid_ext = sample::hybrid(); // Qwen 3.5
+    hybrid_ext.cell_ext = true;
+    return { hybrid_latents.file(), hybrid_ext.file(), sample::hybrid().file(), sample::recurrent().file(),
+        sample().file(), windows.file(), long_one.file(), extra.file(), ext.file(), latents.file(),
+        gguf_sample(sample().file(), true), gguf_sample(sample().file(), false), gguf_behind().file(sample().file()) };
 }
 
 // One change: at random, or where it hurts (the head, the manifest, the trailer).

@@ -19,7 +19,7 @@ from intactkv_export.engines import llama_engine
 from intactkv_export.errors import IntactKVError
 from intactkv_export.libllama import bindings, sequence_state, state
 from intactkv_export.prefix import ikv, structure
-from tests.support import lowlevel, tiny_ggufs
+from tests.support import extra_cells, lowlevel, own_process, tiny_ggufs
 from tests.support.automatic import context as automatic_context
 from tests.support.in_sight import ORIGIN
 from tests.support.lowlevel import Context, L
@@ -177,6 +177,70 @@ def test_a_picture_never_begins_with_a_prefix(weights: Any, prefix: ikv.Prefix, 
     assert ctx.n_not_computed() == 0 and ctx.n_intact() == 0
 
 
+N_EXTRA = 6
+
+
+@pytest.fixture(scope="module")
+def extra(prefix: ikv.Prefix) -> ikv.Prefix:
+    """The prefix, and cells that stand for no token: they resemble the first one's, and are where it is."""
+    rng = np.random.default_rng(7)
+
+    def cells(rows: np.ndarray) -> np.ndarray:
+        first = rows[:1].astype(np.float32)
+        return first + rows.std() * rng.standard_normal((N_EXTRA, *rows.shape[1:]), np.float32)
+
+    layers = prefix.layers
+    return ikv.read(
+        extra_cells.with_extra(prefix, {x.il: cells(x.K) for x in layers}, {x.il: cells(x.V) for x in layers})
+    )
+
+
+@pytest.mark.parametrize("kv", ["f16", "q8_0", "q4_0"])
+def test_extra_cells(weights: Any, prefix: ikv.Prefix, extra: ikv.Prefix, tmp_path: Path, kv: str) -> None:
+    """They are seen by text and by pictures behind them, move no token, and are saved and given as others are."""
+    exact, without, ctx = context(weights, "f16"), context(weights, "f16"), context(weights, kv, tail=256)
+    bindings.load(without.ptr, prefix.data)
+    for one in (exact, ctx):
+        bindings.load(one.ptr, extra.data)
+        assert L.llama_memory_seq_pos_max(one.memory, 0) == N - 1
+    assert ctx.n_intact() == (0 if kv == "f16" else N + N_EXTRA)
+    (section,) = state.sections(exact.save(), model=extra.manifest["model"])
+    assert section.ext is not None
+    assert section.ext.tolist() == [[i, i, t] for i, t in enumerate(TOKENS[:N])] + [[0, 0, -1]] * N_EXTRA
+    file = tmp_path / "x.ikv"
+    file.write_bytes(extra.data)
+    given, again = automatic_context(weights, kv, file, tail=256, **PARAMS), context(weights, kv, tail=256)
+    assert given.batch([(token, pos, [0], False) for pos, token in enumerate(TOKENS[:N])]) == 0
+    assert again.restore(ctx.save()) and again.save() == ctx.save()
+    for read in (lambda c: c.decode(TOKENS[N:30], N), lambda c: see(c, 30), lambda c: c.decode(TOKENS[30:40], 34)):
+        want, other, got = read(exact), read(without), read(ctx)
+        assert distance(other, want) > 0.02
+        assert distance(got, want) < 3e-3
+        for one in (given, again):
+            np.testing.assert_array_equal(read(one), got)
+    assert given.n_not_computed() == N and not L.llama_memory_can_shift(ctx.memory)
+
+
+def test_extra_cells_in_upstreams_library(path: Path, extra: ikv.Prefix, stock_lib: Path, tmp_path: Path) -> None:
+    """It loads the file into an F16 cache: the same bits."""
+    file = tmp_path / "x.ikv"
+    file.write_bytes(extra.data)
+    code = f"""
+import ctypes, hashlib
+from tests.native.test_mrope import TOKENS, context, see
+from tests.support import lowlevel
+from tests.support.lowlevel import L
+ctx = context(lowlevel.load_model({str(path)!r}), "f16")
+tokens, n = (L.llama_token * 64)(), ctypes.c_size_t()
+assert L.llama_state_seq_load_file(ctx.ptr, {str(file).encode()!r}, 0, tokens, 64, ctypes.byref(n))
+logits = ctx.decode(TOKENS[{N}:30], {N}), see(ctx, 30), ctx.decode(TOKENS[30:40], 34)
+print(*(hashlib.sha256(x.tobytes()).hexdigest() for x in logits))
+"""
+    ours, stock = own_process.run(code, INTACTKV_ATTN="stock"), own_process.run(code, lib=stock_lib)
+    assert ours.returncode == stock.returncode == 0, ours.stderr + stock.stderr
+    assert len(ours.stdout) > 100 and ours.stdout == stock.stdout
+
+
 def test_no_shift(weights: Any) -> None:
     ctx = context(weights, "q8_0")
     assert not L.llama_memory_can_shift(ctx.memory)
@@ -230,8 +294,6 @@ def test_a_prefix_of_other_sections_is_refused(prefix: ikv.Prefix, path: Path, t
 
 
 def test_without_a_prefix_as_before(weights: Any, path: Path, stock_lib: Path) -> None:
-    from tests.support.own_process import run
-
     code = f"""
 import hashlib
 from tests.native.test_mrope import TOKENS, context, see
@@ -244,6 +306,6 @@ for kv in ("f16", "q8_0"):
     logits = ctx.decode(TOKENS[30:40], 24)
     print(hashlib.sha256(logits.tobytes()).hexdigest(), hashlib.sha256(ctx.save()).hexdigest())
 """
-    ours, stock = run(code, INTACTKV_ATTN="stock"), run(code, lib=stock_lib)
+    ours, stock = own_process.run(code, INTACTKV_ATTN="stock"), own_process.run(code, lib=stock_lib)
     assert ours.returncode == stock.returncode == 0, ours.stderr + stock.stderr
     assert ours.stdout.count("\n") == 2 and ours.stdout == stock.stdout

@@ -21,7 +21,7 @@ N = 20  # tokens of the prefix
 TEXT = TOKENS[N:]
 PURE = ("mamba", "mamba2", "rwkv7")  # without a KV cache
 NAMES = (*UPSTREAM, "rwkv7")
-SOME = ("mamba2", "rwkv7", "falcon-h1", "lfm2", "qwen3next", "qwen35")  # a structure each
+SOME = ("mamba2", "rwkv7", "falcon-h1", "lfm2", "qwen3next", "qwen35", "kimi-linear")  # a structure each
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,8 @@ def test_in_a_quantized_cache_it_is_closer_than_one_computed_there(
         bindings.load(mixed.ptr, files[name])
         assert mixed.n_intact() == N and mixed.attention() == attention
         got, plain = mixed.decode(TEXT, N), rounded.decode(TEXT, N)
-        assert distance(got, want) < {"q8_0": 0.015, "q4_0": 0.2}[kv]
+        bound = {"q8_0": 0.015, "q4_0": 0.2}[kv]
+        assert distance(got, want) < (2.5 * bound if name == "kimi-linear" else bound)  # one rounding of both K and V
         if kv == "q4_0":
             assert distance(got, want) < distance(plain, want)
             assert kl(want, got) < kl(want, plain)
@@ -143,15 +144,17 @@ def test_a_better_models_prefix_brings_a_quantized_one_closer(
 @pytest.mark.parametrize("kv", ["f16", "q8_0"])
 @pytest.mark.parametrize("name", NAMES)
 def test_states_are_saved_and_restored_to_the_bit(weights: Any, files: Any, name: str, kv: str) -> None:
-    """In other sequences, in caches of one stream and of several, of one sequence and of all, with a tail."""
+    """In other sequences, in caches of one stream and of several, of one sequence and of all, with a tail.
+
+    Four: upstream's Kimi Linear needs a number of streams that divides the micro-batch."""
     first = context(weights[name], kv, tail=8)
     bindings.load(first.ptr, files[name])
     first.decode(TEXT[:10], N)
     saved = first.save()
-    others = [context(weights[name], kv, tail=8, n_seq_max=3, kv_unified=unified) for unified in (True, False)]
+    others = [context(weights[name], kv, tail=8, n_seq_max=4, kv_unified=unified) for unified in (True, False)]
     assert all(ctx.restore(saved, 2) for ctx in others)
     whole = others[0].save(None)
-    again = context(weights[name], kv, tail=8, n_seq_max=3, kv_unified=True)
+    again = context(weights[name], kv, tail=8, n_seq_max=4, kv_unified=True)
     assert again.restore(whole, None)
     for i, token in enumerate(TEXT[10:14]):
         want = first.decode([token], N + 10 + i)

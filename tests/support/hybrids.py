@@ -16,9 +16,9 @@ N_VOCAB = 128  # as upstream's tiny models have
 TOKENS = [int(t) for t in np.random.default_rng(2).integers(3, N_VOCAB, 60)]
 
 # Of upstream's own test (support/upstream_archs.py): Mamba alone, beside attention layers, within them (Falcon-H1);
-# short convolutions; gated delta nets, with IM-RoPE too; linear attention
+# short convolutions; gated delta nets, with IM-RoPE too; linear attention; delta attention beside latents
 UPSTREAM = ("mamba", "mamba2", "jamba", "falcon-h1", "plamo2", "granitehybrid", "lfm2", "lfm2moe", "nemotron_h",
-            "nemotron_h_moe", "qwen3next", "qwen35", "qwen35moe", "minimax-01")  # fmt: skip
+            "nemotron_h_moe", "qwen3next", "qwen35", "qwen35moe", "minimax-01", "kimi-linear")  # fmt: skip
 
 ORIGIN = {
     "text": "",

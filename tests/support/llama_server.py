@@ -12,6 +12,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,21 @@ def _free_port() -> int:
 
 
 class Server:
-    """A server of a model, with a chat template of its own if a file is given. A context manager."""
+    """A server of a model, with a chat template of its own if a file is given. A context manager.
 
-    def __init__(self, model: Path, template: Path | None = None) -> None:
+    options: more of the command line. prefixes: its LLAMA_INTACTKV.
+    """
+
+    def __init__(
+        self, model: Path, template: Path | None = None, options: Sequence[str] = (), prefixes: str = "off"
+    ) -> None:
         port = _free_port()
         self._address = f"http://127.0.0.1:{port}"
         command = [program(), "-m", str(model), "--host", "127.0.0.1", "--port", str(port), "-c", "512", "-np", "1"]
         command += ["--no-warmup", "-t", "1", "-b", "32", "-ub", "32", "--fit", "off", "--cache-ram", "0"]
         command += ["--chat-template-file", str(template)] if template else []
-        environment = {**os.environ, "LLAMA_INTACTKV": "off"}
+        command += options
+        environment = {**os.environ, "LLAMA_INTACTKV": prefixes}
         self._child = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
         )  # fmt: skip

@@ -28,6 +28,7 @@ def write(
     n_layer: int = N_LAYER,
     chat_template: str | None = None,
     latent: int | None = None,
+    n_expert_used: int = 2,
     **extra: float | bool | str | list[int],
 ) -> Path:
     """Writes a model of architecture arch: llama (norm RoPE), qwen3 (neox), glm4 (norm, any n_rot), phi3 (neox, any
@@ -37,7 +38,8 @@ def write(
     qwen3vl (with rope.dimension_sections M-RoPE and IM-RoPE, as glm4 has it too).
 
     n_rot: elements of a head that are rotated, all by default. n_layer: unless n_head_kv is a list. latent: values of a
-    token's latent, of which V is all and K has n_rot more. extra: more of the metadata, behind "ARCH.".
+    token's latent, of which V is all and K has n_rot more. n_expert_used: of N_EXPERT. extra: more of the metadata,
+    behind "ARCH.".
     """
     rng = np.random.default_rng(0)
     n_rot = head_dim if n_rot is None else n_rot
@@ -74,7 +76,7 @@ def write(
         writer.add_final_logit_softcapping(30.0)
     if arch == "gpt-oss":
         writer.add_expert_count(N_EXPERT)
-        writer.add_expert_used_count(2)
+        writer.add_expert_used_count(n_expert_used)
         writer.add_expert_feed_forward_length(N_FF)
     if arch in ("minicpm3", "deepseek2"):
         writer.add_q_lora_rank(LORA)

@@ -1,9 +1,10 @@
-// How one call is cut into items, and the slopes of its heads.
+// How one call is cut into items, the memory of a thread that computes them, and the slopes of heads.
 
 #include "attention/call.h"
 
 #include <algorithm>
 #include <cmath>
+#include <new>
 
 namespace intactkv {
 
@@ -51,6 +52,31 @@ fused_plan fused_make_plan(
     p.n_chunk = div_up(n_kv, p.chunk_cells);
     p.n_item = n_base * p.n_head_group * p.n_chunk;
     return p;
+}
+
+namespace {
+
+struct thread_bytes {
+    static constexpr auto ALIGN = std::align_val_t(64);
+
+    void * data = nullptr;
+    size_t size = 0;
+
+    ~thread_bytes() { ::operator delete(data, ALIGN); }
+};
+
+} // namespace
+
+void * fused_scratch(size_t bytes) {
+    thread_local thread_bytes own;
+    if (own.size < bytes) { // the first time, or another instruction set has been chosen
+        ::operator delete(own.data, own.ALIGN);
+        own.data = nullptr;
+        own.size = 0;
+        own.data = ::operator new(bytes, own.ALIGN);
+        own.size = bytes;
+    }
+    return own.data;
 }
 
 float fused_slope(float max_bias, int n_head, int head) {

@@ -73,6 +73,10 @@ struct fused_call {
 fused_plan fused_make_plan(
         int dim_k, int dim_v, bool latents, int n_kv, int n_tokens, int n_head, int n_head_kv, int n_stream);
 
+// At least so many bytes of the calling thread's own, aligned to 64, with whatever it left there; it keeps them as long as
+// it lives. Not on its stack: a thread of macOS has 512 KiB, one of musl 128.
+void * fused_scratch(size_t bytes);
+
 // ALiBi slope of a query head (arXiv 2108.12409, as in ggml_flash_attn_ext); 1 without a bias.
 float fused_slope(float max_bias, int n_head, int head);
 

@@ -74,7 +74,6 @@ size_t automatic::n_bytes() const {
 // and what other weights or another attention would make of the tokens.
 bool automatic::is_plain(const llama_batch_ext & batch) const {
     const llama_cparams & c = ctx.cparams;
-    const auto & layers = c.embeddings_layer_inp;
     const auto has_vector = [&] {
         for (uint32_t il = 0; il < ctx.model.hparams.n_layer(); ++il) {
             if (ctx.cvec->tensor_for(il)) {
@@ -84,8 +83,8 @@ bool automatic::is_plain(const llama_batch_ext & batch) const {
         return false;
     };
     return !on || inside || batch.tokens.empty() || batch.tokens.size() > c.n_batch || batch.n_embd > 0 || c.warmup ||
-            c.embeddings || c.embeddings_nextn || !c.causal_attn || !ctx.loras->empty() ||
-            std::find(layers.begin(), layers.end(), true) != layers.end() || has_vector();
+            c.embeddings || (c.embeddings_nextn && c.embeddings_nextn_masked) || !c.causal_attn ||
+            !ctx.loras->empty() || has_vector();
 }
 
 bool automatic::decode(const llama_batch_ext & batch, int & status) {
@@ -99,6 +98,7 @@ bool automatic::decode(const llama_batch_ext & batch, int & status) {
     }
     inside = true;
     outputs.clear();
+    rows.clear();
     std::vector<start> starts;
     status = 0;
     try {
@@ -108,7 +108,7 @@ bool automatic::decode(const llama_batch_ext & batch, int & status) {
         }
         const bool at_once = !ctx.sampling.samplers.empty();
         const auto planned = [&] {
-            return plain ? std::vector<start>() : plan(held, *ctx.memory, batch, at_once);
+            return plain ? std::vector<start>() : plan(held, *ctx.memory, batch, at_once, !every_row(), every_row());
         };
         starts = planned();
         if (const auto seqs = wait ? left_waiting(batch, starts) : std::vector<llama_seq_id>(); !seqs.empty()) {
@@ -424,9 +424,10 @@ void automatic::collect(const std::vector<uint32_t> & batch_index, bool last) {
             rows.emplace_back(batch_index[i], ctx.output_ids[i]);
         }
     }
-    if (!last || !outputs.empty()) {
+    if (!last || !outputs.empty() || !this->rows.empty()) {
         ctx.synchronize();
         ctx.output_reorder();
+        keep_rows(batch_index);
         for (const auto & [index, row] : rows) {
             const float * logits = ctx.logits.data + row * n_vocab;
             outputs.emplace_back(index, std::vector<float>(logits, logits + n_vocab));
@@ -449,6 +450,7 @@ void automatic::collect(const std::vector<uint32_t> & batch_index, bool last) {
         ctx.output_swaps.clear();
         ctx.n_outputs = rows.size();
     }
+    give_rows();
     std::fill(ctx.output_ids.begin(), ctx.output_ids.end(), -1);
     for (const auto & [index, row] : rows) {
         ctx.output_ids[index] = row;

@@ -83,6 +83,8 @@ private:
     // outputs of the goes before the last, by index in the caller's batch
     std::vector<std::pair<uint32_t, std::vector<float>>> outputs;
 
+    std::vector<std::vector<float>> rows; // of every token, by index in the caller's batch (every_row.cpp)
+
     // what the last batch has left for the program to read
     struct kept_outputs {
         std::vector<uint8_t> bytes;
@@ -105,6 +107,10 @@ private:
     int go_on(const llama_batch_ext & batch, const std::vector<start> & starts, size_t round, size_t n_rounds);
     void undo(const std::vector<start> & starts);
     void collect(const std::vector<uint32_t> & batch_index, bool last);
+    bool every_row() const;
+    std::vector<std::pair<float *, size_t>> row_buffers() const;
+    void keep_rows(const std::vector<uint32_t> & batch_index);
+    void give_rows();
     int compute(const llama_batch_ext & batch);
 };
 

@@ -53,25 +53,26 @@ static std::vector<run> runs_of(const llama_batch_ext & batch) {
 }
 
 // From the token at n_there to the run's last. Empty: the prefix is of no use to it
-static std::vector<go> goes_of(const llama_batch_ext & batch, const start & s, bool at_once) {
+static std::vector<go> goes_of(const llama_batch_ext & batch, const start & s, bool at_once, bool every_row) {
     const uint32_t n = s.found.n, n_all = s.n_there + s.batch_index.size();
     const auto output = [&](uint32_t pos) {
         return batch.tokens[s.batch_index[pos - s.n_there]].output;
     };
     std::vector<go> res;
     uint32_t pos = s.n_there;
-    if (s.found.prefix &&
-            s.found.prefix->whole_only()) { // asked about its tokens, it is computed first, and then replaced
-        while (pos < n && !output(pos)) {
+    const bool whole_only = s.found.prefix && s.found.prefix->whole_only();
+    if (whole_only || every_row) { // asked about its tokens, it is computed first, and then replaced
+        while (pos < n && !output(pos) && !every_row) {
             ++pos;
         }
         if (pos == n) {
             return { { n, n_all } };
         }
-        if (!at_once) {
-            res.push_back({ s.n_there, n });
+        if (at_once) {
+            return whole_only ? res : std::vector<go>{ { s.n_there, n_all } };
         }
-        if (!at_once && n < n_all) {
+        res.push_back({ s.n_there, n });
+        if (n < n_all) {
             res.push_back({ n, n_all });
         }
         return res;
@@ -142,7 +143,7 @@ static bool can_wait(const prefixes & held, const llama_batch_ext & batch, const
 }
 
 std::vector<start> plan(const prefixes & held, const llama_memory_i & memory, const llama_batch_ext & batch,
-        bool at_once, bool may_wait) {
+        bool at_once, bool may_wait, bool every_row) {
     const bool near = std::any_of(batch.tokens.begin(), batch.tokens.end(),
             [&](const token & t) { return (uint32_t) t.pos[0] < held.longest(); });
     if (!near) {
@@ -183,7 +184,7 @@ std::vector<start> plan(const prefixes & held, const llama_memory_i & memory, co
         if (s.found.n <= s.n_there && !s.begins_anew()) {
             continue;
         }
-        s.goes = goes_of(batch, s, at_once);
+        s.goes = goes_of(batch, s, at_once, every_row);
         if (!s.goes.empty() && !(waits && s.goes[0].load_end < s.found.n)) {
             res.push_back(std::move(s));
         }

@@ -34,8 +34,8 @@ struct start {
 };
 
 // Empty: the batch is upstream's as it is. at_once: no batch may be computed in more than one go; may_wait: tokens may be
-// deferred
+// deferred; every_row: all tokens are computed, something of each is read
 std::vector<start> plan(const prefixes & held, const llama_memory_i & memory, const llama_batch_ext & batch,
-        bool at_once, bool may_wait = true);
+        bool at_once, bool may_wait = true, bool every_row = false);
 
 } // namespace intactkv

@@ -177,7 +177,7 @@ static void build_cell_shift(ggml_cgraph * gf, ggml_context * ctx, const k_layer
 
 bool build_shift(const arena * a, ggml_cgraph * gf, ggml_context * ctx, const k_layer & k, ggml_tensor * shift,
         const shift_inputs & moves, ggml_tensor * rot, const rope_fn & rope) {
-    if (a && a->has_latents()) {
+    if (a && a->rotation().k == 0) { // upstream makes the matrix for every quantized cache, and does not use it for all
         rot = nullptr;
     }
     if (ggml_tensor * rows = moves.rows ? a->layer(k.il).k : nullptr) {

@@ -51,7 +51,7 @@ struct tile_rows {
 constexpr int FLOATS = FUSED_FLOATS_LATENT;
 constexpr int TILE = TILE_FLOATS_LATENT;
 
-// A thread's own, on its stack: about 350 KiB.
+// A thread's own, about 350 KiB. Nothing in it outlives an item.
 struct alignas(64) scratch {
     float acc[FLOATS];                             // [KV head][row][dim_v]
     float q[FLOATS];                               // narrow: [KV head][row][dim_k]; wide: [dim_k][row]

@@ -250,7 +250,7 @@ void run(const fused_call & call, int ith, int nth) {
     const auto next = [&](int i) {
         return call.next_item ? __atomic_fetch_add(call.next_item, 1, __ATOMIC_RELAXED) : i + nth;
     };
-    scratch mem;
+    scratch & mem = *(scratch *) fused_scratch(sizeof(scratch));
     for (int i = call.next_item ? next(0) : ith; i < call.plan.n_item; i = next(i)) {
         const item it = make_item(call, i, nth);
         run_item({ call, it, mem });
