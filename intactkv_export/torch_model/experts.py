@@ -1,6 +1,7 @@
 """Mixtures of experts: transformers keeps the matrices of all experts of a layer in two parameters, gate and up in one.
 
-A GGUF has three tensors of a layer, [columns, rows, experts]: gate, up and down.
+A GGUF has three tensors of a layer, [columns, rows, experts]: gate, up and down. Experts without a gate (Nemotron) have
+two in both.
 
 What computes with them is transformers' loop over the experts that were chosen, on the CPU: its own choice, a grouped
 product, falls back there in some versions to one whose backward pass works out the gradient of every frozen weight.
@@ -14,24 +15,29 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-PARTS = ("gate_up_proj", "down_proj")  # parameters of a module of experts: [n_expert, rows, columns]
+_FIRST, _LAST = ("gate_up_proj", "up_proj"), "down_proj"  # parameters of a module of experts: [n_expert, rows, columns]
 _ROUNDED = "rounded_experts"  # the name of forward_rounded() among transformers' implementations
 
 
 def are(module: Any) -> bool:
     """Whether a module of transformers is all experts of a layer."""
-    return all(isinstance(getattr(module, part, None), torch.nn.Parameter) for part in PARTS)
+    return len(parameters(module)) == 2
+
+
+def parameters(module: Any) -> list[str]:
+    """What a module of transformers calls the matrices of experts: those that come first, and those behind them."""
+    return [name for name in (*_FIRST, _LAST) if isinstance(getattr(module, name, None), torch.nn.Parameter)]
 
 
 def is_stacked(name: str) -> bool:
     """Whether a tensor of transformers, by its name, holds matrices of all experts of a layer."""
-    return name.endswith(tuple(f".experts.{part}" for part in PARTS))
+    return name.endswith(tuple(f".experts.{part}" for part in (*_FIRST, _LAST)))
 
 
 def parts(name: str) -> list[str]:
     """What a tensor that is_stacked() would be called if each kind of matrix were one of its own."""
     before, _, kind = name.rpartition(".")
-    return [f"{before}.{part}.weight" for part in (("gate_proj", "up_proj") if kind == PARTS[0] else (kind,))]
+    return [f"{before}.{part}.weight" for part in (("gate_proj", "up_proj") if kind == _FIRST[0] else (kind,))]
 
 
 def set_up(net: Any, device: str, rounds: bool) -> None:
@@ -53,12 +59,18 @@ def forward_rounded(module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> 
     chosen, weights: [n_tokens, n_used], the experts of each token and what their outputs are multiplied by.
     round_inputs: two functions of a tensor, before gate and up, and before down.
     """
+    name = parameters(module)[0]
     first, last = module.round_inputs
     out = torch.zeros_like(x)
     x = first(x)
     for expert in chosen.unique().tolist():
         token, place = torch.where(chosen == expert)
-        gate, up = linear(x[token], module.gate_up_proj[expert]).chunk(2, -1)
-        y = linear(last(module.act_fn(gate) * up), module.down_proj[expert])
+        y = linear(x[token], getattr(module, name)[expert])
+        if name == _FIRST[0]:
+            gate, up = y.chunk(2, -1)
+            y = module.act_fn(gate) * up
+        else:
+            y = module.act_fn(y)
+        y = linear(last(y), module.down_proj[expert])
         out = out.index_add(0, token, (y * weights[token, place, None]).to(out.dtype))
     return out

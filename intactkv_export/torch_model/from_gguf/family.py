@@ -19,15 +19,28 @@ def _as_it_is(header: Header, name: str, weight: np.ndarray) -> np.ndarray:
     return weight
 
 
+def _one(header: Header, name: str) -> list[str]:
+    return [name]
+
+
+def _all_proven(header: Header) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Family:
     """model_type: transformers' name. own: keys of its configuration that others have not, or in another way, as
     llama.cpp's src/models/ARCH.cpp reads them. in_order: undoes what upstream's converter does to a tensor, given by
-    transformers' name. only_plain: it is proven as its checkpoints mostly are: RoPE that is not scaled, no sliding
-    window, no matrices that are not there. one_more: the converter adds 1 to the weights of norms."""
+    transformers' name. parts: names that gguf-py knows of the tensors whose rows, one below the other, are such a one.
+    unproven: what this model has that is not proven, in words; "" for nothing. scaled: own() knows what the outputs of
+    experts are multiplied by. only_plain: it is proven as its checkpoints mostly are: RoPE that is not scaled, no
+    sliding window, no matrices that are not there. one_more: the converter adds 1 to the weights of norms."""
 
     model_type: str
     own: Callable[[Header], dict[str, Any]] = _nothing
     in_order: Callable[[Header, str, np.ndarray], np.ndarray] = _as_it_is
+    parts: Callable[[Header, str], list[str]] = _one
+    unproven: Callable[[Header], str] = _all_proven
+    scaled: bool = False
     only_plain: bool = False
     one_more: bool = False

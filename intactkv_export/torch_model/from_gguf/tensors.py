@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from intactkv_export.errors import IntactKVError
 from intactkv_export.models import is_reordered
 from intactkv_export.torch_model import experts
 from intactkv_export.torch_model.from_gguf.family import Family
@@ -43,7 +44,7 @@ class Tensors:
             if experts.is_stacked(name):
                 yield name, self._stacked(own, dtype, device)
             else:
-                weight = self._in_order(name, self._header.dequantized(own[0]))
+                weight = self._in_order(name, np.concatenate([self._header.dequantized(x) for x in own]))
                 yield name, torch.from_numpy(np.ascontiguousarray(weight)).to(device, dtype)
 
     def _stacked(self, names: list[str], dtype: torch.dtype, device: str) -> Tensor:
@@ -63,12 +64,22 @@ class Tensors:
         """Before each matrix of the net, round what comes in as ggml does for that matrix's type."""
         for name, module in net.named_modules():
             if isinstance(module, torch.nn.Linear):
-                (own,) = self._own_names(f"{name}.weight")
-                kind = self._activations(own if own in self._header.tensors else "token_embd.weight")  # tied
+                kind = self._before(f"{name}.weight")
                 module.register_forward_pre_hook(lambda _, x, kind=kind: (_rounded(x[0], kind),))
             elif experts.are(module):
-                first, last = (self._activations(self._own_names(f"{name}.{x}")[0]) for x in experts.PARTS)
+                first, last = (self._activations(self._own_names(f"{name}.{x}")[0]) for x in experts.parameters(module))
                 module.round_inputs = partial(_rounded, kind=first), partial(_rounded, kind=last)
+
+    def _before(self, name: str) -> str:
+        """What activations are rounded to before a matrix of transformers."""
+        own = [x if x in self._header.tensors else "token_embd.weight" for x in self._own_names(name)]  # tied
+        kinds = {self._activations(x) for x in own}
+        if len(kinds) > 1:
+            raise IntactKVError(
+                f"{self._header.path} holds {' and '.join(own)} in types before which activations are rounded to "
+                f"{' and '.join(sorted(kinds))}, and torch has them in one matrix: quantize them to one type"
+            )
+        return kinds.pop()
 
     def _activations(self, name: str) -> str:
         """What activations are rounded to before they meet a matrix."""
@@ -81,7 +92,8 @@ class Tensors:
         )  # names that gguf-py knows
         name = name.replace(".dt_bias", ".dt_proj.bias")
         parts = experts.parts(name) if experts.is_stacked(name) else [name]
-        return [self._names.get_name(part, try_suffixes=(".weight", ".bias")) or "" for part in parts]
+        known = [own for part in parts for own in self._family.parts(self._header, part)]
+        return [self._names.get_name(own, try_suffixes=(".weight", ".bias")) or "" for own in known]
 
     @cached_property
     def _names(self) -> gguf.TensorNameMap:
@@ -92,9 +104,9 @@ class Tensors:
         """Undo what upstream's converter does to a tensor of transformers."""
         if self._family.one_more and name.endswith("norm.weight") and ".linear_attn." not in name:
             return weight - 1
-        heads = {"q_proj": "attention.head_count", "k_proj": "attention.head_count_kv"}.get(name.split(".")[-2])
-        if heads and is_reordered(self._family.model_type):
-            by_head = weight.reshape(self._header.get(heads), -1, weight.size // len(weight)).swapaxes(1, 2)
+        if name.split(".")[-2] in ("q_proj", "k_proj") and is_reordered(self._family.model_type):
+            n_heads = len(weight) // self._header.head_dim  # of a hybrid, the header lists them by layer
+            by_head = weight.reshape(n_heads, -1, weight.size // len(weight)).swapaxes(1, 2)
             return neighbours_to_halves(by_head).swapaxes(1, 2).reshape(weight.shape)
         return self._family.in_order(self._header, name, weight)
 
