@@ -1,7 +1,7 @@
 """The torch engine: IntactKV of a Hugging Face model, computed by transformers, in llama.cpp's layout.
 
 The rows llama.cpp keeps in its cache are K after RoPE and V, per KV head; of recurrent layers it keeps what
-engines/recurrent.py lays out. What differs from transformers:
+torch_model/caches/state_layout.py lays out. What differs from transformers:
 
 - The order of K's values in models of RoPE type "norm": torch_model/rope_pairs.py.
 - A context of llama.cpp uses one set of LongRoPE factors for all positions (`llama_model::get_rope_factors`);
@@ -54,7 +54,7 @@ def compute(
     progress: Steps | None = None,
 ) -> tuple[KV, KV, States]:
     """K and V of `tokens` at positions 0.., each {layer: float16 array [n_tokens, n_head_kv, head_dim]}, and the states
-    of recurrent layers after the last token, {layer: (r, s)} in float32 (engines/recurrent.py).
+    of recurrent layers after the last token, {layer: (r, s)} in float32 (caches/state_layout.py).
 
     `model` is the description of the model that will read them (its GGUF in llama.cpp): heads, RoPE and LongRoPE
     factors must agree with the checkpoint; None skips the comparison. All positions are returned for all layers, also

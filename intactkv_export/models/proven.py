@@ -110,7 +110,7 @@ NEIGHBOURS = {
 }
 # The other way round: transformers pairs neighbours, and the converter puts the halves together
 HALVED = {"glm4v_text"}
-# Those with recurrent layers, whose states engines/recurrent.py lays out
+# Those with recurrent layers, whose states torch_model/caches/state_layout.py lays out
 RECURRENT = {
     "lfm2",
     "lfm2_moe",
@@ -216,7 +216,6 @@ _SETTINGS: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "nemotron_h": {
         "n_group": (1, (1,)),
         "topk_group": (1, (1,)),
-        "moe_latent_size": (None, (None,)),
         "sliding_window": (None, (None,)),
         "mamba_proj_bias": (False, (False,)),
         "use_conv_bias": (True, (True,)),

@@ -4,12 +4,13 @@ Imported inside functions only: it loads torch and transformers.
 """
 
 from intactkv_export.torch_model import from_gguf, from_huggingface, layers, rope_pairs, rounding
-from intactkv_export.torch_model.caches import Layout, MixedCache
+from intactkv_export.torch_model.caches import Layout, MixedCache, StateLayout
 from intactkv_export.torch_model.model import TorchModel, load, prefix_factors, prefix_rows, prefix_states
 
 __all__ = [
     "Layout",
     "MixedCache",
+    "StateLayout",
     "TorchModel",
     "from_gguf",
     "from_huggingface",

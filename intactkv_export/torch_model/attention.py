@@ -39,7 +39,10 @@ def build(net: Any, cache: MixedCache, batch: int, n_new: int) -> Tensor | dict[
     with_rows = attention_layers(text)
     # layers that attend to nothing want no mask: it would hide tokens from them
     masks: dict[str, Any] = {layer_type(text, il): None for il in range(text.num_hidden_layers) if il not in with_rows}
-    for kind in {layer_type(text, il) for il in with_rows}:
+    kinds = {layer_type(text, il) for il in with_rows}
+    if "hybrid" in kinds:  # attention and a recurrence in one layer
+        kinds, masks["linear_attention"] = kinds - {"hybrid"} | {"full_attention"}, None
+    for kind in kinds:
         window = text.sliding_window if kind == "sliding_attention" else None
         n_in_sight = cache.n_prefix if cache.in_sight else 0
         seen = _visible(positions, cache.n_prefix, n_new, cache.tail, window, n_in_sight).to(net.device)

@@ -58,6 +58,9 @@ def read_config(hf_dir: str | Path) -> Any:
     return config
 
 
+# transformers lets no step of time be shorter than Nemotron-H's time_step_min, of which it also takes the logarithm;
+# NVIDIA's code and llama.cpp know no bound
+NO_LEAST_STEP = 1e-30
 # Models whose sliding windows upstream's converter writes into the GGUF; it ignores those of Mistral, Qwen and Phi-3
 _WINDOW_KEPT = {
     "gemma2",
@@ -80,6 +83,8 @@ def _as_llama_cpp(text: Any) -> None:
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("truncate") is False:  # gpt-oss; ggml_rope_yarn_corr_dims rounds
         rope["truncate"] = True
+    if text.model_type == "nemotron_h":
+        text.time_step_min = NO_LEAST_STEP
     if text.model_type in _WITHOUT_EPSILON:
         text.rms_norm_eps = 0.0
     if text.model_type == "falcon_mamba":  # the norms of B, C and dt, for which llama.cpp has no number of their own
@@ -275,6 +280,12 @@ def attention_layers(text: Any) -> list[int]:
     return [il for il in range(n_own) if not types or types[il] not in _NO_ROWS]
 
 
+def recurrent_layers(text: Any) -> list[int]:
+    """The layers that keep states; one may have K and V too."""
+    types = getattr(text, "layer_types", None) or ()
+    return [il for il, kind in enumerate(types) if kind in _WITH_STATES]
+
+
 def layer_type(text: Any, il: int) -> str:
     """'full_attention' or 'sliding_attention': models without a list of them have the window everywhere."""
     types = getattr(text, "layer_types", None)
@@ -291,6 +302,7 @@ def is_turned(attention: Any) -> bool:
 
 
 _NO_ROWS = {"conv", "linear_attention", "mamba", "mlp", "moe"}  # layer types without K and V
+_WITH_STATES = {"conv", "linear_attention", "mamba", "hybrid"}
 _PAIRS = {"imrope": "neox", "mrope": "neox"}  # of text, whose positions are equal in all dimensions
 
 

@@ -27,8 +27,9 @@ from intactkv_export.torch_model.caches import (
     Layout,
     MixedCache,
     RoomyLayer,
-    StateLayer,
     StateLayout,
+    StatesCache,
+    by_layer,
 )
 from intactkv_export.torch_model.rope_pairs import turned_back
 
@@ -37,13 +38,15 @@ from intactkv_export.torch_model.rope_pairs import turned_back
 class TorchModel:
     """A causal language model of transformers in evaluation mode, all its weights frozen.
 
-    recurrent: the layers that keep a state instead of K and V, ascending, and how it is laid out (None: there is none).
+    attention, recurrent: the layers that keep K and V, and a state, ascending; state_layout: of the latter (None: there
+    are none).
     """
 
     net: Any
     n_layer: int
     n_vocab: int
     layout: Layout
+    attention: tuple[int, ...]
     recurrent: tuple[int, ...] = ()
     state_layout: StateLayout | None = None
 
@@ -111,7 +114,8 @@ class TorchModel:
         k, v = ([x[side].expand(batch, -1, -1, -1) for x in cached] for side in (0, 1))
         if after is not None:
             return after.followed(k, v)
-        return MixedCache(k, v, self.layout, kinds, grows, tail, extra, in_sight, self._states(states, batch))
+        found = self._states(states, batch)
+        return MixedCache(k, v, self.layout, kinds, grows, tail, extra, in_sight, found, self.attention)
 
     def _states(self, states: Any, batch: int = 1) -> dict[int, tuple[Tensor, Tensor | None]]:
         """Those of the recurrent layers as transformers has them: inputs in the net's dtype, recurrences in float32."""
@@ -128,8 +132,7 @@ class TorchModel:
 
     def roomy_cache(self, n_tokens: int) -> Cache:
         """An empty cache with room for n_tokens tokens in the net's dtype; it keeps every position of every layer."""
-        recurrent = {il: StateLayer(*state) for il, state in self._states(None).items()}
-        return Cache(layers=[recurrent.get(il) or RoomyLayer(n_tokens) for il in range(self.n_layer)])
+        return StatesCache(layers=by_layer({il: RoomyLayer(n_tokens) for il in self.attention}, self._states(None)))
 
     def forward(
         self, tokens: Tensor | Sequence[Sequence[int]], cache: Cache | None = None, hidden: bool = False
@@ -245,16 +248,29 @@ def load(
     layout = Layout(text.num_key_value_heads, head_dim, reordered)
     if text.model_type in LATENT:
         layout = LatentLayout.of(text, reordered)
-    recurrent = sorted({*range(text.num_hidden_layers)} - {*from_huggingface.attention_layers(text)})
-    state_layout = StateLayout.of(text) if recurrent else None
-    return TorchModel(net.eval(), text.num_hidden_layers, text.vocab_size, layout, tuple(recurrent), state_layout)
+    attending, recurrent = from_huggingface.attention_layers(text), from_huggingface.recurrent_layers(text)
+    return TorchModel(
+        net.eval(),
+        text.num_hidden_layers,
+        text.vocab_size,
+        layout,
+        tuple(attending),
+        tuple(recurrent),
+        StateLayout.of(text) if recurrent else None,
+    )
 
 
 def _check_plain(model_type: str, path: str | Path, states: bool) -> None:
     """Raises IntactKVError for a model whose cache is not one of K and V alone, with the same heads in all layers."""
-    if model_type in (RECURRENT | LATENT | UNEVEN) - (STATES | LATENT if states else set()):
-        kept = "states of recurrent layers" if model_type in RECURRENT else "latents (MLA)"
-        kept = "layers that share K and V, or have other heads" if model_type in UNEVEN else kept
+    if model_type in STATES | LATENT and not states:
+        kept = "states of recurrent layers" if model_type in STATES else "latents (MLA)"
+        raise IntactKVError(
+            f"{path} of model type {model_type!r} has {kept}, which cannot be analyzed yet: give the number of a "
+            "prefix's tokens yourself"
+        )
+    if model_type in (RECURRENT | UNEVEN) - STATES:
+        uneven = "layers that share K and V, or have other heads"
+        kept = uneven if model_type in UNEVEN else "states of recurrent layers"
         raise IntactKVError(
             f"{path} of model type {model_type!r} has {kept}, which nothing can be trained for or analyzed with yet: "
             "use a prefix that is not trained"

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="the extra [convert] is not installed")
+torch = pytest.importorskip("torch", reason="the extra [convert] is not installed")
 cache_utils = pytest.importorskip("transformers.cache_utils")
 if not hasattr(cache_utils, "LinearAttentionLayer"):
     pytest.skip("this transformers keeps recurrent states otherwise", allow_module_level=True)
@@ -22,8 +22,9 @@ from intactkv_export.engines import torch_engine as engine
 from intactkv_export.errors import IntactKVError
 from intactkv_export.models.proven import PROVEN, RECURRENT
 from intactkv_export.torch_model import from_huggingface, load
+from intactkv_export.torch_model.caches import StateLayout
 from intactkv_export.torch_model.from_gguf import check_header
-from tests.support import both_engines, random_hybrids, recurrent_state
+from tests.support import both_engines, random_hybrids, random_models, recurrent_state
 from tests.support.cache_rows import random_tokens
 
 TOLERANCE = 1e-5
@@ -77,6 +78,18 @@ def test_a_long_prefix_in_pieces_is_the_same(hybrids, name, monkeypatch):
     assert max(found.values()) < TOLERANCE, found
 
 
+def test_short_steps_of_time(tmp_path):
+    """Of Nemotron-H: transformers has a least one, 1e-3, and states would be twice as large; llama.cpp has none.
+
+    Where exp() is small, softplus in float32 as ggml has it, log(1 + exp()), has few digits: measured, 2e-5.
+    """
+    directory = random_hybrids.build("nemotron-h", tmp_path / "model", shift={"dt_bias": -8.0})
+    random_models.to_gguf([directory])
+    tokens = random_tokens(75)
+    found = errors(engine.compute_float32(directory, tokens, None), oracle(directory, tokens))
+    assert max(found.values()) < 1e-4, found
+
+
 def test_every_family_is_tested(hybrids):
     tested = {from_huggingface.read_config(path).model_type for path in hybrids.values()}
     assert tested == set(RECURRENT) <= set(PROVEN)
@@ -120,8 +133,8 @@ def test_another_models_gguf_is_refused(hybrids, tmp_path):
 
 
 def test_what_cannot_be_analyzed_or_trained_yet(hybrids):
-    """LFM2 and Qwen 3.5 are trained (tests/torch_model/test_states.py); analysis knows no states, of no model."""
-    for name in ("lfm2", "qwen3.5"):
+    """Most are trained (tests/torch_model/test_states.py); analysis knows no states, of no model."""
+    for name in ("lfm2", "qwen3.5", "falcon-h1"):
         gguf = hybrids[name].with_name(f"{name}.gguf")
         with pytest.raises(IntactKVError, match="has states of recurrent layers"):
             load(hybrids[name])
@@ -130,7 +143,41 @@ def test_what_cannot_be_analyzed_or_trained_yet(hybrids):
         with pytest.raises(IntactKVError, match="has states of recurrent layers, which cannot be analyzed yet"):
             prefix(hybrids[name], gguf, system_prompt="Be brief.", prefix_tokens="auto", out=gguf.with_suffix(".ikv"))
         check_header(gguf)
-    with pytest.raises(IntactKVError, match="'granitemoehybrid' has states of recurrent layers"):
-        load(hybrids["granite-h"], states=True)
-    with pytest.raises(IntactKVError, match="architecture 'granitehybrid'.*, which torch cannot read from a GGUF"):
-        check_header(hybrids["granite-h"].with_name("granite-h.gguf"))
+    for name in ("jamba", "mamba2"):
+        with pytest.raises(IntactKVError, match=f"'{name}' has states of recurrent layers"):
+            load(hybrids[name], states=True)
+        with pytest.raises(IntactKVError, match=f"architecture '{name}'.*, which torch cannot read from a GGUF"):
+            check_header(hybrids[name].with_name(f"{name}.gguf"))
+
+
+def rows_and_states(layout, generator):
+    n_r, n_s = (x.numel() for x in layout.empty())
+    return torch.randn(n_r, generator=generator), torch.randn(n_s, generator=generator)
+
+
+def test_the_layout_is_its_own_inverse(hybrids):
+    """Of every family, and of random sizes: llama.cpp's rows to transformers' states and back, and the other way."""
+    generator = torch.Generator().manual_seed(0)
+    layouts = [StateLayout.of(from_huggingface.read_config(path).get_text_config()) for path in hybrids.values()]
+    for _ in range(50):
+        n_k, per_k, size_k, size_v, width, n_state = torch.randint(1, 6, (6,), generator=generator).tolist()
+        n_v = n_k * per_k
+        channels = 2 * n_k * size_k + n_v * size_v
+        layouts += [StateLayout((channels, width), (n_v, size_v, size_k), True, head) for head in (0, n_k)]
+        layouts += [StateLayout((channels, width), (n_v, size_v, n_state)), StateLayout((channels, width))]
+    for layout in layouts:
+        r, s = rows_and_states(layout, generator)
+        inputs, state = layout.to_cache(r, s)
+        back = layout.to_rows(inputs, state)
+        assert torch.equal(back[0], r) and torch.equal(back[1], s)
+        older = torch.cat([torch.randn(inputs[..., :1].shape, generator=generator), inputs], -1)
+        assert torch.equal(layout.to_rows(older, state)[0], r)
+        moved = layout.to_cache(*layout.to_rows(inputs, state))
+        assert torch.equal(moved[0], inputs) and (state is None or torch.equal(moved[1], state))
+
+
+def test_the_layouts_sizes_are_llama_cpps(hybrids):
+    for name, path in hybrids.items():
+        about = llama_engine.describe(path.with_name(f"{name}.gguf"))
+        layout = StateLayout.of(from_huggingface.read_config(path).get_text_config())
+        assert {(x["n_r"], x["n_s"]) for x in about["recurrent"]["layers"]} == {tuple(map(len, layout.empty()))}

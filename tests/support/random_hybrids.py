@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             embedding_multiplier=12.0,
             attention_multiplier=0.015625,
             residual_multiplier=0.22,
-            logits_scaling=8.0,
+            logits_scaling=0.5,
             rope_parameters=_ROPE,
         ),
         {"layer_types": ["mamba", "attention", "mamba", "mamba"]},
@@ -146,6 +147,24 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         ),
         {"hybrid_override_pattern": "ME*ME", "num_hidden_layers": 5, "layers_block_type": None},
     ),
+    "nemotron-h-latent": (
+        "nemotron_h",
+        dict(
+            layers_block_type=["linear_attention", "moe", "full_attention", "linear_attention", "moe"],
+            head_dim=64,
+            ssm_state_size=32,
+            mamba_num_heads=8,
+            mamba_head_dim=64,
+            n_groups=2,
+            chunk_size=32,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=128,
+            moe_shared_expert_intermediate_size=192,
+            moe_latent_size=128,
+        ),
+        {"hybrid_override_pattern": "ME*ME", "num_hidden_layers": 5, "layers_block_type": None},
+    ),
     "qwen3-next": (
         "qwen3_next",
         dict(_DELTA, **_EXPERTS, rope_parameters={**_ROPE, "partial_rotary_factor": 0.25}),
@@ -195,10 +214,23 @@ def build_all(root: Path) -> dict[str, Path]:
     return random_models.build_all(build, MODELS, root)
 
 
-def build(name: str, directory: Path) -> Path:
-    """Write random model `name`, a key of MODELS, into `directory` and return it."""
+def build(name: str, directory: Path, shift: dict[str, float] | None = None) -> Path:
+    """Write random model `name`, a key of MODELS, into `directory` and return it. shift: added to such tensors."""
     model_type, differs, written = MODELS[name]
     settings = {key: value for key, value in {**_BASE, **differs}.items() if value is not None}
     random_models.write(directory, model_type, settings)
     random_models.say(directory, written)
+    if differs.get("tie_word_embeddings"):  # as large as an output matrix, or softmax would be all zeros and a one
+        _change(directory, "embed_tokens.weight", lambda x: x / x.shape[1] ** 0.5)
+    for end, by in (shift or {}).items():
+        _change(directory, end, lambda x, by=by: x + by)
     return directory
+
+
+def _change(directory: Path, end: str, function: Callable[[Any], Any]) -> None:
+    """The tensors of which the name ends so."""
+    from safetensors.torch import load_file, save_file
+
+    path = directory / "model.safetensors"
+    tensors = {name: function(x) if name.endswith(end) else x for name, x in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})

@@ -11,18 +11,18 @@ ones of all cells and behind them the intact ones of the newest, and the mask sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer
 
 from intactkv_export.errors import UsageError
 from intactkv_export.libllama import EXACT
-from intactkv_export.torch_model.caches.states import StateLayer
+from intactkv_export.torch_model.caches.states import RowsAndStates, StateLayer, StatesCache
 from intactkv_export.torch_model.rope_pairs import halves_to_neighbours, neighbours_to_halves
 from intactkv_export.torch_model.rounding import rotate, rotation, rounded, stored, straight
 
@@ -136,7 +136,7 @@ class MixedLayer(DynamicLayer):
         return after
 
 
-class MixedCache(Cache):
+class MixedCache(StatesCache):
     """A cache that begins with an intact prefix.
 
     K, V: by layer, tensors in transformers' layout [batch, n_head_kv, n_prefix, head_dim], which may require a
@@ -148,7 +148,7 @@ class MixedCache(Cache):
     token: they are at the first token's position, and tokens go on where the prefix's tokens end (positions()).
     in_sight: no sliding window hides the prefix from the tokens behind it (Prefix.in_sight).
     states: of the recurrent layers, by layer, what transformers has after the prefix (StateLayout.to_cache()), which
-    may require a gradient too; K and V are then those of the other layers.
+    may require a gradient too. attention: the layers that have K and V; None: all. A layer may have both, or neither.
 
     Raises UsageError if tail or extra is negative, or extra more than there are rows.
 
@@ -166,6 +166,7 @@ class MixedCache(Cache):
         extra: int = 0,
         in_sight: bool = False,
         states: Mapping[int, tuple[Tensor, Tensor | None]] | None = None,
+        attention: Sequence[int] | None = None,
     ) -> None:
         if tail < 0:
             raise UsageError(f"a tail of {tail} tokens: give 0 or more")
@@ -173,9 +174,9 @@ class MixedCache(Cache):
         self.n_prefix, self.n_extra, self.in_sight = K[0].shape[-2], extra, in_sight
         if not 0 <= extra <= self.n_prefix:
             raise UsageError(f"{extra} extra cells among the {self.n_prefix} of a prefix: give its rows, then theirs")
-        rows = iter([MixedLayer(k, v, layout, kv_type, grows, self.tail) for k, v in zip(K, V, strict=True)])
-        recurrent = {il: StateLayer(*state, grows) for il, state in (states or {}).items()}
-        super().__init__(layers=list(_by_layer(rows, recurrent, len(K) + len(recurrent))))
+        rows = [MixedLayer(k, v, layout, kv_type, grows, self.tail) for k, v in zip(K, V, strict=True)]
+        with_rows = range(len(rows)) if attention is None else attention
+        super().__init__(layers=by_layer(dict(zip(with_rows, rows, strict=True)), states or {}, grows))
 
     def followed(self, K: Sequence[Tensor], V: Sequence[Tensor]) -> MixedCache:
         """What a cache that does not grow would be after its last forward pass, behind other rows of the prefix.
@@ -184,7 +185,15 @@ class MixedCache(Cache):
         none. So a long text is trained on piece by piece, in the memory of one.
         """
         after, rows = copy(self), zip(K, V, strict=True)
-        after.layers = [x.followed() if isinstance(x, StateLayer) else x.followed(*next(rows)) for x in self.layers]
+        after.layers = []
+        for x in self.layers:
+            if isinstance(x, RowsAndStates):
+                x = x.followed_by(x.rows.followed(*next(rows)))
+            elif isinstance(x, StateLayer):
+                x = x.followed()
+            elif isinstance(x, MixedLayer):
+                x = x.followed(*next(rows))
+            after.layers.append(x)
         return after
 
     def positions(self, n_new: int) -> Tensor:
@@ -196,11 +205,20 @@ class MixedCache(Cache):
         return positions
 
 
-def _by_layer(
-    rows: Iterator[MixedLayer], recurrent: Mapping[int, StateLayer], n_layer: int
-) -> Iterator[MixedLayer | StateLayer]:
-    for il in range(n_layer):
-        yield recurrent[il] if il in recurrent else next(rows)
+def by_layer(
+    rows: Mapping[int, DynamicLayer], states: Mapping[int, tuple[Tensor, Tensor | None]], grows: bool = True
+) -> list[Any]:
+    """The layers of a cache up to the last that keeps anything: rows of K and V, states, both, or nothing (feed-forward
+    networks)."""
+    made: list[Any] = []
+    for il in range(max([*rows, *states]) + 1):
+        if il in rows and il in states:
+            made.append(RowsAndStates(rows[il], *states[il], grows))
+        elif il in rows:
+            made.append(rows[il])
+        else:
+            made.append(StateLayer(*states[il], grows) if il in states else DummyLayer())
+    return made
 
 
 class RoomyLayer(DynamicLayer):

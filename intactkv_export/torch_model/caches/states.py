@@ -1,65 +1,16 @@
-"""The states of recurrent layers in a transformers cache: what they are behind a prefix, and how they go on.
+"""Recurrent layers in a transformers cache: what their states are behind a prefix, and how they go on.
 
-The rows r and s are llama.cpp's, as a prefix file holds them (engines/recurrent.py makes them of transformers' own).
 transformers writes into a layer's states, which would cut their gradient off and spoil them for the next pass: here
 each pass makes new ones.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import LinearAttentionLayer
-
-STATES = {"lfm2", "qwen3_5_text"}  # the model types whose states are known here
-_DELTA = {"qwen3_5_text"}
-
-
-@dataclass(frozen=True)
-class StateLayout:
-    """Of one model: inputs of the convolution that the next token sees, [n_channel, n_input], and the recurrence,
-    [n_head, head_dim_v, head_dim_k] (llama.cpp's order; () if there is none).
-
-    n_head_k: of a gated delta net. llama.cpp has its heads of V by what comes first in each head of K, then second;
-    transformers all of one head of K, then of the next.
-    """
-
-    inputs: tuple[int, int]
-    recurrence: tuple[int, ...] = ()
-    n_head_k: int = 0
-
-    @classmethod
-    def of(cls, text: Any) -> StateLayout:
-        """text: a configuration, of one of STATES."""
-        if text.model_type in _DELTA:
-            n_k, n_v = text.linear_num_key_heads, text.linear_num_value_heads
-            size_k, size_v = text.linear_key_head_dim, text.linear_value_head_dim
-            channels = 2 * n_k * size_k + n_v * size_v
-            return cls((channels, text.linear_conv_kernel_dim - 1), (n_v, size_v, size_k), n_k)
-        return cls((text.hidden_size, text.conv_L_cache - 1))
-
-    def to_cache(self, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor | None]:
-        """llama.cpp's rows [n_r], [n_s] as transformers' states, of one sequence: [1, ...]."""
-        inputs = r.view(self.inputs)
-        if not self.recurrence:
-            return inputs[None], None
-        n_head, size_v, _ = self.recurrence
-        n_v = n_head * size_v
-        heads = self._by_k(inputs[-n_v:].reshape(n_head, size_v, -1)).reshape(n_v, -1)
-        state = self._by_k(s.view(self.recurrence)).transpose(-1, -2)
-        return torch.cat([inputs[:-n_v], heads])[None], state[None]
-
-    def _by_k(self, heads: Tensor) -> Tensor:
-        """Heads of V [n_head, ...], those of one head of K together."""
-        return heads.reshape(-1, self.n_head_k, *heads.shape[1:]).transpose(0, 1).reshape(heads.shape)
-
-    def empty(self) -> tuple[Tensor, Tensor]:
-        """r and s before the first token."""
-        n_s = torch.Size(self.recurrence).numel() if self.recurrence else 0
-        return torch.zeros(torch.Size(self.inputs).numel()), torch.zeros(n_s)
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionLayer
 
 
 class StateLayer(LinearAttentionLayer):
@@ -107,3 +58,62 @@ class StateLayer(LinearAttentionLayer):
         for states in (self.conv_states, self.recurrent_states):
             if states[0] is not None:
                 states[0] = states[0].repeat_interleave(repeats, 0)
+
+
+class RowsAndStates(StateLayer, CacheLayerMixin):
+    """A layer with attention and a recurrence (Falcon-H1): rows of K and V, and states. rows: the layer that has K and
+    V, of which transformers sees nothing else."""
+
+    def __init__(self, rows: DynamicLayer, inputs: Tensor, state: Tensor | None, grows: bool = True) -> None:
+        super().__init__(inputs, state, grows)
+        self.rows = rows
+
+    @property
+    def keys(self) -> Any:
+        return self.rows.keys
+
+    @property
+    def values(self) -> Any:
+        return self.rows.values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As that of the rows."""
+        return self.rows.update(key_states, value_states, *args, **kwargs)
+
+    def get_seq_length(self) -> int:
+        return self.rows.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.rows.get_mask_sizes(query_length)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.rows.batch_repeat_interleave(repeats)
+
+    def followed_by(self, rows: DynamicLayer) -> RowsAndStates:
+        """As followed(), with rows that have gone on."""
+        after = self.followed()
+        return RowsAndStates(rows, after.conv_states[0], after.recurrent_states[0], self._grows)
+
+
+class StatesCache(Cache):
+    """A cache whose recurrent layers are StateLayers."""
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """The state before this pass; what a layer writes into it is the state after."""
+        state = super().get_recurrent_state(layer_idx, state_idx)
+        if state is None:
+            return None
+        handed = state.as_subclass(_Handed)
+        handed.layer = self.layers[layer_idx]
+        return handed
+
+
+class _Handed(Tensor):
+    """A state in the hands of a layer. For a single token, layers of Mamba 2 write the one after it with copy_()."""
+
+    layer: StateLayer
+    __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
+
+    def copy_(self, source: Tensor, non_blocking: bool = False) -> Tensor:
+        return self.layer.update_recurrent_state(source)

@@ -6,14 +6,14 @@ from typing import Any
 
 from intactkv_export.errors import IntactKVError
 from intactkv_export.models import RECURRENT
-from intactkv_export.torch_model.from_gguf import dense, latent, mixtures, recurrent
+from intactkv_export.torch_model.from_gguf import dense, hybrids, latent, mixtures
 from intactkv_export.torch_model.from_gguf.family import Family
 from intactkv_export.torch_model.from_gguf.header import INSTEAD, Header
 from intactkv_export.torch_model.from_gguf.rope import check_longrope, rope
 
 # By architecture
-_FAMILIES = dense.FAMILIES | recurrent.FAMILIES
-_WITH_EXPERTS = mixtures.FAMILIES | latent.WITH_EXPERTS
+_FAMILIES = dense.FAMILIES | hybrids.FAMILIES
+_WITH_EXPERTS = mixtures.FAMILIES | latent.WITH_EXPERTS | hybrids.WITH_EXPERTS
 _NOT_PLAIN = ("rope_freqs.weight", "blk.0.ffn_gate_shexp.weight")
 
 
@@ -55,7 +55,7 @@ def configuration(header: Header, family: Family) -> dict[str, Any]:
         "model_type": family.model_type,
         "vocab_size": header.tensors["token_embd.weight"][1].shape[1],
         "hidden_size": header.get("embedding_length"),
-        "intermediate_size": header.get("feed_forward_length"),
+        "intermediate_size": _n_ff(header),
         "num_hidden_layers": header.n_layer,
         "num_attention_heads": header.get("attention.head_count"),
         "num_key_value_heads": _n_head_kv(header, family),
@@ -70,6 +70,16 @@ def configuration(header: Header, family: Family) -> dict[str, Any]:
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
         **family.own(header),
     }
+
+
+def _n_ff(header: Header) -> int:
+    """The header of a hybrid has a list, 0 where a layer has no feed-forward network, or nothing if all have experts:
+    then as the matrices say."""
+    if n_ff := header.get("feed_forward_length", 0):
+        return int(n_ff)
+    up = (".ffn_up.weight", ".ffn_up_exps.weight")
+    first = next((x for name, (_, x) in header.tensors.items() if name.endswith(up)), None)
+    return int(header.get("feed_forward_length") if first is None else first.shape[1])
 
 
 def _epsilon(header: Header) -> dict[str, Any]:
