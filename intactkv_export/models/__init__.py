@@ -5,6 +5,7 @@ from intactkv_export.models.dtypes import DTYPES, FLOATS, check_dtype
 from intactkv_export.models.proven import (
     HALVED,
     LATENT,
+    NEIGHBOURS,
     NORMALIZED,
     PROVEN,
     RECURRENT,
@@ -25,8 +26,8 @@ from intactkv_export.models.reference import (
 from intactkv_export.models.text_file import read_text
 
 __all__ = [
-    "DTYPES", "FLOATS", "HALVED", "KEY_CONVERTED", "KEY_REFERENCE", "LATENT", "NORMALIZED", "PROVEN", "RECURRENT",
-    "UNEVEN", "Reference", "check_convertible", "check_dtype", "check_same_reference", "gguf_file", "identity",
-    "imatrix", "is_reordered", "locate", "read_text", "reference", "supports", "tensor_types", "text_file", "weights",
-    "why_not",
+    "DTYPES", "FLOATS", "HALVED", "KEY_CONVERTED", "KEY_REFERENCE", "LATENT", "NEIGHBOURS", "NORMALIZED", "PROVEN",
+    "RECURRENT", "UNEVEN", "Reference", "check_convertible", "check_dtype", "check_same_reference", "gguf_file",
+    "identity", "imatrix", "is_reordered", "locate", "read_text", "reference", "supports", "tensor_types", "text_file",
+    "weights", "why_not",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ place here.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isclose, log
 from typing import Any
 
 # Hugging Face text model_type -> RoPE layout of the GGUF: which values RoPE pairs (torch_model/rope_pairs.py)
@@ -162,6 +163,7 @@ _ROPE_SCALING = {
     "deepseek_v3": {"default", "yarn"},
     "qwen2_vl_text": {"default", "mrope"},
     "qwen2_5_vl_text": {"default", "mrope"},
+    "olmo3": {"default", "yarn"},
     "ministral3": {"yarn"},
     "mistral4": {"yarn"},
     "llama4_text": {"default", "llama3"},
@@ -376,6 +378,9 @@ def _unproven(model_type: str, rope: Mapping[str, Any]) -> tuple[str, ...]:
     proven = {"truncate"} if model_type == "gpt_oss" else set()  # from_huggingface.read_config sets it
     if model_type in LATENT | _OWN_YARN | _ALPHA and rope.get("mscale") == rope.get("mscale_all_dim"):
         proven = {"mscale", "mscale_all_dim"}
+    kind, factor = rope.get("rope_type", rope.get("type")), rope.get("attention_factor") or 0
+    if kind == "yarn" and isclose(factor, 0.1 * log(rope.get("factor") or 1) + 1):
+        proven |= {"attention_factor"}  # what llama.cpp computes
     return tuple(key for key in _ROPE_UNPROVEN if key not in proven)
 
 

@@ -9,6 +9,7 @@ product, falls back there in some versions to one whose backward pass works out 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 _FIRST, _LAST = ("gate_up_proj", "up_proj"), "down_proj"  # parameters of a module of experts: [n_expert, rows, columns]
+_BIAS = "_bias"  # at the end of the name of a parameter [n_expert, rows]
 _ROUNDED = "rounded_experts"  # the name of forward_rounded() among transformers' implementations
 
 
@@ -31,13 +33,25 @@ def parameters(module: Any) -> list[str]:
 
 def is_stacked(name: str) -> bool:
     """Whether a tensor of transformers, by its name, holds matrices of all experts of a layer."""
-    return name.endswith(tuple(f".experts.{part}" for part in (*_FIRST, _LAST)))
+    return name.removesuffix(_BIAS).endswith(tuple(f".experts.{part}" for part in (*_FIRST, _LAST)))
 
 
 def parts(name: str) -> list[str]:
     """What a tensor that is_stacked() would be called if each kind of matrix were one of its own."""
     before, _, kind = name.rpartition(".")
-    return [f"{before}.{part}.weight" for part in (("gate_proj", "up_proj") if kind == _FIRST[0] else (kind,))]
+    last, kind = "bias" if kind.endswith(_BIAS) else "weight", kind.removesuffix(_BIAS)
+    return [f"{before}.{part}.{last}" for part in (("gate_proj", "up_proj") if kind == _FIRST[0] else (kind,))]
+
+
+def joined(parts: Sequence[Tensor], interleaved: bool) -> Tensor:
+    """The matrices [rows, columns], or biases [rows], of one expert as one: one above the other.
+
+    interleaved: their rows in turn, and transposed (gpt-oss).
+    """
+    if not interleaved:
+        return torch.cat(list(parts))
+    rows = torch.stack(list(parts), 1).flatten(0, 1)
+    return rows.T if rows.ndim == 2 else rows
 
 
 def set_up(net: Any, device: str, rounds: bool) -> None:
@@ -65,12 +79,14 @@ def forward_rounded(module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> 
     x = first(x)
     for expert in chosen.unique().tolist():
         token, place = torch.where(chosen == expert)
-        y = linear(x[token], getattr(module, name)[expert])
-        if name == _FIRST[0]:
-            gate, up = y.chunk(2, -1)
-            y = module.act_fn(gate) * up
-        else:
-            y = module.act_fn(y)
-        y = linear(last(y), module.down_proj[expert])
+        y = _times(x[token], module, name, expert)
+        y = _times(last(module._apply_gate(y) if module.has_gate else module.act_fn(y)), module, _LAST, expert)
         out = out.index_add(0, token, (y * weights[token, place, None]).to(out.dtype))
     return out
+
+
+def _times(x: Tensor, module: Any, name: str, expert: int) -> Tensor:
+    """x [n, columns] times an expert's matrix in the parameter of this name, and its bias."""
+    matrix = getattr(module, name)[expert]
+    bias = getattr(module, name + _BIAS)[expert] if module.has_bias else None
+    return linear(x, matrix.T if module.is_transposed else matrix, bias)

@@ -34,7 +34,7 @@ def quiet() -> Iterator[None]:
 
 def read_config(hf_dir: str | Path) -> Any:
     """A checkpoint's configuration, as llama.cpp computes the model: without a window that it ignores, YaRN's bounds
-    whole numbers.
+    whole numbers, the base of RoPE that an alpha makes.
 
     Raises IntactKVError if it cannot be read, or the K/V layout is not proven.
     """
@@ -150,6 +150,15 @@ def load(
         )
     _turn_as_llama_cpp(net, text)
     return net.eval()
+
+
+# The soft cap of Gemma 2's attention, and the sinks of gpt-oss's
+_EAGER_ONLY = {"gemma2", "gpt_oss"}
+
+
+def attention_of(model_type: str, asked: str) -> str:
+    """The implementation of attention that computes a model as it is: the one asked for, "sdpa" or "eager", or this."""
+    return "eager" if model_type in _EAGER_ONLY else asked
 
 
 def _turn_as_llama_cpp(net: Any, text: Any) -> None:
@@ -283,6 +292,13 @@ def layer_type(text: Any, il: int) -> str:
     if types:
         return types[il]
     return "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
+
+
+def is_turned(attention: Any) -> bool:
+    """Whether a layer's attention has RoPE: SmolLM3 says which have none, of Cohere 2 it is those without a window."""
+    if attention.config.model_type == "cohere2":
+        return attention.sliding_window is not None
+    return bool(getattr(attention, "use_rope", True))
 
 
 _NO_ROWS = {"conv", "linear_attention", "mamba", "mlp", "moe"}  # layer types without K and V

@@ -58,11 +58,13 @@ def empty_cache(model: TorchModel, batch: int = 1) -> MixedCache:
     return model.cache(nothing, nothing, "f32", batch)
 
 
-def cached_rows(model: TorchModel, cache: MixedCache, n_tokens: int) -> tuple[list[Tensor], list[Tensor]]:
-    """K and V of the first n_tokens tokens in a cache, rounded to F16: by layer, llama.cpp's rows."""
-    K = [model.to_rows(layer.keys[:1, :, :n_tokens], "K").half().cpu() for layer in cache.layers]
-    V = [model.to_rows(layer.values[:1, :, :n_tokens], "V").half().cpu() for layer in cache.layers]
-    return K, V
+def cached_rows(
+    model: TorchModel, cache: MixedCache, n_tokens: int, exact: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    """K and V of the first n_tokens tokens in a cache, rounded to F16 unless exact: by layer, llama.cpp's rows."""
+    kept = ([x[:1, :, :n_tokens] for x in (layer.keys, layer.values)] for layer in cache.layers)
+    rows = [[(x if exact else x.half())[0].cpu() for x in model.layout.rows(*both)] for both in kept]
+    return [K for K, _ in rows], [V for _, V in rows]
 
 
 def errors(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:

@@ -6,7 +6,6 @@ rows, that transformers uses. Its rows of K in llama.cpp's layout, its cache wit
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,11 +18,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from intactkv_export.errors import IntactKVError, UsageError
-from intactkv_export.models import FLOATS, LATENT, RECURRENT, UNEVEN, check_dtype, gguf_file, is_reordered
+from intactkv_export.models import FLOATS, LATENT, NEIGHBOURS, RECURRENT, UNEVEN, check_dtype, gguf_file, is_reordered
 from intactkv_export.prefix import Prefix
 from intactkv_export.torch_model import attention, experts, from_gguf, from_huggingface
 from intactkv_export.torch_model.caches import (
     STATES,
+    LatentLayout,
     Layout,
     MixedCache,
     RoomyLayer,
@@ -31,8 +31,7 @@ from intactkv_export.torch_model.caches import (
     StatesCache,
     by_layer,
 )
-
-_EAGER_ONLY = {"gemma2"}  # the soft cap of its attention
+from intactkv_export.torch_model.rope_pairs import turned_back
 
 
 @dataclass(frozen=True)
@@ -108,11 +107,11 @@ class TorchModel:
         before the first token.
         """
         kinds = (kv_type, kv_type) if isinstance(kv_type, str) else kv_type
+        kinds = (kinds[0], kinds[0]) if isinstance(self.layout, LatentLayout) else kinds
         place = {"device": self.device, "dtype": self.net.dtype}
-        k, v = (
-            [self.to_cache(torch.as_tensor(x).to(**place), kind).expand(batch, -1, -1, -1) for x in rows]
-            for rows, kind in ((K, "K"), (V, "V"))
-        )
+        sides = ([torch.as_tensor(x).to(**place) for x in rows] for rows in (K, V))
+        cached = [self.layout.cached(*rows) for rows in zip(*sides, strict=True)]
+        k, v = ([x[side].expand(batch, -1, -1, -1) for x in cached] for side in (0, 1))
         if after is not None:
             return after.followed(k, v)
         found = self._states(states, batch)
@@ -172,18 +171,21 @@ class TorchModel:
         K: by layer, llama.cpp's rows [n, n_head_kv, head_dim] after RoPE at `positions`, n of them. The same in
         float32. V has no position. So rows of any text can be what the training of extra cells begins with.
         """
-        decoder = self.net.get_decoder()
+        rotary = self.net.get_decoder().rotary_emb
         text = self.net.config.get_text_config(decoder=True)
-        ids = torch.as_tensor(positions, device=self.device)[None]
-        like = torch.empty(0, dtype=torch.float32, device=self.device)
-        by_kind = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+        ids = torch.as_tensor(positions, dtype=torch.float32, device=self.device)
         turned = []
         for il, (rows, layer) in enumerate(zip(K, self.decoder_layers, strict=True)):
-            cached = self.layout.to_cache(torch.as_tensor(rows).to(like), "K")  # [n_head_kv, n, head_dim]
-            if getattr(layer.self_attn, "use_rope", True):
-                kind = {"layer_type": from_huggingface.layer_type(text, il)} if by_kind else {}
-                cos, sin = decoder.rotary_emb(like, position_ids=ids, **kind)
-                cached = _turned_back(cached, cos[0], sin[0])
+            cached = self.layout.to_cache(torch.as_tensor(rows).to(self.device, torch.float32), "K")
+            kind = from_huggingface.layer_type(text, il)
+            if from_huggingface.is_turned(layer.self_attn):
+                frequencies = getattr(rotary, f"{kind}_inv_freq", None)
+                frequencies = rotary.inv_freq if frequencies is None else frequencies
+                gain = getattr(layer.self_attn, "key_layernorm", None)  # HunYuan's, which comes after RoPE
+                gain = torch.ones(()) if gain is None else gain.weight.float()
+                still, part = cached.tensor_split([self.layout.n_still], -1)
+                angles, neighbours = ids[:, None] * frequencies.float(), text.model_type in NEIGHBOURS
+                cached = torch.cat([still, turned_back(part / gain, angles, neighbours) * gain], -1)
             turned.append(self.layout.to_rows(cached, "K"))
         return turned
 
@@ -215,7 +217,8 @@ def load(
     """A Hugging Face directory, or a GGUF of any type that gguf-py can dequantize.
 
     device: "cpu", "cuda", "cuda:1", "mps". dtype: of weights and arithmetic, "float32", "float16" or "bfloat16".
-    attention: "sdpa", or "eager" (what Gemma 2 gets in any case). round_activations: of a GGUF, see from_gguf.load().
+    attention: "sdpa", or "eager" (what some get in any case, see from_huggingface.attention_of()). round_activations:
+    of a GGUF, see from_gguf.load().
     rope_factors: those that a LongRoPE model has at every position, see from_huggingface.fix_longrope(); a prefix's
     manifest names them (prefix_factors()). states: whether the caller carries the states of recurrent layers; a model
     with some is refused if not.
@@ -233,15 +236,18 @@ def load(
         else:
             config = from_huggingface.read_config(path)
             _check_plain(config.get_text_config(decoder=True).model_type, path, states)
-            if config.get_text_config(decoder=True).model_type in _EAGER_ONLY:
-                attention = "eager"
-            from_huggingface.fix_longrope(config.get_text_config(decoder=True), rope_factors, path)
+            text = config.get_text_config(decoder=True)
+            attention = from_huggingface.attention_of(text.model_type, attention)
+            from_huggingface.fix_longrope(text, rope_factors, path)
             net = from_huggingface.load(path, config, device, dtype, attention=attention)
             experts.set_up(net, device, rounds=False)
     net.requires_grad_(False)
     text = net.config.get_text_config(decoder=True)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    layout = Layout(text.num_key_value_heads, head_dim, is_reordered(text.model_type))
+    reordered = is_reordered(text.model_type)
+    layout = Layout(text.num_key_value_heads, head_dim, reordered)
+    if text.model_type in LATENT:
+        layout = LatentLayout.of(text, reordered)
     attending, recurrent = from_huggingface.attention_layers(text), from_huggingface.recurrent_layers(text)
     return TorchModel(
         net.eval(),
@@ -261,7 +267,7 @@ def _check_plain(model_type: str, path: str | Path, states: bool) -> None:
             f"{path} of model type {model_type!r} has states of recurrent layers, which cannot be analyzed yet: give "
             "the number of a prefix's tokens yourself"
         )
-    if model_type in (RECURRENT | LATENT | UNEVEN) - STATES:
+    if model_type in (RECURRENT | LATENT | UNEVEN) - STATES - (LATENT if states else set()):
         kept = "states of recurrent layers" if model_type in RECURRENT else "latents (MLA)"
         kept = "layers that share K and V, or have other heads" if model_type in UNEVEN else kept
         raise IntactKVError(
@@ -295,16 +301,3 @@ def prefix_rows(prefix: Prefix) -> tuple[list[np.ndarray], list[np.ndarray]]:
 def prefix_states(prefix: Prefix) -> list[tuple[np.ndarray, np.ndarray]]:
     """The states of a prefix file's recurrent layers in order, r and s, float32: the argument `states` of cache()."""
     return [(r.copy(), s.copy()) for _, (r, s) in sorted(prefix.states.items())]
-
-
-def _turned_back(cached: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """K [n_head_kv, n, head_dim] in transformers' order, turned back by what RoPE turned it: cos, sin [n, n_rot].
-
-    YaRN and LongRoPE make K longer too, at every position alike: that stays.
-    """
-    n_rot = cos.shape[-1]
-    length = (cos.square() + sin.square()).sqrt()
-    part, rest = cached[..., :n_rot], cached[..., n_rot:]
-    first, second = part.chunk(2, -1)
-    back = (part * cos - torch.cat([-second, first], -1) * sin) / length
-    return torch.cat([back, rest], -1)

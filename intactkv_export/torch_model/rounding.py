@@ -63,7 +63,7 @@ def rotation(kv_type: str, head_dim: int, is_v: bool) -> int:
 
 def rotate(x: Tensor, size: int) -> Tensor:
     """Each run of `size` values of the last dimension times the orthonormal Hadamard matrix, its own inverse."""
-    if not size:
+    if not size or not x.shape[-1]:  # V of latents is part of K
         return x
     matrix = _hadamard(size).to(x.device, x.dtype)
     return (x.unflatten(-1, (-1, size)) @ matrix).flatten(-2)

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("torch", reason="the extra [convert] is not installed")
 
+import numpy as np
 import torch
 
 from intactkv_export import torch_model
@@ -19,7 +20,7 @@ from intactkv_export.conversion import convert
 from intactkv_export.errors import UsageError
 from intactkv_export.models import gguf_file
 from intactkv_export.prefix import ikv
-from tests.support import random_families, random_hybrids, random_models
+from tests.support import random_families, random_hybrids, random_latents, random_models
 from tests.support.cache_rows import random_tokens
 from tests.support.log_probs import divergence, llama_log_probs
 
@@ -31,6 +32,7 @@ HYBRIDS = {
     **dict.fromkeys(("falcon-h1", "nemotron-h-moe"), (3e-2,)),
 }
 SETTINGS = {"steps": 16, "batch": 4, "seq_len": 32, "sequences": 32, "lr": 3e-2}
+LONGER = {"steps": 48, "batch": 8, "seq_len": 32, "sequences": 128, "lr": 2e-2}
 
 
 @pytest.mark.parametrize(("name", "quant"), [("mixtral", "Q4_0"), ("qwen3-moe", "Q4_K_M")])
@@ -41,6 +43,48 @@ def test_a_mixture_of_experts(models, tmp_path, name, quant):
     result = calibrate(reference, made.outputs[0].path, prefix=made.prefix, out=tmp_path / "c.ikv", **SETTINGS)
     assert result.after < 0.93 * result.before and result.manifest["best_step"] > 0
     assert ikv.read(result.out).tokens == ikv.read(made.prefix).tokens
+
+
+@pytest.mark.parametrize("name", ["glm4", "glm4-moe-scaled", "ministral3", "gpt-oss", "minimax-m2"])
+def test_llama_cpp_is_nearer_to_the_reference(tmp_path, name):
+    """A prompt, then the first token alone: behind the trained file llama.cpp says more nearly what the reference says,
+    of texts that were not trained on."""
+    directory = random_families.build(name, tmp_path / name)
+    random_models.to_gguf([directory])
+    nearer_in_llama_cpp(directory.with_name(f"{name}.gguf"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["deepseek2", "glm4-moe-lite"])
+def test_latents(tmp_path, name):
+    """MLA: the rows that are trained are latents."""
+    directory = random_latents.build(name, tmp_path / name)
+    random_models.to_gguf([directory])
+    nearer_in_llama_cpp(directory.with_name(f"{name}.gguf"), tmp_path)
+
+
+def nearer_in_llama_cpp(reference, work):
+    """Of a reference as a GGUF, quantized here."""
+    for number, prompt in enumerate(({"system_prompt": "Be brief."}, {"bos_only": True})):
+        made = convert(reference, work / f"q{number}.gguf", quant="Q4_0", embed=False, **prompt)
+        quantized, tokens = made.outputs[0].path, ikv.read(made.prefix).tokens
+        result = calibrate(reference, quantized, prefix=made.prefix, out=work / f"c{number}.ikv", **LONGER)
+        assert result.after < result.before and result.manifest["best_step"] > 0
+        texts = other_texts(reference, quantized, made.prefix, work / f"other{number}")
+        want = llama_log_probs(reference, made.prefix, "f16", tokens, texts)
+        before, after = (
+            divergence(want, llama_log_probs(quantized, path, "q8_0", tokens, texts))
+            for path in (made.prefix, result.out)
+        )
+        assert after < before, (prompt, before, after)
+
+
+def other_texts(reference, quantized, prefix, directory):
+    """As a training has them, of another seed."""
+    settings = {**LONGER, "steps": 0, "seed": 1 << 20, "directory": directory}
+    calibrate(reference, quantized, prefix=prefix, out=directory.with_suffix(".ikv"), **settings)
+    (path,) = directory.glob("texts-*.npz")
+    with np.load(path) as found:
+        return found["tokens"].tolist()
 
 
 @pytest.mark.parametrize("name", ["olmo2", "seed-oss", "starcoder2", "granitemoe"])

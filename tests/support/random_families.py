@@ -54,6 +54,17 @@ _GEMMA3N = dict(
     intermediate_size=[256] * 6,
     tie_word_embeddings=True,
 )
+_OLMO3_YARN = dict(
+    full_attention=_rope(
+        rope_type="yarn",
+        factor=8.0,
+        original_max_position_embeddings=256,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        attention_factor=1.2079441541679836,
+    ),
+    sliding_attention=_rope(),
+)
 
 _MROPE = _rope(1000000.0, mrope_section=[8, 12, 12])
 _IMAGE = dict(image_token_id=500, video_token_id=501, vision_start_token_id=502, vision_end_token_id=503)
@@ -127,6 +138,18 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "glm": ("glm", dict(attention_bias=True, rope_parameters=_PARTIAL), {}),
     "glm4": ("glm4", dict(rope_parameters=_PARTIAL), {}),
     "glm4-moe": ("glm4_moe", dict(_SHARED, use_qk_norm=True, rope_parameters=_PARTIAL), {}),
+    "glm4-moe-scaled": (
+        "glm4_moe",
+        dict(
+            _SHARED,
+            n_routed_experts=8,
+            n_shared_experts=2,
+            routed_scaling_factor=2.5,
+            attention_bias=True,
+            rope_parameters=_PARTIAL,
+        ),
+        {},
+    ),
     "starcoder2": ("starcoder2", dict(head_dim=None, sliding_window=None, rope_parameters=_rope()), {}),
     "granitemoe": ("granitemoe", dict(_GRANITE, **_EXPERTS, head_dim=None, rope_parameters=_rope()), {}),
     "granitemoeshared": (
@@ -151,6 +174,12 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "exaone4": ("exaone4", dict(sliding_window=None, layer_types=["full_attention"] * 4, rope_parameters=_rope()), {}),
     "gpt-oss": ("gpt_oss", dict(_OSS, rope_parameters=_YARN), {}),
+    "olmo3-yarn": ("olmo3", dict(_WINDOWS, head_dim=None, rope_parameters=_OLMO3_YARN), {}),
+    "mistral3": (  # of Mistral Small 3's architecture in llama.cpp
+        "mistral",
+        dict(sliding_window=None, rope_parameters=_rope(1e6)),
+        dict(architectures=["Mistral3ForConditionalGeneration"]),
+    ),
     "seed-oss": ("seed_oss", dict(rope_parameters=_rope()), {}),
     "nemotron": ("nemotron", dict(head_dim=None, rope_parameters=_PARTIAL), {}),
     "stablelm": ("stablelm", dict(head_dim=None, rope_parameters=_PARTIAL), {}),

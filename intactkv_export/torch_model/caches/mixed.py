@@ -34,6 +34,15 @@ class Layout:
     n_head_kv: int
     head_dim: int
     interleaved: bool
+    n_still: int = 0  # the first values of a row, which RoPE does not turn and whose order is one: a latent's
+
+    def cached(self, K: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+        """llama.cpp's rows of K and V as a layer's keys and values."""
+        return self.to_cache(K, "K"), self.to_cache(V, "V")
+
+    def rows(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of cached()."""
+        return self.to_rows(keys, "K"), self.to_rows(values, "V")
 
     def to_cache(self, rows: Tensor, kind: str) -> Tensor:
         """llama.cpp's rows [..., n, n_head_kv, head_dim] as transformers' [..., n_head_kv, n, head_dim].
@@ -41,13 +50,17 @@ class Layout:
         kind: "K" or "V".
         """
         if kind == "K" and self.interleaved:
-            rows = neighbours_to_halves(rows)
+            rows = self._turned(rows, neighbours_to_halves)
         return rows.transpose(-2, -3)
 
     def to_rows(self, cached: Tensor, kind: str) -> Tensor:
         """The inverse of to_cache()."""
         rows = cached.transpose(-2, -3)
-        return halves_to_neighbours(rows) if kind == "K" and self.interleaved else rows
+        return self._turned(rows, halves_to_neighbours) if kind == "K" and self.interleaved else rows
+
+    def _turned(self, rows: Tensor, order: Callable[[Tensor], Tensor]) -> Tensor:
+        """Rows with those values in another order that RoPE turns."""
+        return torch.cat([rows[..., : self.n_still], order(rows[..., self.n_still :])], -1)
 
     def as_cached(self, states: Tensor, kind: str, kv_type: str) -> Tensor:
         """K or V [batch, n_head_kv, n, head_dim] as a cache of this type returns them: same shape and dtype."""
@@ -61,12 +74,15 @@ class Layout:
         """Through rounding(rows [..., n_head_kv * head_dim]) in the basis of such a cache; gradients pass it."""
 
         def round_trip(x: Tensor) -> Tensor:
-            size = rotation(kv_type, self.head_dim, kind == "V")
+            size = self._rotation(kv_type, kind)
             rows = rotate(self.to_rows(x.float(), kind), size)
             back = rotate(rounding(rows.flatten(-2)).view_as(rows), size)
             return self.to_cache(back, kind).to(x.dtype)
 
         return states if kv_type == "f32" else straight(states, round_trip)
+
+    def _rotation(self, kv_type: str, kind: str) -> int:
+        return rotation(kv_type, self.head_dim, kind == "V")
 
 
 class MixedLayer(DynamicLayer):

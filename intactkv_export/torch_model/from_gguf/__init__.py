@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from intactkv_export.errors import IntactKVError
-from intactkv_export.models import RECURRENT
-from intactkv_export.torch_model import experts
+from intactkv_export.models import LATENT, RECURRENT
+from intactkv_export.torch_model import experts, from_huggingface
+from intactkv_export.torch_model.from_gguf import latent
 from intactkv_export.torch_model.from_gguf.configuration import configuration, family_of
 from intactkv_export.torch_model.from_gguf.header import Header
 from intactkv_export.torch_model.from_gguf.rope import rope
 from intactkv_export.torch_model.from_gguf.tensors import Tensors
-from intactkv_export.torch_model.from_huggingface import fix_longrope
 
 
 def check_header(path: str | Path, name: str | Path | None = None, states: bool = True) -> None:
@@ -28,10 +28,12 @@ def check_header(path: str | Path, name: str | Path | None = None, states: bool 
     name: what the error calls it; None: its path. states: whether the caller carries those of recurrent layers.
     """
     header = Header(path, name)
-    if family_of(header).model_type in RECURRENT and not states:
+    model_type = family_of(header).model_type
+    if model_type in RECURRENT | LATENT and not states:
+        kept = "states of recurrent layers" if model_type in RECURRENT else "latents (MLA)"
         raise IntactKVError(
-            f"{header.path} of architecture {header.arch!r} has states of recurrent layers, which cannot be analyzed "
-            "yet: give the number of a prefix's tokens yourself"
+            f"{header.path} of architecture {header.arch!r} has {kept}, which cannot be analyzed yet: give the number "
+            "of a prefix's tokens yourself"
         )
     rope(header)
 
@@ -60,12 +62,12 @@ def load(
     family = family_of(header)
     tensors = Tensors(header, family)
     config = AutoConfig.for_model(**configuration(header, family))
-    fix_longrope(config, rope_factors, path)
-    attention = "eager" if config.model_type == "gemma2" else attention
+    from_huggingface.fix_longrope(config, rope_factors, path)
+    attention = from_huggingface.attention_of(config.model_type, attention)
     with init_empty_weights(include_buffers=False):
         net = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
     experts.set_up(net, device, round_activations)
-    weights = dict(tensors.weights(list(net.state_dict()), net.dtype, device))
+    weights = dict(tensors.weights(net.state_dict(), device))
     net.load_state_dict(weights, strict=False, assign=True)
     net.tie_weights()
     missing = sorted(name for name, weight in net.state_dict().items() if weight.is_meta)
@@ -76,6 +78,12 @@ def load(
     if (factors := tensors.llama3_factors()) is not None:
         rotary = net.get_decoder().rotary_emb
         rotary.inv_freq = rotary.inv_freq / factors
+    if config.model_type in LATENT:
+        latent.set_up(net, header, tensors.roundings if round_activations else lambda name: [_as_it_is] * 2)
     if round_activations:
         tensors.round_activations(net)
     return net.eval().to(device)
+
+
+def _as_it_is(x: Any) -> Any:
+    return x

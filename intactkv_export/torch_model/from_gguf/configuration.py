@@ -6,14 +6,14 @@ from typing import Any
 
 from intactkv_export.errors import IntactKVError
 from intactkv_export.models import RECURRENT
-from intactkv_export.torch_model.from_gguf import dense, hybrids, mixtures
+from intactkv_export.torch_model.from_gguf import dense, hybrids, latent, mixtures
 from intactkv_export.torch_model.from_gguf.family import Family
 from intactkv_export.torch_model.from_gguf.header import INSTEAD, Header
 from intactkv_export.torch_model.from_gguf.rope import check_longrope, rope
 
 # By architecture
 _FAMILIES = dense.FAMILIES | hybrids.FAMILIES
-_WITH_EXPERTS = mixtures.FAMILIES | hybrids.WITH_EXPERTS
+_WITH_EXPERTS = mixtures.FAMILIES | hybrids.WITH_EXPERTS | latent.WITH_EXPERTS
 _NOT_PLAIN = ("rope_freqs.weight", "blk.0.ffn_gate_shexp.weight")
 
 
@@ -27,6 +27,8 @@ def family_of(header: Header) -> Family:
             f"cannot read from a GGUF, only {', '.join(_FAMILIES)}, and with experts {', '.join(_WITH_EXPERTS)}: "
             f"{INSTEAD}"
         )
+    if not isinstance(family, Family):
+        family = family(header)
     check_longrope(header)
     keys = [key for key in ("attention.sliding_window", "rope.scaling.factor") if header.get(key, 0)]
     if family.only_plain and (found := keys + [name for name in _NOT_PLAIN if name in header.tensors]):

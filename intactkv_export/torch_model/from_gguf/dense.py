@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from intactkv_export.torch_model.from_gguf.family import Family
+from intactkv_export.torch_model.from_gguf.family import Family, another_base, other_than
 from intactkv_export.torch_model.from_gguf.header import Header
 from intactkv_export.torch_model.from_gguf.rope import rope
 
@@ -20,11 +21,17 @@ def _layer_norm(name: str, header: Header) -> dict[str, Any]:
     return {name: header.get("attention.layer_norm_epsilon")}
 
 
-def _partly_rotary(header: Header) -> dict[str, Any]:
+def partly_rotary(header: Header) -> dict[str, Any]:
+    """RoPE that turns the first values of a head only."""
     rotary = header.get("rope.dimension_count", header.head_dim) / header.head_dim
     return {
         "partial_rotary_factor": rotary,
         "rope_parameters": rope(header) | {"partial_rotary_factor": rotary},
+    }
+
+
+def _stablelm(header: Header) -> dict[str, Any]:
+    return partly_rotary(header) | {
         "use_qkv_bias": "blk.0.attn_q.bias" in header.tensors,
         "qk_layernorm": "blk.0.attn_q_norm.weight" in header.tensors,
         "use_parallel_residual": "blk.0.ffn_norm.weight" not in header.tensors,
@@ -33,6 +40,51 @@ def _partly_rotary(header: Header) -> dict[str, Any]:
 
 def _without_window(header: Header) -> dict[str, Any]:
     return {"sliding_window": None, "layer_types": ["full_attention"] * header.n_layer}
+
+
+def windows(header: Header, every: int) -> dict[str, Any]:
+    """The layers with a sliding window: those that the header lists, else all but each `every`th, as load_swa_pattern()
+    has it."""
+    n = header.n_layer
+    listed = header.array("attention.sliding_window_pattern")[:n] or [il % every < every - 1 for il in range(n)]
+    return {
+        "sliding_window": header.get("attention.sliding_window"),
+        "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in listed],
+    }
+
+
+def _cohere(header: Header) -> dict[str, Any]:
+    return {"logit_scale": header.get("logit_scale")} | _layer_norm("layer_norm_eps", header)
+
+
+def _olmo3(header: Header) -> dict[str, Any]:
+    """RoPE is scaled in layers without a window only."""
+    theta = header.get("rope.freq_base_swa", header.get("rope.freq_base", 1e4))
+    plain = {"rope_type": "default", "rope_theta": theta}
+    return windows(header, 4) | {"rope_parameters": {"full_attention": rope(header), "sliding_attention": plain}}
+
+
+def _olmo2(header: Header) -> Family:
+    """Of both, a window tells OLMo 3."""
+    return Family("olmo3", _olmo3) if header.get("attention.sliding_window", 0) else Family("olmo2", only_plain=True)
+
+
+def _ministral3(header: Header) -> dict[str, Any]:
+    """YaRN with bounds of its own; from its original context on queries grow with the position."""
+    scale = header.get("rope.scaling.yarn_log_multiplier", 0.0)
+    yarn = {"beta_fast": header.get("rope.scaling.yarn_beta_fast", 32.0),
+            "beta_slow": header.get("rope.scaling.yarn_beta_slow", 1.0),
+            "llama_4_scaling_beta": header.get("attention.temperature_scale", 0.0)}  # fmt: skip
+    if scale:
+        yarn |= {"mscale": 1.0, "mscale_all_dim": scale}
+    return {"sliding_window": None, "rope_parameters": rope(header) | yarn}
+
+
+def _mistral3(header: Header) -> Family:
+    """Mistral Small 3 has no such temperature, and is a Mistral."""
+    if header.get("attention.temperature_scale", 0.0):
+        return Family("ministral3", _ministral3)
+    return Family("mistral", lambda header: {"sliding_window": None}, only_plain=True)
 
 
 def _phi3(header: Header) -> dict[str, Any]:
@@ -77,7 +129,7 @@ def _gemma3(header: Header) -> dict[str, Any]:
     }
 
 
-FAMILIES = {
+FAMILIES: dict[str, Family | Callable[[Header], Family]] = {
     "llama": Family("llama"),
     "granite": Family("granite", granite),
     "smollm3": Family("smollm3"),
@@ -87,7 +139,15 @@ FAMILIES = {
     "gemma2": Family("gemma2", _gemma2, one_more=True),
     "gemma3": Family("gemma3_text", _gemma3, one_more=True),
     "phi3": Family("phi3", _phi3),
-    "olmo2": Family("olmo2", only_plain=True),
+    "olmo": Family("olmo", unproven=other_than(attention__clamp_kqv=0.0), only_plain=True),
+    "olmo2": _olmo2,
+    "command-r": Family("cohere", _cohere, only_plain=True),
+    "cohere2": Family("cohere2", lambda header: _cohere(header) | windows(header, 4), unproven=another_base),
+    "chatglm": Family("glm", partly_rotary, only_plain=True),
+    "glm4": Family("glm4", partly_rotary, unproven=other_than(rope__dimension_sections=0), only_plain=True),
+    "ernie4_5": Family("ernie4_5", only_plain=True),
+    "hunyuan-dense": Family("hunyuan_v1_dense"),
+    "mistral3": _mistral3,
     "arcee": Family("arcee", only_plain=True),
     "seed_oss": Family("seed_oss", only_plain=True),
     "exaone4": Family("exaone4", _without_window, only_plain=True),
@@ -95,11 +155,11 @@ FAMILIES = {
         "starcoder2", lambda header: _without_window(header) | _layer_norm("norm_epsilon", header), only_plain=True
     ),
     "stablelm": Family(
-        "stablelm", lambda header: _partly_rotary(header) | _layer_norm("layer_norm_eps", header), only_plain=True
+        "stablelm", lambda header: _stablelm(header) | _layer_norm("layer_norm_eps", header), only_plain=True
     ),
     "nemotron": Family(
         "nemotron",
-        lambda header: _partly_rotary(header) | _layer_norm("norm_eps", header),
+        lambda header: _stablelm(header) | _layer_norm("norm_eps", header),
         only_plain=True,
         one_more=True,
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -49,6 +51,15 @@ class Header:
         if value is None and default is None:
             raise IntactKVError(f"{self.path} does not give {self.arch}.{key} as one number: convert the model again")
         return value
+
+    def array(self, key: str) -> list[Any]:
+        """An array of the header, below the architecture's name; [] if it has none of this name."""
+        return list(self._arrays.get(f"{self.arch}.{key}") or [])
+
+    @cached_property
+    def _arrays(self) -> Mapping[str, Any]:
+        """All values, arrays too: those of the vocabulary take a while."""
+        return gguf_file.read(self.file, arrays=True).values
 
     def dequantized(self, name: str, index: int | None = None) -> np.ndarray:
         """float32, slowest dimension first. index: along that dimension; None: all of the tensor."""
