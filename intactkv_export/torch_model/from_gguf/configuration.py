@@ -13,7 +13,7 @@ from intactkv_export.torch_model.from_gguf.rope import check_longrope, rope
 
 # By architecture
 _FAMILIES = dense.FAMILIES | hybrids.FAMILIES
-_WITH_EXPERTS = mixtures.FAMILIES | latent.WITH_EXPERTS | hybrids.WITH_EXPERTS
+_WITH_EXPERTS = mixtures.FAMILIES | hybrids.WITH_EXPERTS | latent.WITH_EXPERTS
 _NOT_PLAIN = ("rope_freqs.weight", "blk.0.ffn_gate_shexp.weight")
 
 

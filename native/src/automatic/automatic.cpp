@@ -98,7 +98,7 @@ bool automatic::decode(const llama_batch_ext & batch, int & status) {
     }
     inside = true;
     outputs.clear();
-    rows.clear();
+    every.clear();
     std::vector<start> starts;
     status = 0;
     try {
@@ -424,7 +424,7 @@ void automatic::collect(const std::vector<uint32_t> & batch_index, bool last) {
             rows.emplace_back(batch_index[i], ctx.output_ids[i]);
         }
     }
-    if (!last || !outputs.empty() || !this->rows.empty()) {
+    if (!last || !outputs.empty() || !every.empty()) {
         ctx.synchronize();
         ctx.output_reorder();
         keep_rows(batch_index);

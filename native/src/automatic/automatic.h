@@ -7,7 +7,7 @@
 
 #pragma once
 
-#include "automatic/mismatch.h"
+#include "keeping/mismatch.h"
 #include "automatic/plan.h"
 #include "automatic/prefixes.h"
 #include "keeping/keeper.h"
@@ -83,7 +83,7 @@ private:
     // outputs of the goes before the last, by index in the caller's batch
     std::vector<std::pair<uint32_t, std::vector<float>>> outputs;
 
-    std::vector<std::vector<float>> rows; // of every token, by index in the caller's batch (every_row.cpp)
+    std::vector<std::vector<float>> every; // of every token, by index in the caller's batch (every_row.cpp)
 
     // what the last batch has left for the program to read
     struct kept_outputs {

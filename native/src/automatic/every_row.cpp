@@ -34,22 +34,22 @@ std::vector<std::pair<float *, size_t>> automatic::row_buffers() const {
 // Of the tokens just computed, whose outputs are in order.
 void automatic::keep_rows(const std::vector<uint32_t> & batch_index) {
     const auto buffers = row_buffers();
-    rows.resize(buffers.size());
+    every.resize(buffers.size());
     for (size_t b = 0; b < buffers.size(); ++b) {
         const auto & [data, n] = buffers[b];
         for (size_t i = 0; i < batch_index.size(); ++i) {
-            rows[b].resize(std::max(rows[b].size(), (batch_index[i] + 1) * n));
-            memcpy(rows[b].data() + batch_index[i] * n, data + i * n, n * sizeof(float));
+            every[b].resize(std::max(every[b].size(), (batch_index[i] + 1) * n));
+            memcpy(every[b].data() + batch_index[i] * n, data + i * n, n * sizeof(float));
         }
     }
 }
 
 void automatic::give_rows() {
     const auto buffers = row_buffers();
-    for (size_t b = 0; b < rows.size(); ++b) {
-        memcpy(buffers[b].first, rows[b].data(), rows[b].size() * sizeof(float));
+    for (size_t b = 0; b < every.size(); ++b) {
+        memcpy(buffers[b].first, every[b].data(), every[b].size() * sizeof(float));
     }
-    rows.clear();
+    every.clear();
 }
 
 } // namespace intactkv

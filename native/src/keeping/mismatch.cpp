@@ -1,4 +1,4 @@
-#include "automatic/mismatch.h"
+#include "keeping/mismatch.h"
 
 #include "automatic/prefixes.h"
 #include "keeping/beginnings.h"
