@@ -25,7 +25,8 @@ from tests.support.cache_rows import random_tokens
 from tests.support.log_probs import divergence, llama_log_probs
 from tests.torch_model.test_experts import quantized
 
-NAMES = tuple(random_latents.MODELS)
+NAMES = ("deepseek2-lite", "deepseek2", "deepseek3", "deepseek3-yarn", "glm4-moe-lite")
+OTHERS = ("youtu", "mistral-small4")
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +173,14 @@ def test_what_torch_cannot_read(latents, tmp_path, changes, why):
         gguf_file.copy(latents["deepseek3-yarn"][1], file, changes)
     with pytest.raises(IntactKVError, match=why):
         check_header(tmp_path / "other.gguf")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures(tmp_path, name):
+    directory = random_latents.build(name, tmp_path / name)
+    random_models.to_gguf([directory])
+    with pytest.raises(IntactKVError, match="which torch cannot read from a GGUF"):
+        check_header(tmp_path / f"{name}.gguf")
 
 
 def test_latents_that_no_cache_holds():
