@@ -142,6 +142,26 @@ def test_in_pieces_and_beside_another_sequence(weights: Any, files: dict[str, Pa
     assert distance(np.concatenate(found[1]), beside) < 5e-3
 
 
+@pytest.mark.parametrize("kind", ["glm4moe", "deepseek2"])
+def test_another_text_behind_the_beginning_of_a_trained_prefix(
+    weights: Any, files: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    """Trained rows are all or none: what the sequence has of them is computed anew, and then what is asked for."""
+    whole, trained, half = ikv.read(files[kind]), tmp_path / "trained.ikv", N // 2
+    rest = {name: value for name, value in whole.manifest.items() if name not in ("format", "tokens", "model")}
+    rows = [{x.il: getattr(x, side) for x in whole.layers} for side in "KV"]
+    manifest = {**rest, "calibrated": {"by": "tests"}}
+    trained.write_bytes(ikv.build(whole.manifest["model"], TOKENS[:N], *rows, manifest))
+    read = Read(None)
+    plain, ctx = (read.ask(context(weights[kind], "q8_0", *more)) for more in ((), (trained,)))
+    for c in (plain, ctx):
+        assert c.batch([(token, i, [0], False) for i, token in enumerate(TOKENS[:half])]) == 0
+    assert ctx.n_intact(0) == half
+    got, want = (c.decode(OTHER, half) for c in (ctx, plain))
+    assert ctx.n_intact(0) == 0 and distance(got, want) < 1e-3
+    assert distance(read.rows(ctx, len(OTHER)), read.rows(plain, len(OTHER))) < 1e-3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_heads_own_context_holds_none(weights: Any, files: dict[str, Path], kind: str) -> None:
     """The environment's prefix belongs to the model's layers, not to the head's."""

@@ -355,13 +355,16 @@ def test_arguments_of_calls_are_objects_where_the_template_takes_them() -> None:
 
 
 def test_a_list_of_the_templates_own_is_appended_to_and_popped_from() -> None:
-    """As the server does it; the loop over such a list that makes it longer has an end."""
+    """As the server does it; a loop over such a list that changes it goes on over what it was."""
     text = "{% set own = namespace(l=[]) %}{% for x in 'ab' %}{% set _ = own.l.append(x) %}{% endfor %}"
     assert rendered(text + "{{ own.l.pop(0) }},{{ own.l.append('c') | join('-') }},{{ own.l.pop() }}") == "a,b-c,c"
     copied = "{% set l = messages[1:] %}{% set _ = l.append(7) %}{{ l | length }},{{ messages | length }}"
     assert rendered(copied) == "1,1"  # of a template that shows no system message the user's has its text
+    loop = "{% for i in l %}{{ i }}{% set _ = l.CHANGE %}{% endfor %}={{ l }}"
+    assert rendered("{% set l = [1, 2, 3, 4] %}" + loop.replace("CHANGE", "pop(0)")) == "1234="
+    assert rendered("{% set l = [1, 2] %}" + loop.replace("CHANGE", "append(i)")) == "12=1212"
     with pytest.raises(OverflowError, match="has more than 10000 elements"):
-        rendered("{% set l = [1] %}{% for i in l %}{% set _ = l.append(i) %}{% endfor %}")
+        rendered("{% set l = [1, 2] %}" + 14 * "{% for i in l %}{% set _ = l.append(i) %}{% endfor %}")
     with pytest.raises(IndexError):
         rendered("{{ [].pop() }}")
     for cyclic in ("{{ l }}", "{{ l | tojson }}"):

@@ -1,7 +1,8 @@
 """Jinja as llama.cpp's server runs it, where that differs from the Python package.
 
 Its own engine is more lenient: what is undefined has attributes, can be called, added to a text; a list can be appended
-to and popped from. It prints lists as their elements, objects as nothing, and JSON with numbers of six digits.
+to and popped from, and a loop goes over what it was when the loop began. It prints lists as their elements, objects as
+nothing, and JSON with numbers of six digits.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from functools import lru_cache
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from intactkv_export import library
 
 _ESCAPES = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-_LONGEST = 10_000  # elements of a list that is appended to: a loop over the list itself would have no end
 _ESCAPES = {**{chr(i): f"\\u{i:04x}" for i in range(32)}, **_ESCAPES}
+_LONGEST = 10_000  # elements of a list that is appended to: loops over itself would double it again and again
 
 
 @lru_cache(maxsize=4)  # one command renders one template, for several prefixes
@@ -38,7 +40,10 @@ def compile_template(template: str) -> jinja2.Template:
         extensions=[Jinja2ChatFormatter.IgnoreGenerationTags, loopcontrols],
     )
     environment.filters |= {"tojson": to_json, "safe": lambda value: value, "string": _string}
-    return environment.from_string(template)
+    parsed = environment.parse(template)
+    for loop in list(parsed.find_all(nodes.For)):
+        loop.iter = nodes.Filter(loop.iter, "list", [], [], None, None, lineno=loop.lineno)
+    return environment.from_string(parsed)
 
 
 def to_json(
@@ -88,10 +93,8 @@ class _Environment(ImmutableSandboxedEnvironment):
     calls that results answer."""
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        if type(obj) is not list or attribute not in (
-            "append",
-            "pop",
-        ):  # not one that was given, which is of a kind of its own
+        # not a list that was given, which is of a kind of its own
+        if type(obj) is not list or attribute not in ("append", "pop"):
             return super().getattr(obj, attribute)
 
         def append(item: Any) -> list[Any]:

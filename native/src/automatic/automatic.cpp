@@ -93,15 +93,15 @@ bool automatic::decode(const llama_batch_ext & batch, int & status) {
     if (plain && !wait) {
         return false;
     }
-    if (!plain && (kept || unlike.wanted())) {
-        look_at_prompts(batch);
-    }
     inside = true;
     outputs.clear();
     every.clear();
     std::vector<start> starts;
     status = 0;
     try {
+        if (!plain && (kept || unlike.wanted())) {
+            look_at_prompts(batch);
+        }
         if (held.any_restored() || wait) {
             settle();
             held.know_restored();

@@ -65,8 +65,8 @@ static std::vector<go> goes_of(const llama_batch_ext & batch, const start & s, b
         while (pos < n && !output(pos) && !every_row) {
             ++pos;
         }
-        if (pos == n) {
-            return { { n, n_all } };
+        if (pos >= n) { // beyond it where they are not as it began: what they have is computed anew
+            return { { pos, n_all } };
         }
         if (at_once) {
             return whole_only ? res : std::vector<go>{ { s.n_there, n_all } };

@@ -11,6 +11,8 @@
 
 namespace intactkv {
 
+static constexpr size_t MOST = 1 << 20; // tokens of a sequence that are remembered: one without cells has no end
+
 prompts::prompts(const llama_context & ctx) :
     ctx(ctx),
     open(ctx.n_seq_max()),
@@ -47,11 +49,11 @@ void prompts::remember(remembered & of, llama_pos pos, llama_token id) {
         of.all.resize(at);
     }
     of.back = false;
-    of.known = of.known && at == of.all.size() && id >= 0;
+    of.known = of.known && at == of.all.size() && at < MOST && id >= 0;
     if (of.known) {
         of.all.push_back(id);
     } else {
-        of.all.clear();
+        of.all = tokens();
     }
 }
 
