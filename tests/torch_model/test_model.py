@@ -32,6 +32,8 @@ from intactkv_export.models import gguf_file
 from intactkv_export.prefix import ikv
 from intactkv_export.runtime.intact_llama import KV_TYPES
 from intactkv_export.torch_model import caches, rounding
+from intactkv_export.torch_model.from_gguf.header import Header
+from intactkv_export.torch_model.from_gguf.rope import rope
 from tests.support.attention_cases import FITTED, rows_to_round, stored
 from tests.support.cache_rows import Llama, random_tokens, state_of
 from tests.support.log_probs import divergence, llama_log_probs
@@ -186,6 +188,10 @@ def test_a_gguf_is_the_model_it_was_converted_from(models, name):
         ("phi3", {"phi3.rope.scaling.attn_factor": 2}, "not both of rope_factors_long.weight and"),
         ("mixtral", {"llama.expert_weights_scale": 2}, "multiplies what its experts give by 2"),
         ("llama-gqa", {"llama.rope.scaling.type": "ntk"}, "RoPE scaling 'ntk'"),
+        ("granite", {"granite.rope.scaling.finetuned": 0}, "rope.scaling.finetuned 0"),
+        ("gemma2", {"gemma2.rope.freq_base_swa": 1000000}, "rope.freq_base_swa 1000000"),
+        ("gemma3", {"gemma3.rope.dimension_count": 16}, "rope.dimension_count 16 in heads of"),
+        ("qwen3-moe", {"qwen3moe.expert_group_count": 2}, "expert_group_count 2"),
     ],
 )
 def test_ggufs_that_torch_cannot_read(models, tmp_path, name, changes, message):
@@ -193,7 +199,38 @@ def test_ggufs_that_torch_cannot_read(models, tmp_path, name, changes, message):
         gguf_file.copy(models[name].with_suffix(".gguf"), file, changes)
     with pytest.raises(IntactKVError, match=message) as e:
         torch_model.load(tmp_path / "other.gguf")
-    assert "from a GGUF" in str(e.value) and "\n" not in str(e.value)
+    assert "a GGUF" in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama-linear", {"llama.rope.scaling.type": None}),
+        ("gemma2", {"gemma2.attention.sliding_window_pattern": 3}),
+        ("gemma3", {"gemma3.attention.sliding_window_pattern": 2}),
+        ("gemma3", {"gemma3.attention.sliding_window_pattern": 0}),
+        ("gemma3", {"gemma3.attention.sliding_window": None}),
+    ],
+)
+def test_what_llama_cpp_reads_of_a_header(models, tmp_path, name, changes):
+    """Windows in other layers, or in none; a RoPE scaling whose kind is not said."""
+    tokens, plain = random_tokens(96), models[name].with_suffix(".gguf")
+    with open(tmp_path / "other.gguf", "wb") as file:
+        gguf_file.copy(plain, file, changes)
+    want = llama_log_probs(tmp_path / "other.gguf", None, "f32", tokens[:1], [tokens[1:]])
+    same, other = (
+        torch.log_softmax(torch_model.load(path, attention="eager").forward([tokens])[:, 1:], -1)
+        for path in (tmp_path / "other.gguf", plain)
+    )
+    assert (same - want).abs().max() < 2e-2
+    assert (other - want).abs().max() > 0.1 or name == "llama-linear"
+
+
+def test_the_first_files_name_of_a_scaling(models, tmp_path):
+    with open(tmp_path / "other.gguf", "wb") as file:
+        gguf_file.copy(models["llama-gqa"].with_suffix(".gguf"), file, {"llama.rope.scale_linear": 4})
+    found = rope(Header(tmp_path / "other.gguf"))
+    assert found["rope_type"] == "linear" and found["factor"] == 4
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "granite", "gemma2", "gemma3", "phi3", "qwen3", "qwen2-moe"])

@@ -105,7 +105,11 @@ def test_q_k_v_and_gate_in_one_matrix(hybrids, tmp_path):
     ("name", "changes", "message"),
     [
         ("granite-h", {"granitehybrid.rope.scaling.finetuned": True}, "'granitehybrid' has RoPE, with which"),
-        ("nemotron-h-moe", {"nemotron_h_moe.expert_group_count": 2}, "has experts in groups, with which"),
+        ("granite-h", {"granitehybrid.rope.scaling.finetuned": None}, "'granitehybrid' has RoPE, with which"),
+        ("nemotron-h-moe", {"nemotron_h_moe.expert_group_count": 2}, "has expert_group_count 2, with which"),
+        ("falcon-h1", {"falcon-h1.rope.dimension_count": 16}, "has rope.dimension_count 16 in heads of"),
+        ("lfm2", {"lfm2.attention.sliding_window": 8}, "has attention.sliding_window 8, with which"),
+        ("lfm2-moe", {"lfm2moe.expert_gating_func": 1}, "has expert_gating_func 1, with which"),
     ],
 )
 def test_what_torch_cannot_read(hybrids, tmp_path, name, changes, message):

@@ -24,19 +24,20 @@ def family_of(header: Header) -> Family:
     if family is None:
         raise IntactKVError(
             f"{header.path} is of architecture {header.arch!r}{' with experts' if with_experts else ''}, which torch "
-            f"cannot read from a GGUF, only {', '.join(_FAMILIES)}, and with experts {', '.join(_WITH_EXPERTS)}: "
-            f"{INSTEAD}"
+            f"cannot read from a GGUF: {INSTEAD}"
         )
     if not isinstance(family, Family):
         family = family(header)
     check_longrope(header)
-    keys = [key for key in ("attention.sliding_window", "rope.scaling.factor") if header.get(key, 0)]
+    keys = [
+        key for key in ("attention.sliding_window", "rope.scaling.factor", "rope.scale_linear") if header.get(key, 0)
+    ]
     if family.only_plain and (found := keys + [name for name in _NOT_PLAIN if name in header.tensors]):
         raise IntactKVError(
             f"{header.path} of architecture {header.arch!r} has {found[0]}, with which torch cannot read a GGUF of it: "
             f"{INSTEAD}"
         )
-    if what := family.unproven(header):
+    if what := family.unproven(header) or _unproven(header, family):
         raise IntactKVError(
             f"{header.path} of architecture {header.arch!r} has {what}, with which torch cannot read a GGUF of it: "
             f"{INSTEAD}"
@@ -47,6 +48,15 @@ def family_of(header: Header) -> Family:
             f"{header.path} multiplies what its experts give by {scale}, which torch cannot read from a GGUF: {INSTEAD}"
         )
     return family
+
+
+def _unproven(header: Header, family: Family) -> str:
+    """What llama.cpp reads for every architecture, and own() of few."""
+    n_rot = header.get("rope.dimension_count", header.head_dim)
+    if n_rot != header.head_dim and not family.partly:
+        return f"rope.dimension_count {n_rot} in heads of {header.head_dim}"
+    groups = header.get("expert_group_count", 0)
+    return f"expert_group_count {groups}" if groups > 1 and not family.grouped else ""
 
 
 def configuration(header: Header, family: Family) -> dict[str, Any]:

@@ -42,13 +42,16 @@ def _without_window(header: Header) -> dict[str, Any]:
     return {"sliding_window": None, "layer_types": ["full_attention"] * header.n_layer}
 
 
-def windows(header: Header, every: int) -> dict[str, Any]:
-    """The layers with a sliding window: those that the header lists, else all but each `every`th, as load_swa_pattern()
-    has it."""
-    n = header.n_layer
-    listed = header.array("attention.sliding_window_pattern")[:n] or [il % every < every - 1 for il in range(n)]
+def windows(header: Header, every: int, size: int | None = None) -> dict[str, Any]:
+    """The layers with a sliding window: those that the header lists, else all but each `every`th, or the number that it
+    has in place of a list, as load_swa_pattern() has it; 0: all."""
+    n, key = header.n_layer, "attention.sliding_window_pattern"
+    listed = header.array(key)[:n]
+    if not listed:
+        every = header.get(key, every)
+        listed = [not every or il % every < every - 1 for il in range(n)]
     return {
-        "sliding_window": header.get("attention.sliding_window"),
+        "sliding_window": header.get("attention.sliding_window", size),
         "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in listed],
     }
 
@@ -80,10 +83,14 @@ def _ministral3(header: Header) -> dict[str, Any]:
     return {"sliding_window": None, "rope_parameters": rope(header) | yarn}
 
 
+def _without_yarn(header: Header) -> str:
+    return "" if rope(header)["rope_type"] == "yarn" else "attention.temperature_scale without YaRN"
+
+
 def _mistral3(header: Header) -> Family:
     """Mistral Small 3 has no such temperature, and is a Mistral."""
     if header.get("attention.temperature_scale", 0.0):
-        return Family("ministral3", _ministral3)
+        return Family("ministral3", _ministral3, unproven=_without_yarn)
     return Family("mistral", lambda header: {"sliding_window": None}, only_plain=True)
 
 
@@ -110,18 +117,17 @@ def _gemma2(header: Header) -> dict[str, Any]:
     return {
         "attn_logit_softcapping": header.get("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": header.get("final_logit_softcapping", 30.0),
-        "sliding_window": header.get("attention.sliding_window", 4096),
         "query_pre_attn_scalar": _query_scalar(header, 46),  # Gemma 2 27B
-    }
+    } | windows(header, 2, 4096)
 
 
 def _gemma3(header: Header) -> dict[str, Any]:
-    kinds = ["full_attention" if il % 6 == 5 else "sliding_attention" for il in range(header.n_layer)]
-    return {
+    windowed = header.get("attention.sliding_window", 0)
+    # the class asks for a size even if no layer has a window
+    plain = _without_window(header) | {"sliding_window": header.get("context_length")}
+    return (windows(header, 6) if windowed else plain) | {
         "final_logit_softcapping": header.get("final_logit_softcapping", 0.0) or None,
-        "sliding_window": header.get("attention.sliding_window", 0) or None,
         "query_pre_attn_scalar": _query_scalar(header, 62),  # Gemma 3 27B
-        "layer_types": kinds,
         "rope_parameters": {
             "full_attention": rope(header),
             "sliding_attention": {"rope_type": "default", "rope_theta": header.get("rope.freq_base_swa", 1e4)},
@@ -131,22 +137,24 @@ def _gemma3(header: Header) -> dict[str, Any]:
 
 FAMILIES: dict[str, Family | Callable[[Header], Family]] = {
     "llama": Family("llama"),
-    "granite": Family("granite", granite),
+    "granite": Family("granite", granite, unproven=other_than(rope__scaling__finetuned=True)),  # False: no RoPE
     "smollm3": Family("smollm3"),
     "qwen2": Family("qwen2", _qwen2),
     "qwen3": Family("qwen3"),
     "gemma": Family("gemma", one_more=True),
-    "gemma2": Family("gemma2", _gemma2, one_more=True),
+    "gemma2": Family("gemma2", _gemma2, unproven=another_base, one_more=True),
     "gemma3": Family("gemma3_text", _gemma3, one_more=True),
-    "phi3": Family("phi3", _phi3),
+    "phi3": Family("phi3", _phi3, partly=True),
     "olmo": Family("olmo", unproven=other_than(attention__clamp_kqv=0.0), only_plain=True),
     "olmo2": _olmo2,
     "command-r": Family("cohere", _cohere, only_plain=True),
     "cohere2": Family("cohere2", lambda header: _cohere(header) | windows(header, 4), unproven=another_base),
-    "chatglm": Family("glm", partly_rotary, only_plain=True),
-    "glm4": Family("glm4", partly_rotary, unproven=other_than(rope__dimension_sections=0), only_plain=True),
+    "chatglm": Family("glm", partly_rotary, partly=True, only_plain=True),
+    "glm4": Family(
+        "glm4", partly_rotary, unproven=other_than(rope__dimension_sections=0), partly=True, only_plain=True
+    ),
     "ernie4_5": Family("ernie4_5", only_plain=True),
-    "hunyuan-dense": Family("hunyuan_v1_dense"),
+    "hunyuan-dense": Family("hunyuan_v1_dense", unproven=other_than(rope__scaling__alpha=0.0)),
     "mistral3": _mistral3,
     "arcee": Family("arcee", only_plain=True),
     "seed_oss": Family("seed_oss", only_plain=True),
@@ -155,11 +163,15 @@ FAMILIES: dict[str, Family | Callable[[Header], Family]] = {
         "starcoder2", lambda header: _without_window(header) | _layer_norm("norm_epsilon", header), only_plain=True
     ),
     "stablelm": Family(
-        "stablelm", lambda header: _stablelm(header) | _layer_norm("layer_norm_eps", header), only_plain=True
+        "stablelm",
+        lambda header: _stablelm(header) | _layer_norm("layer_norm_eps", header),
+        partly=True,
+        only_plain=True,
     ),
     "nemotron": Family(
         "nemotron",
         lambda header: _stablelm(header) | _layer_norm("norm_eps", header),
+        partly=True,
         only_plain=True,
         one_more=True,
     ),

@@ -59,7 +59,8 @@ class Family:
     llama.cpp's src/models/ARCH.cpp reads them. in_order: undoes what upstream's converter does to a tensor, given by
     transformers' name. parts: names that gguf-py knows of the tensors whose rows, one below the other, are such a one.
     joined: how they make it, if another way. unproven: what this model has that is not proven, in words; "" for
-    nothing. scaled: own() knows what the outputs of experts are multiplied by. only_plain: it is proven as its
+    nothing. scaled: own() knows what the outputs of experts are multiplied by. partly: it knows how many values of a
+    head RoPE turns, or that there is none. grouped: it knows groups of experts. only_plain: it is proven as its
     checkpoints mostly are: RoPE that is not scaled, no sliding window, no matrices that are not there. one_more: the
     converter adds 1 to the weights of norms. interleaved: of experts, rows of gate and up alternate, and their matrices
     are transposed."""
@@ -70,6 +71,8 @@ class Family:
     parts: Callable[[Header, str], list[str]] = _one
     unproven: Callable[[Header], str] = _all_proven
     scaled: bool = False
+    partly: bool = False
+    grouped: bool = False
     only_plain: bool = False
     one_more: bool = False
     interleaved: bool = False

@@ -19,7 +19,7 @@ from intactkv_export.models import gguf_file
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"  # LongRoPE's, float32 [n_rot/2]
 INSTEAD = (
     "calibrate, analyze and --prefix-tokens auto, which run the quantized GGUF in torch, cannot be used with it; a "
-    "prefix without training can be made (--engine torch: of a Hugging Face directory)"
+    "prefix without training can be made"
 )
 
 
@@ -53,8 +53,9 @@ class Header:
         return value
 
     def array(self, key: str) -> list[Any]:
-        """An array of the header, below the architecture's name; [] if it has none of this name."""
-        return list(self._arrays.get(f"{self.arch}.{key}") or [])
+        """An array of the header, below the architecture's name; [] if it has none of this name, or one number."""
+        value = self._arrays.get(f"{self.arch}.{key}")
+        return [] if value is None or np.isscalar(value) else list(value)
 
     @cached_property
     def _arrays(self) -> Mapping[str, Any]:

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from intactkv_export.torch_model.from_gguf.family import Family
 from intactkv_export.torch_model.from_gguf.header import Header
-from intactkv_export.torch_model.from_gguf.mixtures import routed
+from intactkv_export.torch_model.from_gguf.mixtures import SIGMOID, routed
 from intactkv_export.torch_model.from_gguf.rope import rope
 
 _ABSORBED = "absorbed_latents"  # the name of attend() among transformers' implementations
 BOTH = ".kv_b_proj"  # the module whose matrix makes K and V
-_SOFTMAX, _SIGMOID = 1, 2  # expert_gating_func
+_SOFTMAX = 1  # expert_gating_func
 _GLM_FLASH = ((47, 48), 154880)  # layers and vocabulary by which llama.cpp knows it in files without that key
 
 
@@ -49,12 +49,16 @@ def _gating(header: Header) -> int:
         return int(known)
     layers, vocabulary = _GLM_FLASH
     flash = header.n_layer in layers and header.tensors["token_embd.weight"][1].shape[1] == vocabulary
-    return _SIGMOID if flash else _SOFTMAX
+    return SIGMOID if flash else _SOFTMAX
 
 
 def _unproven(header: Header) -> str:
     if header.get("attention.temperature_scale", 0.0):
         return "attention.temperature_scale"
+    if (gating := _gating(header)) not in (_SOFTMAX, SIGMOID):
+        return f"expert_gating_func {gating}"
+    if rope(header)["rope_type"] == "linear":
+        return "linear RoPE scaling"
     if header.get("rope.scaling.type", "none") == "yarn" and not header.get("rope.scaling.yarn_log_multiplier", 0.0):
         return "YaRN without rope.scaling.yarn_log_multiplier"
     if "blk.0.attn_kv_b.weight" in header.tensors:
@@ -86,9 +90,11 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 def _deepseek2(header: Header) -> Family:
     """How experts are chosen tells V2 from those after it."""
     model_type, unproven = ("deepseek_v3", _unproven)
-    if _gating(header) != _SIGMOID:
+    if _gating(header) != SIGMOID:
         model_type, unproven = ("deepseek_v2", _unproven_softmax)
-    return Family(model_type, _own, parts=_parts, joined=_joined, unproven=unproven, scaled=True)
+    return Family(
+        model_type, _own, parts=_parts, joined=_joined, unproven=unproven, scaled=True, partly=True, grouped=True
+    )
 
 
 def set_up(net: Any, header: Header, roundings: Callable[[str], list[Callable[[Tensor], Tensor]]]) -> None:

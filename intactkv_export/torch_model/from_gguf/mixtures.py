@@ -10,7 +10,7 @@ from intactkv_export.torch_model.from_gguf.dense import granite, partly_rotary, 
 from intactkv_export.torch_model.from_gguf.family import Family, another_base, other_than, renamed
 from intactkv_export.torch_model.from_gguf.header import Header
 
-_SIGMOID = 2  # expert_gating_func
+SIGMOID = 2  # expert_gating_func
 
 
 def _experts(model_type: str, n_experts: str = "num_experts") -> dict[str, Any]:
@@ -94,10 +94,14 @@ FAMILIES: dict[str, Family | Callable[[Header], Family]] = {
     "qwen3moe": Family(**_experts("qwen3_moe")),
     "olmoe": Family(**_experts("olmoe")),
     "glm4moe": Family(
-        "glm4_moe", _glm4_moe, unproven=other_than(expert_gating_func=_SIGMOID, rope__dimension_sections=0), scaled=True
+        "glm4_moe",
+        _glm4_moe,
+        unproven=other_than(expert_gating_func=SIGMOID, rope__dimension_sections=0),
+        scaled=True,
+        partly=True,
     ),
     "ernie4_5-moe": Family("ernie4_5_moe", _ernie_moe, parts=renamed("mlp.gate.moe_statics", "mlp.moe_statics")),
-    "minimax-m2": Family("minimax_m2", _minimax_m2, unproven=other_than(expert_gating_func=_SIGMOID)),
+    "minimax-m2": Family("minimax_m2", _minimax_m2, unproven=other_than(expert_gating_func=SIGMOID), partly=True),
     "hunyuan-moe": Family("hunyuan_v1_moe", _hunyuan_moe),
     "gpt-oss": Family(
         "gpt_oss",
@@ -106,5 +110,9 @@ FAMILIES: dict[str, Family | Callable[[Header], Family]] = {
         unproven=another_base,
         interleaved=True,
     ),
-    "granitemoe": Family(**_experts("granitemoe", "num_local_experts"), only_plain=True),
+    "granitemoe": Family(
+        **_experts("granitemoe", "num_local_experts"),
+        unproven=other_than(rope__scaling__finetuned=True),
+        only_plain=True,
+    ),
 }

@@ -23,14 +23,15 @@ def rope(header: Header) -> dict[str, Any]:
             "original_max_position_embeddings": long.n_ctx_orig,
             "attention_factor": header.get("rope.scaling.attn_factor", 1.0),
         }
-    kind = header.get("rope.scaling.type", "none")
-    if kind == "none":
+    factor = header.get("rope.scaling.factor", header.get("rope.scale_linear", 0.0))  # the latter in the first files
+    kind = header.get("rope.scaling.type", "linear")  # what llama.cpp takes
+    if kind == "none" or (kind == "linear" and not factor):
         return base | {"rope_type": "default"}
     if kind not in ("linear", "yarn"):
         raise IntactKVError(
             f"{header.path} has RoPE scaling {kind!r}, and torch reads only linear and yarn from a GGUF: {INSTEAD}"
         )
-    base |= {"rope_type": kind, "factor": header.get("rope.scaling.factor")}
+    base |= {"rope_type": kind, "factor": factor or header.get("rope.scaling.factor")}
     if kind == "yarn":
         base["original_max_position_embeddings"] = header.get("rope.scaling.original_context_length")
     return base

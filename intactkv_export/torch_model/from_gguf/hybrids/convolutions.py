@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from intactkv_export.torch_model.from_gguf.family import Family
+from intactkv_export.torch_model.from_gguf.family import Family, other_than
 from intactkv_export.torch_model.from_gguf.header import Header
 from intactkv_export.torch_model.from_gguf.hybrids.kinds import kinds
+from intactkv_export.torch_model.from_gguf.mixtures import SIGMOID
 
 
 def _lfm2(header: Header) -> dict[str, Any]:
@@ -45,5 +46,13 @@ def _order_of_lfm2(header: Header, name: str, weight: np.ndarray) -> np.ndarray:
     return weight[:, None] if name.endswith(".conv.conv.weight") else weight
 
 
-FAMILIES = {"lfm2": Family("lfm2", _lfm2, _order_of_lfm2)}
-WITH_EXPERTS = {"lfm2moe": Family("lfm2_moe", _lfm2_moe, _order_of_lfm2, _parts_of_lfm2)}
+FAMILIES = {"lfm2": Family("lfm2", _lfm2, _order_of_lfm2, unproven=other_than(attention__sliding_window=0))}
+WITH_EXPERTS = {
+    "lfm2moe": Family(
+        "lfm2_moe",
+        _lfm2_moe,
+        _order_of_lfm2,
+        _parts_of_lfm2,
+        other_than(attention__sliding_window=0, expert_gating_func=SIGMOID),
+    )
+}

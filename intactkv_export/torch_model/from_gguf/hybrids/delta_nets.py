@@ -98,8 +98,8 @@ def _order_of_qwen35(header: Header, name: str, weight: np.ndarray) -> np.ndarra
     return weight if part == "norm" else by_k(_of_delta(part, weight), 1)
 
 
-FAMILIES = {"qwen35": Family("qwen3_5_text", _delta, _order_of_qwen35, one_more=True)}
+FAMILIES = {"qwen35": Family("qwen3_5_text", _delta, _order_of_qwen35, partly=True, one_more=True)}
 WITH_EXPERTS = {
-    "qwen3next": Family("qwen3_next", _delta_moe, _order_of_qwen3next, _parts_of_qwen3next, one_more=True),
-    "qwen35moe": Family("qwen3_5_moe_text", _delta_moe, _order_of_qwen35, one_more=True),
+    "qwen3next": Family("qwen3_next", _delta_moe, _order_of_qwen3next, _parts_of_qwen3next, partly=True, one_more=True),
+    "qwen35moe": Family("qwen3_5_moe_text", _delta_moe, _order_of_qwen35, partly=True, one_more=True),
 }

@@ -97,7 +97,7 @@ def _nemotron_h_moe(header: Header) -> dict[str, Any]:
         "moe_intermediate_size": header.get("expert_feed_forward_length"),
         "moe_shared_expert_intermediate_size": header.get("expert_shared_feed_forward_length"),
         "moe_latent_size": header.get("moe_latent_size", 0) or None,
-        "norm_topk_prob": bool(header.get("expert_weights_norm", True)),
+        "norm_topk_prob": bool(header.get("expert_weights_norm", False)),
         "routed_scaling_factor": header.get("expert_weights_scale", 1.0),
     }
 
@@ -121,19 +121,19 @@ def _order(header: Header, name: str, weight: np.ndarray) -> np.ndarray:
 def _unproven(header: Header) -> str:
     if any(name.endswith(".bias") and not name.endswith(_BIASES) for name in header.tensors):
         return "biases"
-    if header.get("rope.scaling.finetuned", False):
+    if header.get("rope.scaling.finetuned", header.arch == "granitehybrid"):
         return "RoPE"  # Bamba: such layers in the same GGUF architecture as Granite's, which have none
-    if header.get("expert_group_count", 1) > 1:
-        return "experts in groups"
     return "a norm inside Mamba" if header.arch == "falcon-h1" and "blk.0.ssm_norm.weight" in header.tensors else ""
 
 
 FAMILIES = {
-    "granitehybrid": Family("granitemoehybrid", _granite_h, _order, _parts_of_granite, _unproven),
+    "granitehybrid": Family("granitemoehybrid", _granite_h, _order, _parts_of_granite, _unproven, partly=True),
     "falcon-h1": Family("falcon_h1", _falcon_h1, _order, unproven=_unproven),
-    "nemotron_h": Family("nemotron_h", _nemotron_h, _order, _parts_of_nemotron, _unproven),
+    "nemotron_h": Family("nemotron_h", _nemotron_h, _order, _parts_of_nemotron, _unproven, partly=True),
 }
 WITH_EXPERTS = {
     "granitehybrid": FAMILIES["granitehybrid"],
-    "nemotron_h_moe": Family("nemotron_h", _nemotron_h_moe, _order, _parts_of_nemotron, _unproven, scaled=True),
+    "nemotron_h_moe": Family(
+        "nemotron_h", _nemotron_h_moe, _order, _parts_of_nemotron, _unproven, scaled=True, partly=True
+    ),
 }
