@@ -13,7 +13,7 @@ from intactkv_export.calibration import calibrate
 from intactkv_export.conversion import convert, prefix
 from intactkv_export.errors import IntactKVError, UsageError
 from intactkv_export.prefix import ikv
-from tests.support import random_models
+from tests.support import random_families, random_models
 from tests.support.smol import Smol
 
 pytestmark = pytest.mark.skipif(not library.is_patched(), reason="the libraries cannot describe a model")
@@ -24,8 +24,8 @@ LONG = "You are a very helpful assistant, and this is a prompt of more than sixt
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("torch")
     root = tmp_path_factory.mktemp("tiny")
-    for name in ("ministral3", "mistral-window"):
-        random_models.build(name, root / name)
+    random_models.build("mistral-window", root / "mistral-window")
+    random_families.build("apertus", root / "apertus")
     return root
 
 
@@ -61,10 +61,10 @@ def test_a_device_of_other_commands(smol: Smol, tmp_path: Path) -> None:
 
 
 def test_a_model_that_cannot_be_trained_with(tiny: Path, tmp_path: Path) -> None:
-    path = tiny / "ministral3"
+    path = tiny / "apertus"
     for settings in ({"calibrate": True}, {"prefix_tokens": "auto"}):
         seen, error = stages(reference=path, out=tmp_path / "x", **settings)
-        assert error is not None and "architecture 'mistral3'" in str(error) and str(path) in str(error)
+        assert error is not None and "architecture 'apertus'" in str(error) and str(path) in str(error)
         assert seen == ["read vocabulary"] and list(tmp_path.iterdir()) == []
 
 
