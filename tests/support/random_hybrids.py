@@ -38,6 +38,19 @@ _DELTA = dict(
 _EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, shared_expert_intermediate_size=192)
 _MROPE = {**_ROPE, "mrope_section": [3, 3, 2], "mrope_interleaved": True, "partial_rotary_factor": 0.25}
 
+_NEMOTRON_H: dict[str, Any] = dict(
+    head_dim=64, ssm_state_size=32, mamba_num_heads=8, mamba_head_dim=64, n_groups=2, chunk_size=32
+)
+_NEMOTRON_H_MOE: dict[str, Any] = dict(
+    _NEMOTRON_H,
+    layers_block_type=["linear_attention", "moe", "full_attention", "linear_attention", "moe"],
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=128,
+    moe_shared_expert_intermediate_size=192,
+)
+_SAID_OF_MOE = {"hybrid_override_pattern": "ME*ME", "num_hidden_layers": 5, "layers_block_type": None}
+
 # name: (HF model_type, what differs from _BASE, what config.json says otherwise: real checkpoints keep older names)
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "lfm2": (
@@ -115,12 +128,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "nemotron_h",
         dict(
             layers_block_type=["linear_attention", "mlp", "full_attention", "linear_attention", "mlp"],
-            head_dim=64,
-            ssm_state_size=32,
-            mamba_num_heads=8,
-            mamba_head_dim=64,
-            n_groups=2,
-            chunk_size=32,
+            **_NEMOTRON_H,
         ),
         {
             "hybrid_override_pattern": "M-*M-",
@@ -131,39 +139,13 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "nemotron-h-moe": (
         "nemotron_h",
-        dict(
-            layers_block_type=["linear_attention", "moe", "full_attention", "linear_attention", "moe"],
-            head_dim=64,
-            ssm_state_size=32,
-            mamba_num_heads=8,
-            mamba_head_dim=64,
-            n_groups=2,
-            chunk_size=32,
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=128,
-            moe_shared_expert_intermediate_size=192,
-            routed_scaling_factor=2.5,
-        ),
-        {"hybrid_override_pattern": "ME*ME", "num_hidden_layers": 5, "layers_block_type": None},
+        dict(_NEMOTRON_H_MOE, routed_scaling_factor=2.5),
+        _SAID_OF_MOE,
     ),
     "nemotron-h-latent": (
         "nemotron_h",
-        dict(
-            layers_block_type=["linear_attention", "moe", "full_attention", "linear_attention", "moe"],
-            head_dim=64,
-            ssm_state_size=32,
-            mamba_num_heads=8,
-            mamba_head_dim=64,
-            n_groups=2,
-            chunk_size=32,
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=128,
-            moe_shared_expert_intermediate_size=192,
-            moe_latent_size=128,
-        ),
-        {"hybrid_override_pattern": "ME*ME", "num_hidden_layers": 5, "layers_block_type": None},
+        dict(_NEMOTRON_H_MOE, moe_latent_size=128),
+        _SAID_OF_MOE,
     ),
     "qwen3-next": (
         "qwen3_next",
