@@ -7,10 +7,10 @@
 
 #pragma once
 
-#include "keeping/mismatch.h"
 #include "automatic/plan.h"
 #include "automatic/prefixes.h"
 #include "keeping/keeper.h"
+#include "keeping/mismatch.h"
 #include "keeping/prompts.h"
 
 #include <cstdint>
