@@ -362,7 +362,7 @@ def supports(config: Any) -> bool:
     each = _ropes(text)
     return (
         rope_types(config) <= _ROPE_SCALING.get(model_type, {"default"})
-        and _same_experts(model_type, text)
+        and _same_layers(model_type, text)
         and all(text.get(key, least) in same for key, (least, same) in _SETTINGS.get(model_type, {}).items())
         and not full.get("quantization_config")
         and all(
@@ -390,7 +390,7 @@ def rope_types(config: Any) -> set[str]:
     return {r.get("rope_type", r.get("type", "default")) for r in _ropes(full.get("text_config") or full)}
 
 
-def _same_experts(model_type: str, text: Mapping[str, Any]) -> bool:
+def _same_layers(model_type: str, text: Mapping[str, Any]) -> bool:
     """Whether llama.cpp computes layers as their configuration says: all of experts, weighed as it does, unclipped, and
     turned by one RoPE."""
     flash = (
@@ -404,7 +404,7 @@ def _same_experts(model_type: str, text: Mapping[str, Any]) -> bool:
         and text.get("clip_qkv") is None
         and (model_type != "llama4_text" or _same_llama4(text))
         and len(set(text.get("layer_rope_theta") or [0])) == 1  # Granite's with windows
-        and not text.get("no_rope_layers" if model_type.endswith("_swa") else "")
+        and not (model_type.endswith("_swa") and text.get("no_rope_layers"))
     )
 
 
@@ -412,15 +412,14 @@ def _same_llama4(text: Mapping[str, Any]) -> bool:
     """Of Llama 4's layers llama.cpp has in its code which are turned and which have experts, and what has norms."""
     n, every = text.get("num_hidden_layers", 48), text.get("interleave_moe_layer_step", 1)
     turned = [int((il + 1) % 4 != 0) for il in range(n)]
+    with_experts = list(range(every - 1, n, every))
+    kinds = ["chunked_attention" if x else "full_attention" for x in turned]
     return (
         (text.get("no_rope_layers") or turned) == turned
-        and (text.get("moe_layers") or list(range(every - 1, n, every))) == list(range(every - 1, n, every))
-        and (text.get("layer_types") or [_LLAMA4_LAYERS[x] for x in turned]) == [_LLAMA4_LAYERS[x] for x in turned]
+        and (text.get("moe_layers") or with_experts) == with_experts
+        and (text.get("layer_types") or kinds) == kinds
         and text.get("use_qk_norm", True) == (text.get("num_local_experts", 16) != 128)
     )
-
-
-_LLAMA4_LAYERS = ("full_attention", "chunked_attention")
 
 
 def _ropes(text: Mapping[str, Any]) -> list[Mapping[str, Any]]:

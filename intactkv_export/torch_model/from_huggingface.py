@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from intactkv_export.errors import IntactKVError, first_line
-from intactkv_export.models import LATENT, PROVEN, UNEVEN, why_not
+from intactkv_export.models import LATENT, PROVEN, RECURRENT, UNEVEN, why_not
 
 
 @contextmanager
@@ -178,6 +178,15 @@ def auto_class(config: Any) -> Any:
 
     text_alone = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForCausalLM if text_alone else AutoModelForImageTextToText
+
+
+def check_analyzable(model_type: str, what: str) -> None:
+    """Raises IntactKVError for a model whose cache only training carries. what: the model, as the error calls it."""
+    if model_type in RECURRENT | LATENT:
+        kept = "states of recurrent layers" if model_type in RECURRENT else "latents (MLA)"
+        raise IntactKVError(
+            f"{what} has {kept}, which cannot be analyzed yet: give the number of a prefix's tokens yourself"
+        )
 
 
 def cache_argument(module: Any) -> str:

@@ -262,16 +262,14 @@ def load(
 
 def _check_plain(model_type: str, path: str | Path, states: bool) -> None:
     """Raises IntactKVError for a model whose cache is not one of K and V alone, with the same heads in all layers."""
-    if model_type in STATES and not states:
+    what = f"{path} of model type {model_type!r}"
+    if model_type in STATES | LATENT and not states:
+        from_huggingface.check_analyzable(model_type, what)
+    if model_type in (RECURRENT - STATES) | UNEVEN:
+        uneven = "layers that share K and V, or have other heads"
+        kept = uneven if model_type in UNEVEN else "states of recurrent layers"
         raise IntactKVError(
-            f"{path} of model type {model_type!r} has states of recurrent layers, which cannot be analyzed yet: give "
-            "the number of a prefix's tokens yourself"
-        )
-    if model_type in (RECURRENT | LATENT | UNEVEN) - STATES - (LATENT if states else set()):
-        kept = "states of recurrent layers" if model_type in RECURRENT else "latents (MLA)"
-        kept = "layers that share K and V, or have other heads" if model_type in UNEVEN else kept
-        raise IntactKVError(
-            f"{path} of model type {model_type!r} has {kept}, which nothing can be trained for or analyzed with yet: "
+            f"{what} has {kept}, which nothing can be trained for or analyzed with yet: "
             "use a prefix that is not trained"
         )
 

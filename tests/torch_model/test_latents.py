@@ -194,3 +194,5 @@ def test_latents_that_no_cache_holds():
 def test_nothing_is_analyzed(latents):
     with pytest.raises(IntactKVError, match=r"latents \(MLA\), which cannot be analyzed yet"):
         check_header(latents["deepseek2"][1], states=False)
+    with pytest.raises(IntactKVError, match=r"latents \(MLA\), which cannot be analyzed yet"):
+        torch_model.load(latents["deepseek2"][0])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from intactkv_export.errors import IntactKVError
-from intactkv_export.models import LATENT, RECURRENT
+from intactkv_export.models import LATENT
 from intactkv_export.torch_model import experts, from_huggingface
 from intactkv_export.torch_model.from_gguf import latent
 from intactkv_export.torch_model.from_gguf.configuration import configuration, family_of
@@ -29,12 +29,8 @@ def check_header(path: str | Path, name: str | Path | None = None, states: bool 
     """
     header = Header(path, name)
     model_type = family_of(header).model_type
-    if model_type in RECURRENT | LATENT and not states:
-        kept = "states of recurrent layers" if model_type in RECURRENT else "latents (MLA)"
-        raise IntactKVError(
-            f"{header.path} of architecture {header.arch!r} has {kept}, which cannot be analyzed yet: give the number "
-            "of a prefix's tokens yourself"
-        )
+    if not states:
+        from_huggingface.check_analyzable(model_type, f"{header.path} of architecture {header.arch!r}")
     rope(header)
 
 

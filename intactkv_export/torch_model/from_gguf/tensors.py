@@ -66,7 +66,7 @@ class Tensors:
                 yield name, self._stacked(own, like, device)
             else:
                 weight = self._in_order(name, self._family.joined([self._header.dequantized(x) for x in own]))
-                if weight.squeeze().shape == like.squeeze().shape:  # of one row the converter makes a vector
+                if weight.squeeze().shape == like.squeeze().shape:  # the converter adds or leaves out axes of 1
                     weight = weight.reshape(like.shape)
                 yield name, torch.from_numpy(np.ascontiguousarray(weight)).to(device, like.dtype)
         self._check_known(known)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from intactkv_export.torch_model.from_gguf.family import Family, other_than
 from intactkv_export.torch_model.from_gguf.header import Header
 from intactkv_export.torch_model.from_gguf.hybrids.kinds import kinds
@@ -42,17 +40,12 @@ def _parts_of_lfm2(header: Header, name: str) -> list[str]:
     return [f"{before.removeprefix('model.')}{found}{names[part]}.weight"] if found else [name]
 
 
-def _order_of_lfm2(header: Header, name: str, weight: np.ndarray) -> np.ndarray:
-    return weight[:, None] if name.endswith(".conv.conv.weight") else weight
-
-
-FAMILIES = {"lfm2": Family("lfm2", _lfm2, _order_of_lfm2, unproven=other_than(attention__sliding_window=0))}
+FAMILIES = {"lfm2": Family("lfm2", _lfm2, unproven=other_than(attention__sliding_window=0))}
 WITH_EXPERTS = {
     "lfm2moe": Family(
         "lfm2_moe",
         _lfm2_moe,
-        _order_of_lfm2,
-        _parts_of_lfm2,
-        other_than(attention__sliding_window=0, expert_gating_func=SIGMOID),
+        parts=_parts_of_lfm2,
+        unproven=other_than(attention__sliding_window=0, expert_gating_func=SIGMOID),
     )
 }

@@ -56,32 +56,20 @@ def _parts_of_qwen3next(header: Header, name: str) -> list[str]:
 def _order_of_qwen3next(header: Header, name: str, weight: np.ndarray) -> np.ndarray:
     """llama.cpp has Q of all heads, then K, V and the gate of all; transformers all of one head of K together."""
     if ".linear_attn." not in name:
-        return _row(name, weight)
+        return weight
     part = name.rpartition(".linear_attn.")[2].removesuffix(".weight")
     if part == "in_proj_qkvz" and f"blk.{name.split('.')[2]}.ssm_in.weight" not in header.tensors:
         n_k, n_v, size = _sizes(header)
         n = n_k * header.get("ssm.state_size")
         split = np.split(weight, np.cumsum([n, n, n_v * size]))
         return np.concatenate([x.reshape(n_k, -1, weight.shape[1]) for x in split], 1).reshape(weight.shape)
-    return _of_delta(part, weight)
-
-
-def _of_delta(part: str, weight: np.ndarray) -> np.ndarray:
-    """A tensor of a delta net that the converter reshapes or computes with."""
-    if part == "A_log":
-        return np.log(-weight)
-    return weight[:, None] if part == "conv1d" else weight
-
-
-def _row(name: str, weight: np.ndarray) -> np.ndarray:
-    """The gate of a shared expert is one row, of which the converter makes a vector."""
-    return weight.reshape(1, -1) if name.endswith("shared_expert_gate.weight") else weight
+    return np.log(-weight) if part == "A_log" else weight
 
 
 def _order_of_qwen35(header: Header, name: str, weight: np.ndarray) -> np.ndarray:
     """llama.cpp has the first head of V of every head of K together, transformers those of one."""
     if ".linear_attn." not in name:
-        return _row(name, weight)
+        return weight
     part = name.rpartition(".linear_attn.")[2].removesuffix(".weight")
     n_k, n_v, size = _sizes(header)
 
@@ -94,8 +82,10 @@ def _order_of_qwen35(header: Header, name: str, weight: np.ndarray) -> np.ndarra
         return by_k(weight, size)
     if part in ("in_proj_qkv", "conv1d"):
         v = -n_v * size
-        return _of_delta(part, np.concatenate([weight[:v], by_k(weight[v:], size)]))
-    return weight if part == "norm" else by_k(_of_delta(part, weight), 1)
+        return np.concatenate([weight[:v], by_k(weight[v:], size)])
+    if part == "A_log":
+        weight = np.log(-weight)
+    return weight if part == "norm" else by_k(weight, 1)
 
 
 FAMILIES = {"qwen35": Family("qwen3_5_text", _delta, _order_of_qwen35, partly=True, one_more=True)}

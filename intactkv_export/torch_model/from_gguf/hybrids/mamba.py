@@ -109,13 +109,10 @@ def _parts_of_nemotron(header: Header, name: str) -> list[str]:
 
 
 def _order(header: Header, name: str, weight: np.ndarray) -> np.ndarray:
-    """A tensor of Mamba 2, which the converter reshapes or computes with."""
-    if name.endswith(".conv1d.weight"):
-        return weight[:, None]
+    """A tensor of Mamba 2, which the converter computes with, or cuts into groups."""
     if name.endswith(".A_log"):
-        return np.log(-weight).reshape(-1)
-    inside = name.endswith((".D", ".mamba.norm.weight", ".mixer.norm.weight"))
-    return weight.reshape(-1) if inside else weight
+        return np.log(-weight)
+    return weight.reshape(-1) if name.endswith((".mamba.norm.weight", ".mixer.norm.weight")) else weight
 
 
 def _unproven(header: Header) -> str:
